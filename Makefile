@@ -1,0 +1,22 @@
+# make demo | make test: each sets up its own virtual environment (.venv) on the first run.
+# Another Python: make demo PYTHON=python3.12
+
+PYTHON = python3
+
+demo: .venv/ready
+	.venv/bin/python train.py --demo
+
+test: .venv/ready
+	.venv/bin/python -m pytest tests
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanollm needs Python 3.11 or newer: say PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch .venv/ready
+
+clean:
+	rm -rf .venv .venv-ci .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: demo test clean
