@@ -1,0 +1,734 @@
+"""Reverse-mode automatic differentiation over arrays, every backward pass derived and written by hand.
+
+An op computes its result and leaves behind a function that turns dout = dLoss/dout into the gradients of its
+inputs. `backward` walks the recorded ops from the loss to the leaves and applies the chain rule at each. That
+is the engine: about a hundred lines. The rest of this file is one function an op, in the order in which the
+model needs them, and at the end the check that proves each of them.
+
+Shapes: B batch, T time, S keys (S >= T), C width, H heads, K key/value heads, D = C/H, F hidden width, V vocabulary.
+dx is dLoss/dx and has x's shape. Two rules give most derivations below:
+
+    a value used in several places receives the sum of what the places send back (so a broadcast's backward is a sum);
+    for out = a @ b:  da = dout @ bᵀ,  db = aᵀ @ dout  (the only products whose shapes fit).
+
+>>> x = Tensor([1.0, 2.0, 3.0], requires_grad=True)
+>>> loss = (x * x).sum()                # 1 + 4 + 9
+>>> loss.backward()
+>>> loss.data.item(), x.grad.tolist()   # d(x²)/dx = 2x
+(14.0, [2.0, 4.0, 6.0])
+"""
+import builtins
+from contextlib import contextmanager
+
+import numpy as np
+
+import device
+
+# ---------------------------------------------------------------- the engine
+
+_recording = True
+
+
+@contextmanager
+def no_grad():
+    """Inside, ops compute but record nothing: no graph, no memory kept for a backward pass."""
+    global _recording
+    before, _recording = _recording, False
+    try:
+        yield
+    finally:
+        _recording = before
+
+
+def recording(*tensors):
+    """Whether an op on these tensors has to remember how it was done."""
+    return _recording and any(t.requires_grad for t in tensors)
+
+
+class Tensor:
+    """An array and, unless it is a leaf, the op that made it: the op's inputs and its backward function.
+
+    `data` is an array of device.xp, kept as it is (a float array keeps its dtype). `grad` is None, or for a leaf
+    after `backward` the array dLoss/ddata; it grows by each further backward until somebody clears it.
+    Raises TypeError for requires_grad=True on numbers that are not floats.
+    """
+    __slots__ = ("data", "requires_grad", "grad", "_parents", "_backward")
+    __array_ufunc__ = None              # array * tensor: NumPy must ask the tensor
+
+    def __init__(self, data, requires_grad=False):
+        self.data = device.xp.asarray(data)
+        if requires_grad and self.data.dtype.kind in "biu":
+            raise TypeError(f"requires_grad needs floating-point data, not {self.data.dtype}")
+        self.requires_grad = requires_grad
+        self.grad = None
+        self._parents = ()
+        self._backward = None
+
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+
+    def __repr__(self):
+        return f"Tensor({self.data}{', requires_grad=True' if self.requires_grad else ''})"
+
+    def backward(self, dout=None):
+        """Add dLoss/dleaf to `grad` of every leaf below; dout = dLoss/dself, by default 1 for a scalar.
+
+        The graph is taken apart on the way, so the memory of each op goes back as soon as its gradient is done.
+        Raises RuntimeError without a graph, for a second call on the same one, and for a missing dout.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("backward: this tensor depends on nothing that requires a gradient")
+        if dout is None:
+            if self.data.size != 1:
+                raise RuntimeError(f"backward: a tensor of shape {self.shape} needs dout; only a scalar has a default")
+            dout = 1.0
+        dout = device.xp.broadcast_to(device.xp.asarray(dout, self.dtype), self.shape)
+        order = _topological(self)
+        gradients = {id(self): _Sum(self, dout)}
+        while order:
+            node = order.pop()          # nothing holds it from here on but its users
+            gradient = gradients.pop(id(node)).array
+            if node._backward is None:  # a leaf: `array` was its own .grad
+                continue
+            parents, backward = node._parents, node._backward
+            node._parents, node._backward = (), _freed
+            for parent, dparent in zip(parents, backward(gradient), strict=True):
+                if parent.requires_grad:
+                    if id(parent) not in gradients:
+                        gradients[id(parent)] = _Sum(parent)
+                    gradients[id(parent)].add(dparent)
+
+
+def _freed(dout):
+    raise RuntimeError("backward: this graph was used and freed by an earlier backward; run the forward pass again")
+
+
+def _topological(root):
+    """All recorded tensors below root, inputs before the results they lead to; no recursion, so no depth limit."""
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in node._parents if parent.requires_grad)
+    return order
+
+
+class _Sum:
+    """The gradient of one tensor while its users send their parts.
+
+    A part is an array, or a function that adds itself to an array: a weight's gradient then goes straight into
+    the buffer where it is wanted, a slice's into its place, an embedding's into the few rows it touches.
+    """
+    def __init__(self, tensor, array=None):
+        leaf = tensor._backward is None
+        self.tensor = tensor
+        self.array = tensor.grad if leaf else array
+        self.owned = leaf               # may be added to in place: nobody else holds it
+        if leaf and array is not None:
+            self.add(array)
+
+    def add(self, part):
+        tensor, xp = self.tensor, device.xp
+        if callable(part):
+            if self.array is None:
+                self.array = xp.zeros(tensor.shape, tensor.dtype)
+            elif not self.owned:
+                self.array = self.array.copy()
+            self.owned = True
+            part(self.array)
+        else:
+            part = _unbroadcast(part, tensor.shape)
+            if part.dtype != tensor.dtype:
+                raise TypeError(f"a {tensor.dtype} value received a {part.dtype} gradient")
+            if self.array is None and tensor._backward is None:
+                self.array = part.copy()
+            elif self.array is None:
+                self.array = part       # perhaps shared: not ours to change
+            elif self.owned:
+                self.array += part
+            else:
+                self.array, self.owned = self.array + part, True
+        if tensor._backward is None:
+            tensor.grad = self.array
+
+
+def _unbroadcast(gradient, shape):
+    """The inverse of broadcasting: sum over the axes along which a value of this shape was repeated."""
+    extra = gradient.ndim - len(shape)
+    if extra > 0:
+        gradient = gradient.sum(axis=tuple(range(extra)))
+    repeated = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)
+    if repeated:
+        gradient = gradient.sum(axis=repeated, keepdims=True)
+    if gradient.shape != shape:
+        raise ValueError(f"a gradient of shape {gradient.shape} reached a value of shape {shape}")
+    return gradient
+
+
+def _result(data, parents, backward):
+    """What an op returns. `backward` must hold arrays, never the returned Tensor: a cycle would keep its memory."""
+    out = Tensor(data)
+    if recording(*parents):
+        out.requires_grad, out._parents, out._backward = True, parents, backward
+    return out
+
+
+def _tensors(a, b):
+    """Both as Tensors; a Python number or a plain array takes the other's dtype (so nothing becomes float64)."""
+    dtype = a.dtype if isinstance(a, Tensor) else b.dtype
+    return [x if isinstance(x, Tensor) else Tensor(device.xp.asarray(x, dtype)) for x in (a, b)]
+
+
+# ---------------------------------------------------------------- elementwise
+
+def add(a, b):
+    """out = a + b;  da = dout,  db = dout.  Broadcasts; the engine sums the gradient back."""
+    a, b = _tensors(a, b)
+    return _result(a.data + b.data, (a, b), lambda dout: (dout, dout))
+
+
+def sub(a, b):
+    """out = a - b;  da = dout,  db = -dout."""
+    a, b = _tensors(a, b)
+    return _result(a.data - b.data, (a, b), lambda dout: (dout, -dout))
+
+
+def neg(x):
+    """out = -x;  dx = -dout."""
+    return _result(-x.data, (x,), lambda dout: (-dout,))
+
+
+def mul(a, b):
+    """out = a * b;  da = dout * b,  db = dout * a."""
+    a, b = _tensors(a, b)
+    x, y = a.data, b.data
+    return _result(x * y, (a, b), lambda dout: (dout * y, dout * x))
+
+
+def div(a, b):
+    """out = a / b;  da = dout / b,  db = -dout * a / b² = -da * out."""
+    a, b = _tensors(a, b)
+    y, out = b.data, a.data / b.data
+
+    def backward(dout):
+        da = dout / y
+        return da, -da * out
+    return _result(out, (a, b), backward)
+
+
+def power(x, p):
+    """out = x**p for a Python number p;  dx = dout * p * x**(p-1).  The square root is power(x, 0.5)."""
+    data = x.data
+    return _result(data ** p, (x,), lambda dout: (dout * (p * data ** (p - 1)),))
+
+
+# ---------------------------------------------------------------- shape
+
+def sum(x, axis=None, keepdims=False):
+    """out = sum of x over `axis` (an int, a tuple, or None: all);  dx = dout, repeated along the summed axes."""
+    data = x.data
+    axes = tuple(range(data.ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    axes = tuple(a % data.ndim for a in axes)
+
+    def backward(dout):
+        kept = tuple(1 if i in axes else size for i, size in enumerate(data.shape))
+        return (device.xp.broadcast_to(dout.reshape(kept), data.shape),)
+    return _result(data.sum(axis=axes, keepdims=keepdims), (x,), backward)
+
+
+def mean(x, axis=None, keepdims=False):
+    """out = sum(x) / n, n the number of summed elements;  dx = dout / n, repeated."""
+    total = sum(x, axis, keepdims)
+    return mul(total, total.data.size / x.data.size)
+
+
+def reshape(x, *shape):
+    """The same elements in another shape;  dx is dout in x's shape."""
+    shape, old = shape[0] if isinstance(shape[0], tuple) else shape, x.shape
+    return _result(x.data.reshape(shape), (x,), lambda dout: (dout.reshape(old),))
+
+
+def transpose(x, *axes):
+    """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the inverse permutation of dout."""
+    axes = axes or tuple(range(x.data.ndim))[::-1]
+    inverse = np.argsort(axes).tolist()
+    return _result(x.data.transpose(axes), (x,), lambda dout: (dout.transpose(inverse),))
+
+
+def getitem(x, index):
+    """out = x[index] for ints and slices, which meet no element twice;  dx is dout there and 0 elsewhere."""
+    for part in index if isinstance(index, tuple) else (index,):
+        if not isinstance(part, int | slice | type(Ellipsis)) or isinstance(part, bool):
+            raise TypeError(f"a tensor is indexed by ints and slices, not by {type(part).__name__} (rows: embedding)")
+
+    def backward(dout):
+        def add_in_place(dx):
+            dx[index] += dout
+        return (add_in_place,)
+    return _result(x.data[index], (x,), backward)
+
+
+# ---------------------------------------------------------------- products
+
+def _flat(x):
+    """(..., C) -> (N, C): a view wherever the leading axes lie evenly."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _t(x):
+    return x.swapaxes(-1, -2)
+
+
+def matmul(a, b):
+    """out = a @ b, a (..., m, k), b (..., k, n), leading axes broadcast.
+
+    out_ij = sum_k a_ik b_kj, so a_ik meets dout_ij through b_kj, for every j:
+        da = dout @ bᵀ,   db = aᵀ @ dout      (and the sum over broadcast axes, in the engine)
+    """
+    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    x, y = (device.xp.broadcast_to(t.data, lead + t.shape[-2:]) for t in (a, b))
+    return _result(device.matmul(x, y), (a, b),
+                   lambda dout: (device.matmul(dout, _t(y)), device.matmul(_t(x), dout)))
+
+
+def linear(x, w):
+    """out = x @ wᵀ, x (..., C), w (F, C) as PyTorch and Hugging Face store it -> (..., F).
+
+    matmul with b = wᵀ, all leading axes of x being rows: dx = dout @ w, and dw = (xᵀ @ dout)ᵀ = doutᵀ @ x,
+    added by the product itself to the gradient that w has so far.
+    """
+    rows, weight, shape = _flat(x.data), w.data, x.shape
+
+    def backward(dout):
+        dout = _flat(dout)
+        dx = device.matmul(dout, weight).reshape(shape)
+        return dx, lambda dw: device.matmul(_t(dout), rows, out=dw, accumulate=True)
+    return _result(device.matmul(rows, _t(weight)).reshape(*shape[:-1], len(weight)), (x, w), backward)
+
+
+def token_ids(ids, limit):
+    """ids as an integer array on the device. A GPU wraps a wrong index around silently, so host ids are checked here.
+
+    Raises TypeError for numbers that are not integers and IndexError for one outside 0 … limit-1.
+    """
+    if isinstance(ids, device.xp.ndarray) and device.on_gpu:
+        return ids                      # was checked when it left the host
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"token ids must be integers, not {ids.dtype}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < limit:
+        wrong = int(ids.min() if ids.min() < 0 else ids.max())
+        raise IndexError(f"token id {wrong} is outside 0 … {limit - 1}: the tokenizer and the model's vocab_size differ")
+    return device.xp.asarray(ids)
+
+
+def embedding(w, ids):
+    """out = w[ids], w (V, C), integer ids of any shape -> (*ids.shape, C).
+
+    Row v of w went wherever ids == v, so dw_v is the sum of dout over those places; the other rows get nothing
+    and are not touched. (On a GPU the order of that sum varies from run to run: the only op of which this is so.)
+    """
+    ids = token_ids(ids, len(w.data))
+
+    def backward(dout):
+        return (lambda dw: device.xp.add.at(dw, ids, dout),)
+    return _result(w.data[ids], (w,), backward)
+
+
+# ---------------------------------------------------------------- rows: softmax and normalisation
+
+_CACHE = 1 << 15        # elements of each array in a sweep's block: with the temporaries they fit a core's L2 cache
+
+
+def _sweep_rows(f, *shape):
+    """Sweep over `shape[0]` rows of shape[1:] elements, as many at a time as stay in the cache."""
+    return device.sweep(f, shape[0], _CACHE // max(int(np.prod(shape[1:])), 1))
+
+
+def softmax(x):
+    """out_i = exp(x_i) / sum_j exp(x_j) over the last axis.
+
+    Subtracting the row's maximum changes nothing (it cancels) and keeps exp in range; -inf gives an exact 0.
+    d out_i / d x_j = out_i (δ_ij - out_j), so
+        dx_j = sum_i dout_i out_i (δ_ij - out_j) = out_j (dout_j - sum_i dout_i out_i)
+    A dout of ones would give 0 here whatever the code did: a gradient check needs a random one.
+    """
+    rows, shape = _flat(x.data), x.shape
+    p = device.xp.empty(rows.shape, x.dtype)
+
+    def forward(s):
+        block = rows[s] - rows[s].max(-1, keepdims=True)
+        block = device.xp.exp(block)
+        p[s] = block / block.sum(-1, keepdims=True)
+    _sweep_rows(forward, *rows.shape)
+
+    def backward(dout):
+        dout, dx = _flat(dout), device.xp.empty_like(p)
+
+        def block(s):
+            dx[s] = p[s] * (dout[s] - (dout[s] * p[s]).sum(-1, keepdims=True))
+        _sweep_rows(block, *p.shape)
+        return (dx.reshape(shape),)
+    return _result(p.reshape(shape), (x,), backward)
+
+
+def rmsnorm(x, w, eps=1e-6):
+    """out = n * w,  n = x * r,  r = (mean(x²) + eps)^(-1/2) a row;  x (..., C), w (C,).  (Zhang & Sennrich 2019, §4)
+
+    Let dn = dout * w. x_i enters n_i directly and every n_j through r:  dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C, so
+        dx_i = r dn_i + (sum_j dn_j x_j) · (-r³ x_i/C)          and with x = n/r
+             = r (dn_i - n_i · mean(dn * n))                    # what is left after removing the part along n
+        dw   = sum over rows of dout * n                        # w is broadcast over the rows
+    Saved: r, one number a row. n is cheaper to recompute than to keep.
+    """
+    rows, weight, shape = _flat(x.data), w.data, x.shape
+    r = device.xp.empty((len(rows), 1), x.dtype)
+    out = device.xp.empty(rows.shape, x.dtype)
+
+    def forward(s):
+        r[s] = ((rows[s] * rows[s]).mean(-1, keepdims=True) + eps) ** -0.5
+        _times(rows[s], r[s], weight, out[s])
+    _sweep_rows(forward, *rows.shape)
+
+    def backward(dout):
+        dout, dx = _flat(dout), device.xp.empty_like(rows)
+
+        def block(s):
+            n = rows[s] * r[s]
+            dn = dout[s] * weight
+            _project(dn, n, (dn * n).mean(-1, keepdims=True), r[s], dx[s])
+            n *= dout[s]
+            return n.sum(0)
+        dw = builtins.sum(_sweep_rows(block, *rows.shape))
+        return dx.reshape(shape), dw
+    return _result(out.reshape(shape), (x, w), backward)
+
+
+@device.fuse
+def _times(x, r, w, out):
+    out[...] = x * r * w
+
+
+@device.fuse
+def _project(dn, n, along, r, out):
+    out[...] = (dn - n * along) * r
+
+
+# ---------------------------------------------------------------- position
+
+def rope(x, cos, sin):
+    """Rotate each pair (x_i, x_{i+D/2}) at position t by the angle t·θ_i.  x (..., T, D); cos, sin (T, D/2).
+
+    (RoFormer, Su et al. 2021, §3.2.2; the pairing of halves is that of Hugging Face's Llama.)
+        out₁ = x₁ cos - x₂ sin
+        out₂ = x₂ cos + x₁ sin        a rotation, so q_t · k_s depends on the positions only through t - s
+    Its matrix is orthogonal: the backward pass is its transpose, the rotation by the opposite angle.
+    The result is contiguous whatever view x was: attention wants each head's rows together.
+    """
+    return _result(_rotate(x.data, cos, sin), (x,), lambda dout: (_rotate(dout, cos, -sin),))
+
+
+def _rotate(x, cos, sin):
+    out = device.xp.empty(x.shape, x.dtype)
+    half = x.shape[-1] // 2
+
+    def block(s):
+        part, c, n = x[..., s, :], cos[s], sin[s]
+        _turn(part[..., :half], part[..., half:], c, n, out[..., s, :half], out[..., s, half:])
+    _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
+    return out
+
+
+@device.fuse
+def _turn(x1, x2, cos, sin, out1, out2):
+    out1[...] = x1 * cos - x2 * sin
+    out2[...] = x2 * cos + x1 * sin
+
+
+# ---------------------------------------------------------------- gated linear units
+# An activation returns its value and a function that gives its slope there, since both share the costly part.
+
+def _sigmoid(x):
+    return 1 / (1 + device.xp.exp(-device.xp.maximum(x, -80)))      # exp(80) fits a float32; exp(90) does not
+
+
+def silu(x):
+    """x σ(x), slope: σ' = σ(1-σ), so (x σ)' = σ + x σ(1-σ).  (Swish: Ramachandran et al. 2017)"""
+    s = _sigmoid(x)
+    return x * s, lambda: s * (1 + x * (1 - s))
+
+
+def sigmoid(x):
+    """σ(x) = 1 / (1 + exp(-x)), slope σ(1-σ): the gate of the first gated linear unit (Dauphin et al. 2016, §3)."""
+    s = _sigmoid(x)
+    return s, lambda: s * (1 - s)
+
+
+def gelu_pytorch_tanh(x):
+    """½x(1 + t), t = tanh(u), u = √(2/π)(x + 0.044715x³), slope ½(1+t) + ½x(1-t²)u'.  (Hendrycks & Gimpel 2016)"""
+    a = 0.7978845608028654
+    t = device.xp.tanh(a * (x + 0.044715 * x * x * x))
+    return 0.5 * x * (1 + t), lambda: 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (a * (1 + 0.134145 * x * x))
+
+
+def relu(x):
+    """max(x, 0), slope 1 above 0 and 0 below (and, by convention, at 0)."""
+    return device.xp.maximum(x, 0), lambda: (x > 0).astype(x.dtype)
+
+
+def _fused_glu(activation):
+    """The two elementwise sweeps of one GLU variant."""
+    @device.fuse
+    def forward(gate, up, out):
+        out[...] = activation(gate)[0] * up
+
+    @device.fuse
+    def backward(gate, up, dout, dgate, dup):
+        a, slope = activation(gate)
+        dgate[...] = dout * up * slope()
+        dup[...] = dout * a
+    return forward, backward
+
+
+ACTIVATIONS = {"silu": silu, "sigmoid": sigmoid, "gelu": gelu_pytorch_tanh, "relu": relu}
+_GLU = {name: _fused_glu(activation) for name, activation in ACTIVATIONS.items()}
+
+
+def glu(gate, up=None, activation="silu"):
+    """out = a(gate) * up, elementwise, a one of ACTIVATIONS; "silu" is SwiGLU.  (Shazeer 2020, §2)
+
+    dgate = dout * up * a'(gate),  dup = dout * a(gate): the product rule.
+    Without `up`, gate (..., 2F) holds both side by side, as one matrix product leaves them, and so will its gradient.
+    """
+    forward, backward_sweep = _GLU[activation]
+    joint = up is None
+    width = gate.shape[-1] // 2 if joint else gate.shape[-1]
+    both = _flat(gate.data)
+    g, u = (both[:, :width], both[:, width:]) if joint else (both, _flat(up.data))
+    out = device.xp.empty(g.shape, g.dtype)
+    _sweep_rows(lambda s: forward(g[s], u[s], out[s]), *g.shape)
+    shape = gate.shape
+
+    def backward(dout):
+        dout = _flat(dout)
+        dboth = device.xp.empty((len(g), 2 * width), g.dtype)
+        dg, du = dboth[:, :width], dboth[:, width:]
+        _sweep_rows(lambda s: backward_sweep(g[s], u[s], dout[s], dg[s], du[s]), *g.shape)
+        return (dboth.reshape(shape),) if joint else (dg.reshape(shape), du.reshape(shape))
+    return _result(out.reshape(*shape[:-1], width), (gate,) if joint else (gate, up), backward)
+
+
+# ---------------------------------------------------------------- attention
+
+_QUERIES = 128          # queries in a block
+_SCORES = 1 << 16       # elements of a block of scores on a CPU: several passes go over it, in the cache
+
+
+def attention(q, k, v):
+    """Causal scaled dot-product attention.  q (B, H, T, D), k and v (B, K, S, D), S >= T -> (B, H, T, D)
+
+    The queries are the last T of the S positions, query t sees the keys up to its own position S - T + t; query head
+    h reads key/value head h // (H/K).  (Vaswani et al. 2017, §3.2.1; grouped queries: Ainslie et al. 2023)
+
+        s = q kᵀ / √D,  -inf where a key lies in the query's future;   p = softmax(s);   out = p v
+
+    Backward, from the outside in (matmul, softmax, matmul):
+        dv = pᵀ dout        dp = dout vᵀ
+        ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj = sum_d dout_td out_td      (for out_t = sum_j p_tj v_j)
+        dq = ds k / √D      dk = dsᵀ q / √D
+    Neither s nor p is ever held whole: blocks of queries meet the keys that they may see, and backward computes p anew
+    from the saved log-sum-exp of each row, L = log sum_j exp(s_j):  p = exp(s - L).  Memory grows with T, not with T².
+    (FlashAttention, Dao et al. 2022, §3.1 and appendix B.)
+    """
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if H % K or S < T or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
+    xp, G, scale, dtype = device.xp, H // K, D ** -0.5, q.dtype
+    qs = q.data.reshape(B * K, G, T, D)             # the G query heads that share a key/value head, together
+    ks, vs = (t.data.reshape(B * K, S, D) for t in (k, v))
+    out = xp.empty(qs.shape, dtype)
+    log_sum = xp.empty((B * K, G, T, 1), dtype)
+    future = xp.triu(xp.full((min(_QUERIES, T),) * 2, -xp.inf, dtype), 1)
+    heads = _SCORES // (G * min(_QUERIES, T) * S)
+
+    def blocks():
+        return [(slice(t, min(t + _QUERIES, T)), S - T + min(t + _QUERIES, T)) for t in range(0, T, _QUERIES)]
+
+    def rows(x, s, t):                              # (n, G·t, D): the block's queries of a group as one matrix
+        return x[s, :, t].reshape(x[s].shape[0], -1, x.shape[-1])
+
+    def scores(s, t, end):                          # (n, G·t, end)
+        block = device.matmul(rows(qs, s, t) * scale, _t(ks[s, :end]))
+        n = t.stop - t.start                        # only the last n keys can lie in the future
+        block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]
+        return block
+
+    def forward(s):
+        for t, end in blocks():
+            p = scores(s, t, end)
+            top = p.max(-1, keepdims=True)
+            p -= top
+            xp.exp(p, out=p)
+            total = p.sum(-1, keepdims=True)
+            result = device.matmul(p, vs[s, :end])
+            result /= total
+            out[s, :, t] = result.reshape(out[s, :, t].shape)
+            log_sum[s, :, t] = (top + xp.log(total)).reshape(log_sum[s, :, t].shape)
+    device.sweep(forward, B * K, heads)
+
+    def backward(dout):
+        dout = dout.reshape(qs.shape)
+        dq, dk, dv = xp.empty(qs.shape, dtype), xp.zeros(ks.shape, dtype), xp.zeros(vs.shape, dtype)
+
+        def block(s):
+            for t, end in blocks():
+                p = scores(s, t, end)
+                p -= rows(log_sum, s, t)
+                xp.exp(p, out=p)
+                do, keys = rows(dout, s, t), ks[s, :end]
+                device.matmul(_t(p), do, out=dv[s, :end], accumulate=True)
+                ds = device.matmul(do, _t(vs[s, :end]))
+                ds -= (do * rows(out, s, t)).sum(-1, keepdims=True)
+                ds *= p
+                dq[s, :, t] = (device.matmul(ds, keys) * scale).reshape(dq[s, :, t].shape)
+                device.matmul(_t(ds), rows(qs, s, t) * scale, out=dk[s, :end], accumulate=True)
+        device.sweep(block, B * K, heads)
+        return dq.reshape(B, H, T, D), dk.reshape(B, K, S, D), dv.reshape(B, K, S, D)
+    return _result(out.reshape(B, H, T, D), (q, k, v), backward)
+
+
+# ---------------------------------------------------------------- loss
+
+def cross_entropy(logits, targets):
+    """-mean of log softmax(logits)[target], in nats.  logits (..., V), integer targets (...) -> scalar.
+
+    A row's loss is L - z_y, with L = log sum_j exp(z_j). dL/dz_j = exp(z_j)/sum = p_j, so for N rows
+        dz_j = dout/N · (p_j - 1[j = y])        # what the model said minus what was true
+    """
+    rows, shape = _flat(logits.data), logits.shape
+    targets = token_ids(targets, shape[-1]).reshape(-1)
+    dz = device.xp.empty(rows.shape, logits.dtype) if recording(logits) else None
+    losses = _cross_entropy_rows(rows, targets, dz)
+    return _result(losses.mean(), (logits,), lambda dout: ((dz * (dout / len(rows))).reshape(shape),))
+
+
+def _cross_entropy_rows(z, targets, dz=None):
+    """The loss of each row of z (N, V); p - onehot goes into dz, which may be z itself, unless it is None."""
+    losses = device.xp.empty(len(z), z.dtype)
+
+    def rows(s):
+        at = device.xp.arange(s.stop - s.start), targets[s]
+        block = z[s] - z[s].max(-1, keepdims=True)
+        losses[s] = -block[at]
+        device.xp.exp(block, out=block)
+        total = block.sum(-1, keepdims=True)
+        losses[s] += device.xp.log(total[:, 0])
+        if dz is not None:
+            device.xp.divide(block, total, out=dz[s])
+            dz[s][at] -= 1
+    _sweep_rows(rows, *z.shape)
+    return losses
+
+
+_LOGITS = 1 << 23       # elements of a block of logits: 32 MB in float32
+
+
+def linear_cross_entropy(x, w, targets):
+    """cross_entropy(linear(x, w), targets) without ever holding all the logits.  x (..., C), w (V, C) -> scalar.
+
+    With a large vocabulary the logits are a model's largest array: N·V. But row by row nothing of them is needed
+    after their own gradient, and that needs nothing but themselves (cross_entropy above). So each block of rows
+    makes its logits z, turns them in place into dz = p - onehot, and at once into what backward will ask for:
+        dx_block = dz @ w,      dw += dzᵀ @ x_block        (linear above)
+    Backward has only to scale both with dout/N. Kept from forward to backward: dx and dw, no logits.
+    (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
+    """
+    rows, weight, shape = _flat(x.data), w.data, x.shape
+    N, V = len(rows), len(weight)
+    targets = token_ids(targets, V).reshape(-1)
+    keep = recording(x, w)
+    if keep:
+        dx, dw = device.xp.empty_like(rows), device.xp.zeros_like(weight)
+    block = max(_LOGITS // V, 64)
+    losses = device.xp.empty(N, x.dtype)
+    for start in range(0, N, block):
+        s = slice(start, start + block)
+        z = device.matmul(rows[s], _t(weight))
+        losses[s] = _cross_entropy_rows(z, targets[s], z if keep else None)
+        if keep:
+            device.matmul(z, weight, out=dx[s])
+            device.matmul(_t(z), rows[s], out=dw, accumulate=True)
+
+    def backward(dout):
+        scale = dout / N
+        return (dx * scale).reshape(shape), lambda total: _add_scaled(total, dw, scale)
+    return _result(losses.mean(), (x, w), backward)
+
+
+def _add_scaled(total, x, scale):
+    def block(s):
+        total[s] += x[s] * scale
+    _sweep_rows(block, *x.shape)
+
+
+# ---------------------------------------------------------------- operators and methods: the same functions
+
+def _swapped(op):
+    return lambda a, b: op(*reversed(_tensors(a, b)))
+
+
+Tensor.__add__ = Tensor.__radd__ = add
+Tensor.__mul__ = Tensor.__rmul__ = mul
+Tensor.__sub__, Tensor.__rsub__ = sub, _swapped(sub)
+Tensor.__truediv__, Tensor.__rtruediv__ = div, _swapped(div)
+Tensor.__neg__, Tensor.__pow__, Tensor.__matmul__, Tensor.__getitem__ = neg, power, matmul, getitem
+Tensor.sum, Tensor.mean, Tensor.reshape, Tensor.transpose = sum, mean, reshape, transpose
+
+
+# ---------------------------------------------------------------- the proof
+
+def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
+    """Whether f's backward agrees with finite differences; True, or AssertionError with the worst element.
+
+    f maps Tensors to a Tensor; `inputs` are arrays of floats, taken as float64. With one random cotangent d,
+    g(x) = sum(f(x) * d) is a scalar whose gradient backward gives, and for each element x_i
+
+        ∂g/∂x_i ≈ (g(x + h e_i) - g(x - h e_i)) / 2h,  h = step · max(1, |x_i|)
+
+    with an error of order h² from the curvature and u/h from rounding (u = 1.1e-16): least near h = 1e-5.
+    d is random because a d of ones hides errors: softmax rows sum to 1, so its gradient would be 0 = 0.
+    """
+    xp = device.xp
+    leaves = [Tensor(xp.array(x, dtype=np.float64), requires_grad=True) for x in inputs]
+    out = f(*leaves)
+    cotangent = xp.asarray(np.random.default_rng(seed).standard_normal(out.shape))
+    out.backward(cotangent)
+
+    def g():
+        with no_grad():
+            return float((f(*leaves).data * cotangent).sum())
+
+    worst, report = 0.0, None
+    for number, leaf in enumerate(leaves):
+        analytic = device.to_host(leaf.grad) if leaf.grad is not None else np.zeros(leaf.shape)
+        for index in np.ndindex(leaf.shape):
+            x = float(leaf.data[index])
+            h = step * max(1.0, abs(x))
+            leaf.data[index] = x + h
+            above = g()
+            leaf.data[index] = x - h
+            below = g()
+            leaf.data[index] = x
+            numeric, got = (above - below) / (2 * h), float(analytic[index])
+            excess = abs(got - numeric) / (atol + rtol * abs(numeric))
+            if not excess <= worst:     # also when it is nan
+                worst, report = excess, (number, index, got, numeric)
+    if not worst <= 1:
+        number, index, got, numeric = report
+        raise AssertionError(f"input {number}, element {index}: backward says {got:.10g}, "
+                             f"finite differences {numeric:.10g}")
+    return True

@@ -1,0 +1,451 @@
+"""The model: a Llama-style transformer, its key/value cache, generation, and its folder on disk.
+
+    ids (B, T) ─ embedding ─► h (B, T, C)
+        n_block times:   h += attention(rmsnorm(h))      words look at the words before them
+                         h += glu(rmsnorm(h))            each word is worked on by itself
+    h ─ rmsnorm ─ lm_head ─► logits (B, T, V): a score for every word as the next one
+
+(Touvron et al. 2023, §2.2: pre-normalisation, SwiGLU, rotary positions.) Shapes: B batch, T time, C embedding_dim,
+H n_head, K n_kv_head, D = C/H, F hidden_dim, V vocab_size. Weights are (out, in), under Hugging Face's names.
+"""
+import json
+import os
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+import device
+from autograd import (
+    ACTIVATIONS,
+    Tensor,
+    attention,
+    embedding,
+    glu,
+    linear,
+    linear_cross_entropy,
+    no_grad,
+    rmsnorm,
+    rope,
+    token_ids,
+)
+from device import InputError
+
+# ---------------------------------------------------------------- configuration
+
+_HF_ACTIVATION = {"silu": "silu", "sigmoid": "sigmoid", "gelu": "gelu_pytorch_tanh", "relu": "relu"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. Raises InputError that names the field and the rule."""
+    vocab_size: int
+    embedding_dim: int = 512
+    n_block: int = 6
+    n_head: int = 8
+    n_kv_head: int | None = None        # fewer key/value than query heads: grouped-query attention; None: n_head
+    max_context: int = 512
+    hidden_dim: int = 2048
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    activation: str = "silu"
+    tie_embeddings: bool = False        # lm_head is the embedding matrix itself
+
+    def __post_init__(self):
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        for name in ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head", "max_context", "hidden_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name in ("eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise InputError(f"{name} must be a number above 0, not {value!r}")
+        if self.embedding_dim % (2 * self.n_head):
+            raise InputError(f"embedding_dim ({self.embedding_dim}) must be a multiple of 2 * n_head ({self.n_head}): "
+                             "heads of one even size, for RoPE turns pairs")
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise InputError(f"tie_embeddings must be True or False, not {self.tie_embeddings!r}")
+
+    @property
+    def head_dim(self):
+        return self.embedding_dim // self.n_head
+
+    def to_hugging_face(self):
+        """config.json of a LlamaForCausalLM (rope_theta as version 4 spells it, rope_parameters as version 5 does)."""
+        return {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": self.vocab_size,
+            "hidden_size": self.embedding_dim, "intermediate_size": self.hidden_dim,
+            "num_hidden_layers": self.n_block, "num_attention_heads": self.n_head,
+            "num_key_value_heads": self.n_kv_head, "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_context, "rms_norm_eps": self.eps, "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "hidden_act": _HF_ACTIVATION[self.activation], "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
+            "bos_token_id": None, "eos_token_id": None,     # absent, transformers would take 1 and 2
+        }
+
+    @classmethod
+    def from_hugging_face(cls, hf):
+        """The Config of a Llama-type config.json. Raises InputError naming any setting that is not implemented here."""
+        if hf.get("model_type") != "llama":
+            raise InputError(f"model_type {hf.get('model_type')!r} is not implemented, only 'llama'")
+        ropes = [r for r in (hf.get("rope_scaling"), hf.get("rope_parameters")) if r]
+        for rope in ropes:
+            kind = rope.get("rope_type", rope.get("type"))
+            if kind != "default":
+                raise InputError(f"RoPE scaling (rope_type {kind!r}) is not implemented")
+        for name in ("attention_bias", "mlp_bias", "quantization_config"):
+            if hf.get(name):
+                raise InputError(f"{name} is not implemented")
+        if hf.get("pretraining_tp", 1) != 1:
+            raise InputError("pretraining_tp other than 1 is not implemented")
+        activations = {v: k for k, v in _HF_ACTIVATION.items()} | {"swish": "silu"}
+        if hf.get("hidden_act", "silu") not in activations:
+            raise InputError(f"hidden_act {hf['hidden_act']!r} is not implemented")
+        try:
+            config = cls(
+                vocab_size=hf["vocab_size"], embedding_dim=hf["hidden_size"], n_block=hf["num_hidden_layers"],
+                n_head=hf["num_attention_heads"], n_kv_head=hf.get("num_key_value_heads"),
+                max_context=hf.get("max_position_embeddings", 2048), hidden_dim=hf["intermediate_size"],
+                eps=hf.get("rms_norm_eps", 1e-6),
+                rope_theta=next((r["rope_theta"] for r in ropes if "rope_theta" in r), hf.get("rope_theta", 10000.0)),
+                activation=activations[hf.get("hidden_act", "silu")],
+                tie_embeddings=hf.get("tie_word_embeddings", False))
+        except KeyError as missing:
+            raise InputError(f"the setting {missing} is missing") from None
+        if hf.get("head_dim") not in (None, config.head_dim):
+            raise InputError(f"head_dim {hf['head_dim']} is not hidden_size/num_attention_heads; not implemented")
+        return config
+
+    def shapes(self):
+        """Every parameter's Hugging Face name and shape, in the order of the flat buffer.
+
+        Matrices first, for only they decay; q, k, v and gate, up of a block lie side by side, so that one product
+        serves them.
+        """
+        C, F, q, kv = self.embedding_dim, self.hidden_dim, self.embedding_dim, self.n_kv_head * self.head_dim
+        matrices, vectors = {"model.embed_tokens.weight": (self.vocab_size, C)}, {}
+        for i in range(self.n_block):
+            block = f"model.layers.{i}."
+            for name, shape in {
+                "self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C),
+                "self_attn.o_proj": (C, q), "mlp.gate_proj": (F, C), "mlp.up_proj": (F, C), "mlp.down_proj": (C, F),
+            }.items():
+                matrices[block + name + ".weight"] = shape
+            vectors[block + "input_layernorm.weight"] = vectors[block + "post_attention_layernorm.weight"] = (C,)
+        if not self.tie_embeddings:
+            matrices["lm_head.weight"] = (self.vocab_size, C)
+        return matrices | vectors | {"model.norm.weight": (C,)}
+
+
+# ---------------------------------------------------------------- files
+
+def replace_file(path, write):
+    """Have write(path) make a file beside `path`, then rename it there: under its name it is whole, or the old one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """The JSON object in a file. Raises InputError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise InputError(f"{path}: {problem.strerror}; a Hugging Face model folder is needed") from None
+    except ValueError as problem:       # not UTF-8, or not JSON
+        raise InputError(f"{path}: not valid JSON ({problem})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def find_tensors(folder, config):
+    """{parameter name: the .safetensors file that holds it}, after checking names, shapes and types against config.
+
+    Only headers are read: a file that claims more than it holds, or a config that asks for more, allocates nothing.
+    Raises InputError naming the file.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).exists() and index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+            raise InputError(f"{index}: weight_map must name a file for every tensor")
+        names = sorted(set(weight_map.values()))
+    shapes, found = config.shapes(), {}
+    for path in (folder / name for name in names):
+        if path.resolve().parent != folder.resolve():
+            raise InputError(f"{path}: leads out of the model's folder")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                headers = {name: file.get_slice(name) for name in file.keys()}      # noqa: SIM118 (not a dict)
+                for name, header in headers.items():
+                    if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_embeddings:
+                        continue        # RoPE's angles follow from the config; a tied head is the embedding
+                    if name not in shapes:
+                        raise InputError(f"{path}: tensor {name} is not part of a Llama of this config.json")
+                    if tuple(header.get_shape()) != shapes[name]:
+                        raise InputError(f"{path}: {name} has shape {tuple(header.get_shape())}, "
+                                         f"config.json asks for {shapes[name]}")
+                    if header.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+                        raise InputError(f"{path}: {name} is {header.get_dtype()}; only floats are implemented")
+                    found[name] = path
+        except OSError as problem:
+            raise InputError(f"{path}: {problem.strerror or problem}; is this a model's folder?") from None
+        except SafetensorError as problem:
+            raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
+    missing = next((name for name in shapes if name not in found), None)
+    if missing:
+        raise InputError(f"{folder / names[0]}: tensor {missing} is missing")
+    return found
+
+
+# ---------------------------------------------------------------- sampling
+
+def check_sampling(temperature, top_k, top_p):
+    """Raise InputError unless `sample` can use these."""
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature must be 0 (greedy) or above, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
+
+
+def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    """softmax(logits / temperature), (B, V) -> float64 (B, V), of which only the likeliest tokens may stay:
+
+    the top_k largest; of these the fewest that hold a share top_p of the probability (nucleus sampling, Holtzman
+    et al. 2020, §3.1). The rest gets 0. temperature 0 leaves the largest alone.
+    """
+    z = np.asarray(logits, np.float64)
+    if temperature == 0:
+        return (np.arange(z.shape[1]) == z.argmax(1)[:, None]).astype(np.float64)
+    z = (z - z.max(1, keepdims=True)) / temperature
+    if top_k is not None and top_k < z.shape[1]:
+        z[z < np.partition(z, -top_k, axis=1)[:, -top_k, None]] = -np.inf
+    p = np.exp(z)
+    p /= p.sum(1, keepdims=True)
+    if top_p is not None and top_p < 1:
+        order = np.argsort(-p, axis=1, kind="stable")
+        down = np.take_along_axis(p, order, 1)
+        down[np.cumsum(down, 1) - down >= top_p] = 0        # the share was reached before this token
+        np.put_along_axis(p, order, down, 1)
+        p /= p.sum(1, keepdims=True)
+    return p
+
+
+def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
+    """One token a row of logits (B, V), chosen by u (B,), uniform on [0, 1): the first whose cumulated p exceeds u."""
+    if temperature == 0:
+        return np.asarray(logits).argmax(1)
+    total = np.cumsum(probabilities(logits, temperature, top_k, top_p), 1)
+    return (total > (u * total[:, -1])[:, None]).argmax(1)
+
+
+# ---------------------------------------------------------------- the key/value cache
+
+class KVCache:
+    """Keys and values of the positions read so far, so that a new token costs one position, not all of them."""
+
+    def __init__(self, config, batch, dtype):
+        shape = (config.n_block, batch, config.n_kv_head, config.max_context, config.head_dim)
+        self.k, self.v = device.xp.empty(shape, dtype), device.xp.empty(shape, dtype)
+        self.length = 0
+
+    def extend(self, block, k, v):
+        """Store k and v (B, K, T, D) of the newest T positions; all so far, (B, K, S, D)."""
+        end = self.length + k.shape[2]
+        self.k[block, :, :, self.length:end], self.v[block, :, :, self.length:end] = k.data, v.data
+        return Tensor(self.k[block, :, :, :end]), Tensor(self.v[block, :, :, :end])
+
+
+# ---------------------------------------------------------------- the transformer
+
+Block = namedtuple("Block", "norm1 qkv o norm2 gate_up down")
+
+
+class NanoLLM:
+    """The transformer of this Config with fresh weights, a pure function of the seed (None: left for `load` to fill).
+
+    `flat` (all parameters), `flat_grad` (all gradients, never None): two 1-D arrays of which the parameters are views;
+    the first `n_matrix` elements belong to matrices. dtype float64 exists for gradient checks.
+
+    Weights start as normals of deviation 0.02; the two matrices of a block that write into h at 0.02/√(2·n_block), so
+    that the sum of all 2·n_block contributions has the same size at any depth (GPT-2, Radford et al. 2019, §2.3).
+    Small logits at the start mean an even guess: the first loss is near ln V.
+    """
+
+    def __init__(self, config, seed=0, dtype=np.float32):
+        xp, self.config = device.xp, config
+        shapes = config.shapes()
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+        self.n_matrix = int(sum(np.prod(shape) for shape in shapes.values() if len(shape) == 2))
+        self.flat, self.flat_grad = xp.ones(int(ends[-1]), dtype), xp.zeros(int(ends[-1]), dtype)
+        rng, residual = np.random.default_rng(seed), (2 * config.n_block) ** -0.5
+        self._parameters, start = {}, 0
+        for (name, shape), end in zip(shapes.items(), ends.tolist(), strict=True):
+            self._parameters[name] = self._view(start, end, shape)
+            if len(shape) == 2 and seed is not None:
+                scale = 0.02 * (residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+                weights = rng.standard_normal(end - start, np.float32)
+                self.flat[start:end] = xp.asarray((weights * scale).astype(dtype))
+            start = end
+        one = self._parameters
+        self.embed, self.norm = one["model.embed_tokens.weight"], one["model.norm.weight"]
+        self.lm_head = self.embed if config.tie_embeddings else one["lm_head.weight"]
+        self.blocks = [Block(one[at + "input_layernorm.weight"],
+                             self._joint(*(at + f"self_attn.{x}_proj.weight" for x in "qkv")),
+                             one[at + "self_attn.o_proj.weight"],
+                             one[at + "post_attention_layernorm.weight"],
+                             self._joint(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
+                             one[at + "mlp.down_proj.weight"])
+                       for at in (f"model.layers.{i}." for i in range(config.n_block))]
+        # angle of pair i at position t: t · θ^(-2i/D), from one turn in 2π positions to one in nearly 2πθ
+        D = config.head_dim
+        angles = np.outer(np.arange(config.max_context), config.rope_theta ** (-np.arange(0, D, 2) / D))
+        self.cos, self.sin = (xp.asarray(table.astype(dtype)) for table in (np.cos(angles), np.sin(angles)))
+
+    def _view(self, start, end, shape):
+        tensor = Tensor(self.flat[start:end].reshape(shape), requires_grad=True)
+        tensor.grad = self.flat_grad[start:end].reshape(shape)
+        return tensor
+
+    def _joint(self, *names):
+        """Matrices that lie side by side in the flat buffer, as one: the same memory, one product."""
+        shapes, start = self.config.shapes(), 0
+        for name, shape in shapes.items():
+            if name == names[0]:
+                break
+            start += int(np.prod(shape))
+        rows, columns = sum(shapes[name][0] for name in names), shapes[names[0]][1]
+        return self._view(start, start + rows * columns, (rows, columns))
+
+    def parameters(self):
+        """{Hugging Face name: Tensor}; data and grad are views of `flat` and `flat_grad`."""
+        return dict(self._parameters)
+
+    def _attend(self, i, h, cache):
+        """Block i's attention on h (B, T, C): one product for q, k and v; RoPE; attention; one product back to C."""
+        config, (B, T, C) = self.config, h.shape
+        H, K, D = config.n_head, config.n_kv_head, config.head_dim
+        start = cache.length if cache else 0
+        cos, sin = self.cos[start:start + T], self.sin[start:start + T]
+        heads = linear(h, self.blocks[i].qkv).reshape(B, T, H + 2 * K, D).transpose(0, 2, 1, 3)  # (B, H+2K, T, D)
+        q, k, v = rope(heads[:, :H], cos, sin), rope(heads[:, H:H + K], cos, sin), heads[:, H + K:]
+        if cache:
+            k, v = cache.extend(i, k, v)                                                        # (B, K, S, D)
+        out = attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, C)
+        return linear(out, self.blocks[i].o)
+
+    def hidden(self, ids, cache=None):
+        """The last hidden state (B, T, C), normalised, of ids (B, T) that follow what `cache` has read.
+
+        Raises IndexError for an id outside the vocabulary, ValueError for more positions than max_context.
+        """
+        ids = token_ids(ids, self.config.vocab_size)
+        end = (cache.length if cache else 0) + ids.shape[1]
+        if end > self.config.max_context:
+            raise ValueError(f"{end} positions are more than max_context, {self.config.max_context}")
+        eps, h = self.config.eps, embedding(self.embed, ids)
+        for i, block in enumerate(self.blocks):
+            h = h + self._attend(i, rmsnorm(h, block.norm1, eps), cache)
+            gated = glu(linear(rmsnorm(h, block.norm2, eps), block.gate_up), activation=self.config.activation)
+            h = h + linear(gated, block.down)
+        if cache:
+            cache.length = end
+        return rmsnorm(h, self.norm, eps)
+
+    def __call__(self, ids):
+        """ids (B, T) -> logits (B, T, V): position t's say what follows ids[:, :t + 1]."""
+        return linear(self.hidden(ids), self.lm_head)
+
+    def loss(self, ids, targets):
+        """Mean cross-entropy in nats of targets (B, T), the ids that follow; a scalar Tensor."""
+        return linear_cross_entropy(self.hidden(ids), self.lm_head, targets)
+
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop_ids=(),
+                 use_cache=True):
+        """Yield up to max_new_tokens ids that continue `ids`: an int each for 1-D ids, an array (B,) for (B, T).
+
+        temperature 0 is greedy; for top_k and top_p see `sample`. A stop id ends its row and is still yielded; a
+        batch ends when all its rows have, until then an ended row repeats its stop id.
+        The context holds max_context tokens. When one more comes, its oldest half is dropped and the rest is read
+        again, with and without the cache: the positions of what is kept change, so no cached key would be right.
+        Raises InputError for settings out of range, IndexError for ids outside the vocabulary.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim not in (1, 2) or ids.size == 0:
+            raise InputError(f"generate needs at least one token to continue, in shape (T,) or (B, T), not {ids.shape}")
+        token_ids(ids, self.config.vocab_size)
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+        check_sampling(temperature, top_k, top_p)
+        return self._generate(ids, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, use_cache)
+
+    def _generate(self, ids, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, use_cache):
+        rng, rows, start, cache = np.random.default_rng(seed), np.atleast_2d(ids), 0, None
+        ended = np.zeros(len(rows), bool)
+        for _ in range(max_new_tokens):
+            new = rows[:, -1:]
+            while rows.shape[1] - start > self.config.max_context:
+                start, cache = start + max(self.config.max_context // 2, 1), None
+            if cache is None:
+                new, cache = rows[:, start:], use_cache and KVCache(self.config, len(rows), self.flat.dtype) or None
+            with no_grad():
+                last = self.hidden(new, cache)[:, -1]
+                logits = device.to_host(linear(last, self.lm_head).data)        # (B, V)
+            chosen = sample(logits, rng.random(len(rows)), temperature, top_k, top_p)
+            chosen = np.where(ended, rows[:, -1], chosen)
+            rows = np.concatenate([rows, chosen[:, None]], 1)
+            yield int(chosen[0]) if ids.ndim == 1 else chosen
+            ended |= np.isin(chosen, list(stop_ids))
+            if ended.all():
+                return
+
+    def save(self, folder, **settings):
+        """Write config.json (with `settings` over its own, such as eos_token_id) and model.safetensors into folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: np.ascontiguousarray(device.to_host(t.data)) for name, t in self._parameters.items()}
+        replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+        config = json.dumps(self.config.to_hugging_face() | settings, indent=2) + "\n"
+        replace_file(folder / "config.json", lambda path: path.write_text(config))
+
+    @classmethod
+    def load(cls, folder):
+        """The model of a Hugging Face folder (config.json with model.safetensors, or its shards), Llama type only.
+
+        float16 and bfloat16 weights are widened to float32. Raises InputError naming the file and what is wrong
+        with it; nothing in a file is ever executed.
+        """
+        folder = Path(folder)
+        hf = read_json(folder / "config.json")
+        try:
+            config = Config.from_hugging_face(hf)
+        except InputError as problem:
+            raise InputError(f"{folder / 'config.json'}: {problem}") from None
+        found = find_tensors(folder, config)
+        model = cls(config, seed=None)
+        for name, tensor in model._parameters.items():
+            with safe_open(found[name], framework="numpy") as file:
+                weights = file.get_tensor(name)
+            if not np.isfinite(weights).all():
+                raise InputError(f"{found[name]}: {name} holds NaN or infinity")
+            tensor.data[...] = device.xp.asarray(weights.astype(np.float32))
+        return model
