@@ -12,7 +12,7 @@ CI = bool(os.environ.get("CI"))
 
 
 def reference(name):
-    """The package `name` (torch, transformers, ...) to compare with; without it a test skips, except in CI."""
+    """The package `name`, such as torch, to compare with; a test without it skips, except in CI."""
     return importlib.import_module(name) if CI else pytest.importorskip(name)
 
 
