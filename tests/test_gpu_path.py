@@ -1,0 +1,204 @@
+"""The GPU's path through nanollm, on a machine without one: everything equals NumPy on the strict stand-in.
+
+Whatever CuPy would refuse (see strict_cupy.py) fails here, and so does a product handed to cuBLAS the wrong way
+round. `NANOLLM_DEVICE=gpu python -m pytest tests` runs all the other tests on a real card.
+"""
+
+import numpy as np
+import pytest
+from conftest import reference
+
+reference("cupy")
+
+from strict_cupy import cp, strict_gpu  # noqa: E402  (it needs CuPy)
+
+import autograd as ag  # noqa: E402
+import device  # noqa: E402
+import nanollm  # noqa: E402
+import train  # noqa: E402
+from autograd import Tensor  # noqa: E402
+
+TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
+
+
+def on_both(work, tolerance):
+    """The arrays that work() returns must be the same on NumPy and on the stand-in."""
+    before = device.xp
+    device.use("cpu")
+    expected = [device.to_host(a) for a in work()]
+    with strict_gpu():
+        results = work()
+        assert all(isinstance(a, cp.ndarray) for a in results), "an array is not on the device"
+        got = [device.to_host(a) for a in results]
+    device.use("cpu" if before is np else "gpu")
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * abs(b).max(initial=1), err_msg=number)
+
+
+IDS = np.array([[0, 3, 3, 8, 1], [8, 8, 2, 0, 5]])
+
+OPS = {  # op and the shapes of its inputs
+    "add": (ag.add, (2, 3), (3,)),
+    "sub": (ag.sub, (2, 1), (2, 3)),
+    "mul": (ag.mul, (2, 3), (1, 3)),
+    "div": (lambda a, b: ag.div(a, b * b + 1), (2, 3), (2, 3)),
+    "neg": (ag.neg, (2, 3)),
+    "power": (lambda x: ag.power(x * x + 1, 0.5), (2, 3)),
+    "numbers": (lambda x: 1 - (2 * x + 3) / 4, (2, 3)),
+    "sum": (lambda x: x.sum(axis=1, keepdims=True) + x.sum(axis=(0, -1)) + x.sum(), (2, 3)),
+    "mean": (lambda x: ag.mean(x, axis=-1), (2, 3)),
+    "reshape": (lambda x: x.reshape(3, 2), (2, 3)),
+    "transpose": (lambda x: x.transpose(2, 0, 1).reshape(4, -1), (2, 3, 4)),
+    "getitem": (lambda x: x[1:, ..., ::2] * x[0, :, 1:3], (3, 2, 4)),
+    "matmul": (ag.matmul, (2, 1, 3, 4), (5, 4, 2)),
+    "matmul of views": (lambda a, b: ag.matmul(a.transpose(0, 2, 1), b.transpose(0, 2, 1)), (2, 4, 3), (2, 5, 4)),
+    "linear": (ag.linear, (2, 5, 4), (3, 4)),
+    "embedding": (lambda w: ag.embedding(w, IDS), (9, 4)),
+    "softmax": (ag.softmax, (2, 3, 5)),
+    "rmsnorm": (ag.rmsnorm, (2, 3, 5), (5,)),
+    "glu silu": (lambda g, u: ag.glu(g, u, "silu"), (2, 3, 4), (2, 3, 4)),
+    "glu sigmoid": (lambda g, u: ag.glu(g, u, "sigmoid"), (2, 3, 4), (2, 3, 4)),
+    "glu gelu": (lambda g, u: ag.glu(g, u, "gelu"), (2, 3, 4), (2, 3, 4)),
+    "glu relu": (lambda g, u: ag.glu(g, u, "relu"), (2, 3, 4), (2, 3, 4)),
+    "glu joint": (lambda both: ag.glu(both, activation="silu"), (2, 3, 8)),
+    "attention": (ag.attention, (2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
+    "attention, grouped, S > T": (ag.attention, (2, 6, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
+    "attention in blocks": (ag.attention, (1, 2, 140, 4), (1, 1, 150, 4), (1, 1, 150, 4)),
+    "cross_entropy": (lambda z: ag.cross_entropy(z, IDS), (2, 5, 9)),
+    "linear_cross_entropy": (lambda x, w: ag.linear_cross_entropy(x, w, IDS), (2, 5, 4), (9, 4)),
+}
+
+
+def test_every_op_of_the_engine_is_here():
+    """A new op has to be added to OPS: each makes its result with _result, or is made of ops that do."""
+    covered = " ".join(OPS) + " rope tensor"
+    public = {name for name, f in vars(ag).items() if callable(f) and getattr(f, "__module__", "") == "autograd"
+              and "_result" in getattr(getattr(f, "__code__", None), "co_names", ())}
+    assert {name for name in public if name not in covered} == set()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_equals_numpy(rng, dtype, name):
+    op, *shapes = OPS[name]
+    inputs = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+    def work():
+        leaves = [Tensor(x.copy(), requires_grad=True) for x in inputs]
+        out = op(*leaves)
+        cotangent = np.random.default_rng(1).standard_normal(out.shape).astype(dtype)
+        out.backward(device.xp.asarray(cotangent))
+        return [out.data, *(leaf.grad for leaf in leaves)]
+    on_both(work, TOLERANCE[dtype])
+
+
+def test_rope_equals_numpy(rng, dtype):
+    x, cos, sin = (rng.standard_normal(shape).astype(dtype) for shape in ((2, 3, 5, 8), (5, 4), (5, 4)))
+
+    def work():
+        leaf = Tensor(x.copy(), requires_grad=True)
+        out = ag.rope(leaf, device.xp.asarray(cos), device.xp.asarray(sin))
+        out.backward(device.xp.asarray(x[::-1] + 1))
+        return [out.data, leaf.grad]
+    on_both(work, TOLERANCE[dtype])
+
+
+def test_gradcheck_runs_on_the_device(rng):
+    with strict_gpu():
+        assert ag.gradcheck(ag.rmsnorm, rng.standard_normal((2, 3)), rng.standard_normal(3))
+        with pytest.raises(AssertionError, match="finite differences"):
+            ag.gradcheck(lambda x: Tensor(x.data) * x, rng.standard_normal(3))
+
+
+def test_matmul_of_any_layout(rng):
+    """Broadcast, transposed and sliced operands, sizes of 1, in both precisions and into a slice of `out`."""
+    a, b = rng.standard_normal((4, 3, 7)), rng.standard_normal((4, 7, 5))
+    w = rng.standard_normal((1, 7)).astype(np.float32)
+
+    def work():
+        x, y, v = (device.xp.asarray(h) for h in (a, b, w))
+        out = device.xp.ones((4, 3, 8))
+        device.matmul(x, y, out=out[..., 2:7])
+        device.matmul(x[:, ::-1], y, out=out[..., 2:7], accumulate=True)
+        return [out, device.matmul(x, device.xp.broadcast_to(y[0], y.shape)), device.matmul(x[1:2], y[:1]),
+                device.matmul(y.swapaxes(1, 2)[:, 1:], x.swapaxes(1, 2)), device.matmul(x[:, :, :1], y[:, :1]),
+                device.matmul(v, v.T), device.matmul(v.T, v), device.matmul(x[:, :0], y),
+                device.matmul(x[..., :0], y[:, :0]), device.matmul(x[0], y[0, :, ::2])]
+    on_both(work, 1e-12)
+
+
+CONFIGS = {
+    "plain": nanollm.Config(vocab_size=23, embedding_dim=16, n_block=2, n_head=4, max_context=12, hidden_dim=24),
+    "grouped and tied": nanollm.Config(vocab_size=23, embedding_dim=16, n_block=2, n_head=4, n_kv_head=2,
+                                       max_context=12, hidden_dim=24, tie_embeddings=True, activation="gelu"),
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def config(request):
+    return request.param
+
+
+def test_logits_loss_and_gradients_equal_numpy(rng, config):
+    ids = rng.integers(0, config.vocab_size, (3, 13))
+
+    def work():
+        model = nanollm.NanoLLM(config, seed=3)
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        return [model.flat, model(ids[:, :-1]).data, loss.data, model.flat_grad]
+    on_both(work, 1e-5)
+
+
+def test_training_steps_equal_numpy(rng, config):
+    batches = rng.integers(0, config.vocab_size, (3, 2, 13))
+
+    def work():
+        model = nanollm.NanoLLM(config, seed=3)
+        adam = train.Adam(model, lr=1e-2, weight_decay=0.1)
+        losses = []
+        for ids in batches:
+            adam.zero_grad()
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            adam.step(scale=1 / train.gradient_norm(model))
+            losses.append(loss.data)
+        return [*losses, model.flat, adam.m, adam.v]
+    on_both(work, 1e-4)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_equals_numpy(config, use_cache):
+    """Past the end of the context too, where the oldest half is dropped."""
+    def work():
+        model = nanollm.NanoLLM(config, seed=3)
+        model.flat *= 20    # away from the even guess
+        batch = [[3, 1, 4], [1, 5, 9]]
+        greedy = list(model.generate([3, 1, 4], 20, temperature=0, use_cache=use_cache))
+        sampled = np.array(list(model.generate(batch, 20, top_k=9, top_p=0.9, seed=5, use_cache=use_cache)))
+        return [device.xp.asarray(a) for a in (greedy, sampled)]
+    on_both(work, 0)
+
+
+def test_a_model_saved_on_one_device_loads_on_the_other(tmp_path, config):
+    on_cpu = nanollm.NanoLLM(config, seed=3)
+    expected = device.to_host(on_cpu.flat)
+    on_cpu.save(tmp_path / "cpu")
+    with strict_gpu():
+        model = nanollm.NanoLLM.load(tmp_path / "cpu")
+        assert isinstance(model.flat, cp.ndarray)
+        np.testing.assert_array_equal(model.flat.get(), expected)
+        model.save(tmp_path / "gpu")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "gpu" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()
+
+
+def test_wrong_token_ids_are_caught_on_the_host(config):
+    """On the device they would wrap around in silence."""
+    with strict_gpu():
+        model = nanollm.NanoLLM(config)
+        for ids in ([[0, config.vocab_size]], [[-1, 0]]):
+            with pytest.raises(IndexError, match="token id"):
+                model(np.array(ids))
+            with pytest.raises(IndexError, match="token id"):
+                model.loss(np.array([[0, 1]]), np.array(ids))
