@@ -99,8 +99,8 @@ class Config:
         if hf.get("model_type") != "llama":
             raise InputError(f"model_type {hf.get('model_type')!r} is not implemented, only 'llama'")
         ropes = [r for r in (hf.get("rope_scaling"), hf.get("rope_parameters")) if r]
-        for rope in ropes:
-            kind = rope.get("rope_type", rope.get("type"))
+        for one in ropes:
+            kind = one.get("rope_type", one.get("type"))
             if kind != "default":
                 raise InputError(f"RoPE scaling (rope_type {kind!r}) is not implemented")
         for name in ("attention_bias", "mlp_bias", "quantization_config"):
@@ -149,11 +149,16 @@ class Config:
 
 # ---------------------------------------------------------------- files
 
+_UMASK = os.umask(0)                    # can only be read by being set
+os.umask(_UMASK)
+
+
 def replace_file(path, write):
     """Have write(path) make a file beside `path`, then rename it there: under its name it is whole, or the old one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(beside)
+        beside.chmod(0o666 & ~_UMASK)       # safetensors makes files that only their owner can read
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -184,7 +189,7 @@ def find_tensors(folder, config):
     names = ["model.safetensors"]
     if not (folder / names[0]).exists() and index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise InputError(f"{index}: weight_map must name a file for every tensor")
         names = sorted(set(weight_map.values()))
     shapes, found = config.shapes(), {}
@@ -193,9 +198,9 @@ def find_tensors(folder, config):
             raise InputError(f"{path}: leads out of the model's folder")
         try:
             with safe_open(path, framework="numpy") as file:
-                headers = {name: file.get_slice(name) for name in file.keys()}      # noqa: SIM118 (not a dict)
+                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 for name, header in headers.items():
-                    if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_embeddings:
+                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
                         continue        # RoPE's angles follow from the config; a tied head is the embedding
                     if name not in shapes:
                         raise InputError(f"{path}: tensor {name} is not part of a Llama of this config.json")
@@ -406,7 +411,8 @@ class NanoLLM:
             while rows.shape[1] - start > self.config.max_context:
                 start, cache = start + max(self.config.max_context // 2, 1), None
             if cache is None:
-                new, cache = rows[:, start:], use_cache and KVCache(self.config, len(rows), self.flat.dtype) or None
+                new = rows[:, start:]
+                cache = KVCache(self.config, len(rows), self.flat.dtype) if use_cache else None
             with no_grad():
                 last = self.hidden(new, cache)[:, -1]
                 logits = device.to_host(linear(last, self.lm_head).data)        # (B, V)

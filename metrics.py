@@ -1,0 +1,115 @@
+"""What a run tells: metrics.csv, loss.png, and on the terminal a bar or, elsewhere, plain lines."""
+import csv
+import math
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+from nanollm import replace_file
+
+COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity", "val_bits_per_byte",
+           "learning_rate", "grad_norm", "tokens_per_second", "seconds")
+
+
+# ---------------------------------------------------------------- metrics.csv and loss.png
+
+def read(path):
+    """The rows of metrics.csv as dicts of strings; a line that a crash cut short does not count."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and row["seconds"] and row["step"].isdigit()]
+
+
+def rewind(path, step):
+    """Forget the rows after `step`, as the run goes on from there; with step 0 the file is begun."""
+    rows = [row for row in read(path) if int(row["step"]) <= step]
+
+    def write(beside):
+        with open(beside, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    replace_file(path, write)
+
+
+def append(path, row):
+    """Add a row, a dict of some of COLUMNS; numbers are written so that they read back the same."""
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(row)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def draw_loss(folder):
+    """Draw loss.png from metrics.csv: training and validation loss, in nats, by step."""
+    from matplotlib.figure import Figure  # here, because importing it takes as long as a small model's start
+
+    rows = read(folder / "metrics.csv")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (("train_loss", "training", "-"), ("val_loss", "validation (unseen text)", "o-")):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
+    replace_file(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
+
+
+# ---------------------------------------------------------------- the terminal
+
+class Progress:
+    """The bar on a terminal, a line now and then elsewhere; and the clock: tokens/s, time left, seconds in all."""
+
+    def __init__(self, total, step, seconds):
+        self.total, self.began = total, time.monotonic() - seconds
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.restart()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    @property
+    def seconds(self):
+        """Since the run began, over all its resumptions."""
+        return time.monotonic() - self.began
+
+    def restart(self):
+        """Measure the speed from here: what came between, such as an evaluation, was no training."""
+        self.tokens = self.steps = 0
+        self.since = time.monotonic()
+
+    def advance(self, tokens):
+        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
+        self.bar.update()
+
+    @property
+    def speed(self):
+        """Tokens a second since the last restart."""
+        return self.tokens / max(time.monotonic() - self.since, 1e-9)
+
+    def say(self, text):
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def show(self, step, loss, lr, norm):
+        text = f"loss {loss:.4f}  ppl {perplexity(loss):,.1f}  lr {lr:.1e}  |g| {norm:.2f}  {self.speed:,.0f} tok/s"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text)
+            return
+        left = (time.monotonic() - self.since) / max(self.steps, 1) * (self.total - step)
+        self.say(f"step {step}/{self.total}  {text}  {tqdm.format_interval(left)} left")
+
+
+def perplexity(loss):
+    """exp(loss): as unsure as an even choice among so many tokens."""
+    return math.exp(min(loss, 700)) if loss == loss else math.nan
