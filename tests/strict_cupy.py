@@ -31,7 +31,10 @@ from unittest import mock
 import cupy as real
 import cupy_backends.cuda.libs
 import numpy as np
+from cupy._core import _kernel
 from cupy._core import fusion as real_fusion
+from cupy._core._carray import Indexer
+from cupy._core._scalar import CScalar
 
 # ---------------------------------------------------------------- arrays
 
@@ -321,6 +324,7 @@ COMPUTED_OTHERWISE = {"take": _take, "take_along_axis": _take_along_axis}
 
 # ---------------------------------------------------------------- fused formulas
 
+traced = {}  # (formula, types of its arguments) -> the CUDA source of its kernel, for all that were ever called
 TRACED = (real_fusion._FusionVarArray, real_fusion._FusionVarScalar)
 
 
@@ -335,11 +339,12 @@ def _fuse(*args, **kwargs):
         kind = tuple((type(a), getattr(a, "dtype", None), getattr(a, "ndim", None)) for a in args)
         if kind not in kernels:
             kernels[kind] = fused_kernel(formula, *args)
+            traced[formula, kind] = cuda_source(kernels[kind], args)
         result = formula(*args)
         made = [r.dtype for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
-        traced = [p.dtype for p in kernels[kind].out_params]
-        if made != traced:
-            raise TypeError(f"{formula.__name__}: CuPy gives {traced}, NumPy {made}: give the scalars a type")
+        given = [p.dtype for p in kernels[kind].out_params]
+        if made != given:
+            raise TypeError(f"{formula.__name__}: CuPy gives {given}, NumPy {made}: give the scalars a type")
         return result
 
     return call
@@ -363,6 +368,19 @@ def fused_kernel(formula, *args):
     if not isinstance(kernel, real.ElementwiseKernel):
         raise TypeError(f"{formula.__name__}: a reduction inside a fused formula runs on one multiprocessor")
     return kernel
+
+
+def cuda_source(kernel, args):
+    """What CuPy would compile for arguments like these: arrays of one number of axes, not contiguous."""
+    ndim = max(a.ndim for a in args if isinstance(a, ndarray))
+    array, index, scalar = 1, 2, 3  # kinds of arguments
+    kinds = [(array, real.ndarray, a.dtype, ndim, False, True) if isinstance(a, ndarray) else
+             (scalar, CScalar, np.dtype(type(a)), 0, True, True) for a in args if a is not None]
+    results = [(array, real.ndarray, p.dtype, ndim, False, True) for p in kernel.out_params]
+    infos = [*kinds, *results, (index, Indexer, None, ndim, True, True)]
+    return _kernel._get_elementwise_kernel_code(
+        tuple(_kernel._ArgInfo(*info) for info in infos), _kernel._TypeMap(()), kernel.params, kernel.operation,
+        kernel.name, kernel.preamble, **kernel.kwargs)
 
 
 def _placeholder(a):

@@ -4,13 +4,15 @@ Whatever CuPy would refuse (see strict_cupy.py) fails here, and so does a produc
 round. `NANOLLM_DEVICE=gpu python -m pytest tests` runs all the other tests on a real card.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import reference
 
 reference("cupy")
 
-from strict_cupy import cp, strict_gpu  # noqa: E402  (it needs CuPy)
+from strict_cupy import cp, strict_gpu, traced  # noqa: E402  (it needs CuPy)
 
 import autograd as ag  # noqa: E402
 import device  # noqa: E402
@@ -202,3 +204,27 @@ def test_wrong_token_ids_are_caught_on_the_host(config):
                 model(np.array(ids))
             with pytest.raises(IndexError, match="token id"):
                 model.loss(np.array([[0, 1]]), np.array(ids))
+
+
+def test_fused_formulas_compile(rng):
+    """CuPy's own compiler makes a kernel for Hopper of each, and needs no card for it; in float32 nothing is double."""
+    reference("nvidia.cuda_nvrtc")
+    import cupy
+    from cupy.cuda.compiler import _NVRTCProgram
+    ids = rng.integers(0, 23, (2, 13))
+    with strict_gpu():
+        for activation in ag.ACTIVATIONS:
+            config = dataclasses.replace(CONFIGS["plain"], activation=activation)
+            for dtype in (np.float32, np.float64):
+                model = nanollm.NanoLLM(config, dtype=dtype)
+                model.loss(ids[:, :-1], ids[:, 1:]).backward()
+                train.Adam(model).step()
+    here = {f.formula for module in (ag, nanollm, train) for f in vars(module).values() if hasattr(f, "formula")}
+    assert here and here <= {formula for formula, kind in traced}
+    options = cupy._core.core.assemble_cupy_compiler_options(())
+    options += "-arch=sm_90", "-ftz=true", "--device-as-default-execution-space"
+    for (formula, kind), source in traced.items():
+        if not formula.__module__.startswith("test_"):
+            assert _NVRTCProgram(source, f"{formula.__name__}.cu", method="cubin").compile(options)[0]
+            if all(dtype == np.float32 for cls, dtype, _ in kind if cls is cp.ndarray):
+                assert "static_cast< double >" not in source, f"{formula.__name__} computes in float64"
