@@ -211,8 +211,8 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
                     raise InputError(f"10 steps in a row were not finite, the first place is the {diagnose(model, x)}: "
                                      f"lower --learning-rate; the checkpoints in {run.folder} are as they were")
             if state.step == 1:
-                progress.say(f"step 0: loss {loss:.3f} before training; an even guess among {train_set.vocab_size} tokens "
-                             f"has ln V = {math.log(train_set.vocab_size):.3f}, one by their frequencies alone "
+                progress.say(f"step 0: loss {loss:.3f} before training; an even guess among {train_set.vocab_size} "
+                             f"tokens has ln V = {math.log(train_set.vocab_size):.3f}, one by their frequencies alone "
                              f"{unigram_entropy(train_set):.3f}")
             progress.advance(big_batch * train_set.seq_len)
 
