@@ -1,0 +1,77 @@
+"""Run what README.md reports and write it there:  python docs/results.py SHAKESPEARE.txt CHARACTERS.tokenizer.json
+
+The two files are tinyshakespeare and a character tokenizer of its 65 characters; the demo needs none. Writes
+docs/demo.png, docs/shakespeare.png and the block between the `results` marks in README.md.
+"""
+import csv
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+YARDSTICK = ("--n-block 4 --n-head 4 --embedding-dim 128 --hidden-dim 344 --max-context 64 --tie-embeddings "
+             "--batch-size 12 --max-steps 2000 --learning-rate 1e-3 --min-lr 1e-4 --warmup-steps 100 --beta2 0.99 "
+             "--weight-decay 0.1 --eval-every 250")
+
+
+def run(name, shown, flags):
+    """Train in a temporary folder; the lines of README.md about it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / name
+        train = [sys.executable, "train.py", *flags, "--artifact-dir", str(folder)]
+        log = subprocess.run(train, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(log)
+        with open(folder / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        last = rows[-1]
+        newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        about = json.loads((newest / "trainer.json").read_text())
+        prompt = about["command"]["prompt"] or "\n"
+        sample = subprocess.run([sys.executable, "generate.py", str(folder), "--prompt", prompt, "--seed", "1",
+                                 "--max-new-tokens", "300" if name == "shakespeare" else "80"],
+                                cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        shutil.copy(folder / "loss.png", ROOT / "docs" / f"{name}.png")
+    speeds = sorted(float(row["tokens_per_second"]) for row in rows)
+    parameters = re.search(r"model +([\d,]+) parameters", log)[1]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    return [
+        f"### {name}", "", f"    {shown}", "",
+        "| parameters | steps | tokens | training loss | validation loss | perplexity | bits per byte "
+        "| tokens/s | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| {parameters} | {last['step']} | {int(last['tokens']):,} | {float(last['train_loss']):.3f} "
+        f"| **{float(last['val_loss']):.3f}** | {float(last['val_perplexity']):.2f} "
+        f"| {float(last['val_bits_per_byte']):.3f} | {speeds[len(speeds) // 2]:,.0f} | {float(last['seconds']):.0f} |",
+        "", f"{about['versions']['device'].split(';')[0]}, {cpu()}; seed {about['command']['seed']}; "
+        f"commit {commit.strip()}. The model writes (`--seed 1`):", "",
+        *("    " + line for line in sample.strip().splitlines()), "",
+    ]
+
+
+def cpu():
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def main():
+    text, tokenizer = (str(Path(path).resolve()) for path in sys.argv[1:3])
+    lines = run("demo", "python train.py --demo", ["--demo"])
+    lines += run("shakespeare", "python train.py --text tinyshakespeare.txt --tokenizer characters.json \\\n        "
+                 + YARDSTICK.replace(" --batch", " \\\n        --batch"),
+                 ["--text", text, "--tokenizer", tokenizer, *YARDSTICK.split()])
+    lines.insert(-1, "\n![training and validation loss on tinyshakespeare](docs/shakespeare.png)")
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split("<!-- results: written by docs/results.py -->\n")
+    after = rest.split("<!-- /results -->")[1]
+    readme.write_text(before + "<!-- results: written by docs/results.py -->\n" + "\n".join(lines).rstrip()
+                      + "\n\n<!-- /results -->" + after)
+
+
+if __name__ == "__main__":
+    main()
