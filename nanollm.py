@@ -10,6 +10,7 @@ H n_head, K n_kv_head, D = C/H, F hidden_dim, V vocab_size. Weights are (out, in
 """
 import json
 import os
+import re
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ from device import InputError
 # ---------------------------------------------------------------- configuration
 
 _HF_ACTIVATION = {"silu": "silu", "sigmoid": "sigmoid", "gelu": "gelu_pytorch_tanh", "relu": "relu"}
+_HF_NAME = {"vocab_size": "vocab_size", "embedding_dim": "hidden_size", "n_block": "num_hidden_layers",
+            "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "hidden_dim": "intermediate_size",
+            "max_context": "max_position_embeddings", "eps": "rms_norm_eps", "rope_theta": "rope_theta",
+            "activation": "hidden_act", "tie_embeddings": "tie_word_embeddings"}
+_LARGEST = 1 << 20      # any size in a Config: a file that asks for more is broken, and would take all memory
 
 
 @dataclass(frozen=True)
@@ -59,18 +65,18 @@ class Config:
             object.__setattr__(self, "n_kv_head", self.n_head)
         for name in ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head", "max_context", "hidden_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+                raise InputError(f"{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
         for name in ("eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise InputError(f"{name} must be a number above 0, not {value!r}")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-30 < value < 1e30:
+                raise InputError(f"{name} must be a number above 0 that a float32 can hold, not {value!r}")
         if self.embedding_dim % (2 * self.n_head):
             raise InputError(f"embedding_dim ({self.embedding_dim}) must be a multiple of 2 * n_head ({self.n_head}): "
                              "heads of one even size, for RoPE turns pairs")
         if self.n_head % self.n_kv_head:
             raise InputError(f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
-        if self.activation not in ACTIVATIONS:
+        if self.activation not in list(ACTIVATIONS):
             raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
         if not isinstance(self.tie_embeddings, bool):
             raise InputError(f"tie_embeddings must be True or False, not {self.tie_embeddings!r}")
@@ -82,13 +88,10 @@ class Config:
     def to_hugging_face(self):
         """config.json of a LlamaForCausalLM (rope_theta as version 4 spells it, rope_parameters as version 5 does)."""
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": self.vocab_size,
-            "hidden_size": self.embedding_dim, "intermediate_size": self.hidden_dim,
-            "num_hidden_layers": self.n_block, "num_attention_heads": self.n_head,
-            "num_key_value_heads": self.n_kv_head, "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_context, "rms_norm_eps": self.eps, "rope_theta": self.rope_theta,
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+            **{name: getattr(self, field) for field, name in _HF_NAME.items()},
+            "head_dim": self.head_dim, "hidden_act": _HF_ACTIVATION[self.activation],
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "hidden_act": _HF_ACTIVATION[self.activation], "tie_word_embeddings": self.tie_embeddings,
             "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
             "bos_token_id": None, "eos_token_id": None,     # absent, transformers would take 1 and 2
         }
@@ -98,30 +101,33 @@ class Config:
         """The Config of a Llama-type config.json. Raises InputError naming any setting that is not implemented here."""
         if hf.get("model_type") != "llama":
             raise InputError(f"model_type {hf.get('model_type')!r} is not implemented, only 'llama'")
-        ropes = [r for r in (hf.get("rope_scaling"), hf.get("rope_parameters")) if r]
-        for one in ropes:
-            kind = one.get("rope_type", one.get("type"))
+        ropes = {name: hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
+        for name, rope_settings in ropes.items():
+            if not isinstance(rope_settings, dict):
+                raise InputError(f"{name} must be an object, not {rope_settings!r}")
+            unscaled = "default" if set(rope_settings) <= {"rope_theta"} else None
+            kind = rope_settings.get("rope_type", rope_settings.get("type", unscaled))
             if kind != "default":
-                raise InputError(f"RoPE scaling (rope_type {kind!r}) is not implemented")
+                raise InputError(f"{name}: RoPE scaling (rope_type {kind!r}) is not implemented")
         for name in ("attention_bias", "mlp_bias", "quantization_config"):
             if hf.get(name):
                 raise InputError(f"{name} is not implemented")
-        if hf.get("pretraining_tp", 1) != 1:
+        if hf.get("pretraining_tp") not in (None, 1):
             raise InputError("pretraining_tp other than 1 is not implemented")
         activations = {v: k for k, v in _HF_ACTIVATION.items()} | {"swish": "silu"}
-        if hf.get("hidden_act", "silu") not in activations:
+        if hf.get("hidden_act", "silu") not in list(activations):
             raise InputError(f"hidden_act {hf['hidden_act']!r} is not implemented")
+        for field in ("vocab_size", "embedding_dim", "n_block", "n_head", "hidden_dim"):
+            if _HF_NAME[field] not in hf:
+                raise InputError(f"{_HF_NAME[field]} is missing")
+        values = {"max_context": 2048} | {field: hf[name] for field, name in _HF_NAME.items() if name in hf}
+        values["activation"] = activations[hf.get("hidden_act", "silu")]
+        values |= next(({"rope_theta": r["rope_theta"]} for r in ropes.values() if "rope_theta" in r), {})
         try:
-            config = cls(
-                vocab_size=hf["vocab_size"], embedding_dim=hf["hidden_size"], n_block=hf["num_hidden_layers"],
-                n_head=hf["num_attention_heads"], n_kv_head=hf.get("num_key_value_heads"),
-                max_context=hf.get("max_position_embeddings", 2048), hidden_dim=hf["intermediate_size"],
-                eps=hf.get("rms_norm_eps", 1e-6),
-                rope_theta=next((r["rope_theta"] for r in ropes if "rope_theta" in r), hf.get("rope_theta", 10000.0)),
-                activation=activations[hf.get("hidden_act", "silu")],
-                tie_embeddings=hf.get("tie_word_embeddings", False))
-        except KeyError as missing:
-            raise InputError(f"the setting {missing} is missing") from None
+            config = cls(**values)
+        except InputError as problem:       # in the file's words
+            words = r"\b(" + "|".join(_HF_NAME) + r")\b"
+            raise InputError(re.sub(words, lambda found: _HF_NAME[found[0]], str(problem))) from None
         if hf.get("head_dim") not in (None, config.head_dim):
             raise InputError(f"head_dim {hf['head_dim']} is not hidden_size/num_attention_heads; not implemented")
         return config
@@ -172,11 +178,19 @@ def read_json(path):
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise InputError(f"{path}: {problem.strerror}; a Hugging Face model folder is needed") from None
-    except ValueError as problem:       # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as problem:     # not UTF-8, not JSON, or brackets in brackets without end
         raise InputError(f"{path}: not valid JSON ({problem})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
     return value
+
+
+def file_in(folder, name):
+    """The path of a file in the folder. Raises InputError if it leads out of there, as "../x" or a link may."""
+    path = folder / name
+    if not name.isprintable() or os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+        raise InputError(f"{folder}: {name!r} leads out of the model's folder; copy the file itself there")
+    return path
 
 
 def find_tensors(folder, config):
@@ -185,35 +199,45 @@ def find_tensors(folder, config):
     Only headers are read: a file that claims more than it holds, or a config that asks for more, allocates nothing.
     Raises InputError naming the file.
     """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if not (folder / names[0]).exists() and index.exists():
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not os.path.lexists(folder / names[0]) and os.path.lexists(index):
+        file_in(folder, index.name)
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(x, str) for x in weight_map.values())):
             raise InputError(f"{index}: weight_map must name a file for every tensor")
         names = sorted(set(weight_map.values()))
-    shapes, found = config.shapes(), {}
-    for path in (folder / name for name in names):
-        if path.resolve().parent != folder.resolve():
-            raise InputError(f"{path}: leads out of the model's folder")
+    headers, found = {}, {}
+    for path in [file_in(folder, name) for name in names]:
         try:
+            if not path.is_file():
+                raise InputError(f"{path}: there is no such file; is this a model's folder?")
             with safe_open(path, framework="numpy") as file:
-                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                for name, header in headers.items():
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
-                        continue        # RoPE's angles follow from the config; a tied head is the embedding
-                    if name not in shapes:
-                        raise InputError(f"{path}: tensor {name} is not part of a Llama of this config.json")
-                    if tuple(header.get_shape()) != shapes[name]:
-                        raise InputError(f"{path}: {name} has shape {tuple(header.get_shape())}, "
-                                         f"config.json asks for {shapes[name]}")
-                    if header.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-                        raise InputError(f"{path}: {name} is {header.get_dtype()}; only floats are implemented")
-                    found[name] = path
+                for name in file.keys():        # noqa: SIM118 (it is no dict)
+                    header = file.get_slice(name)
+                    headers[name] = path, tuple(header.get_shape()), header.get_dtype()
         except OSError as problem:
             raise InputError(f"{path}: {problem.strerror or problem}; is this a model's folder?") from None
         except SafetensorError as problem:
             raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
+    if config.n_block > len(headers):       # before `shapes` lists the parameters of a billion blocks
+        raise InputError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_block}, "
+                         f"but the model's files hold {len(headers)} tensors in all")
+    shapes = config.shapes()
+    for name, (path, shape, dtype) in headers.items():
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+            continue        # RoPE's angles follow from the config; a tied head is the embedding
+        if name not in shapes:
+            raise InputError(f"{path}: tensor {name!r} is not part of a Llama of this config.json")
+        if shape != shapes[name]:
+            raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {shapes[name]}")
+        if dtype not in ("F32", "F16", "BF16", "F64"):
+            raise InputError(f"{path}: {name} is {dtype}; only F32, F16, BF16 and F64 are implemented")
+        if dtype == "BF16":
+            try:
+                import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's, which safetensors asks for by name)
+            except ImportError:
+                raise InputError(f"{path}: {name} is bfloat16; pip install ml_dtypes, to read it") from None
+        found[name] = path
     missing = next((name for name in shapes if name not in found), None)
     if missing:
         raise InputError(f"{folder / names[0]}: tensor {missing} is missing")
@@ -441,7 +465,7 @@ class NanoLLM:
         with it; nothing in a file is ever executed.
         """
         folder = Path(folder)
-        hf = read_json(folder / "config.json")
+        hf = read_json(file_in(folder, "config.json"))
         try:
             config = Config.from_hugging_face(hf)
         except InputError as problem:
@@ -449,9 +473,9 @@ class NanoLLM:
         found = find_tensors(folder, config)
         model = cls(config, seed=None)
         for name, tensor in model._parameters.items():
-            with safe_open(found[name], framework="numpy") as file:
-                weights = file.get_tensor(name)
+            with safe_open(found[name], framework="numpy") as file, np.errstate(all="ignore"):
+                weights = file.get_tensor(name).astype(np.float32)
             if not np.isfinite(weights).all():
-                raise InputError(f"{found[name]}: {name} holds NaN or infinity")
-            tensor.data[...] = device.xp.asarray(weights.astype(np.float32))
+                raise InputError(f"{found[name]}: {name} holds NaN or infinity, or more than a float32 can")
+            tensor.data[...] = device.xp.asarray(weights)
         return model
