@@ -250,8 +250,8 @@ def check_sampling(temperature, top_k, top_p):
     """Raise InputError unless `sample` can use these."""
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 (greedy) or above, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k must be at least 1, not {top_k}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"top_k must be a whole number of at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
 
@@ -265,7 +265,8 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     z = np.asarray(logits, np.float64)
     if temperature == 0:
         return (np.arange(z.shape[1]) == z.argmax(1)[:, None]).astype(np.float64)
-    z = (z - z.max(1, keepdims=True)) / temperature
+    with np.errstate(over="ignore"):        # near temperature 0: -inf, a probability of 0
+        z = (z - z.max(1, keepdims=True)) / temperature
     if top_k is not None and top_k < z.shape[1]:
         z[z < np.partition(z, -top_k, axis=1)[:, -top_k, None]] = -np.inf
     p = np.exp(z)
@@ -422,9 +423,12 @@ class NanoLLM:
         if ids.ndim not in (1, 2) or ids.size == 0:
             raise InputError(f"generate needs at least one token to continue, in shape (T,) or (B, T), not {ids.shape}")
         token_ids(ids, self.config.vocab_size)
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise InputError(f"max_new_tokens must be a whole number of at least 0, not {max_new_tokens}")
+        if seed is not None and seed < 0:
+            raise InputError(f"seed must be at least 0, not {seed}")
         check_sampling(temperature, top_k, top_p)
+        ids, stop_ids = ids.astype(np.int64), list(stop_ids)    # our own: the caller may use up or change the others
         return self._generate(ids, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, use_cache)
 
     def _generate(self, ids, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, use_cache):
@@ -443,8 +447,8 @@ class NanoLLM:
             chosen = sample(logits, rng.random(len(rows)), temperature, top_k, top_p)
             chosen = np.where(ended, rows[:, -1], chosen)
             rows = np.concatenate([rows, chosen[:, None]], 1)
+            ended |= np.isin(chosen, stop_ids)
             yield int(chosen[0]) if ids.ndim == 1 else chosen
-            ended |= np.isin(chosen, list(stop_ids))
             if ended.all():
                 return
 
