@@ -322,7 +322,7 @@ def token_ids(ids, limit):
         raise TypeError(f"token ids must be integers, not {ids.dtype}")
     if ids.size and not 0 <= ids.min() <= ids.max() < limit:
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
-        raise IndexError(f"token id {wrong} is outside 0 … {limit - 1}: the tokenizer and the model's vocab_size differ")
+        raise IndexError(f"token id {wrong} is outside 0 … {limit - 1}: is this the model's tokenizer?")
     return device.xp.asarray(ids)
 
 
