@@ -1,4 +1,8 @@
-"""What all tests share. `NANOLLM_DEVICE=gpu python -m pytest tests` runs the same tests on a card."""
+"""What all tests share.
+
+`NANOLLM_DEVICE=gpu python -m pytest tests` runs the same tests on a card, NANOLLM_DEVICE=strict those that compute
+in this process on the stand-in for one (strict_cupy.py).
+"""
 
 import importlib
 import os
@@ -6,7 +10,9 @@ import os
 import numpy as np
 import pytest
 
-os.environ.setdefault("NANOLLM_DEVICE", "cpu")  # before any test module imports device.py
+STRICT = os.environ.get("NANOLLM_DEVICE") == "strict"
+if STRICT or "NANOLLM_DEVICE" not in os.environ:
+    os.environ["NANOLLM_DEVICE"] = "cpu"  # before any test module imports device.py
 
 CI = bool(os.environ.get("CI"))
 
@@ -14,6 +20,14 @@ CI = bool(os.environ.get("CI"))
 def reference(name):
     """The package `name`, such as torch, to compare with; a test without it skips, except in CI."""
     return importlib.import_module(name) if CI else pytest.importorskip(name)
+
+
+def pytest_configure(config):
+    if STRICT:
+        from strict_cupy import strict_gpu
+        stand_in = strict_gpu()
+        stand_in.__enter__()
+        config.add_cleanup(lambda: stand_in.__exit__(None, None, None))
 
 
 def _skip_is_failure(report):

@@ -25,11 +25,13 @@ import inspect
 import re
 import sys
 import types
+import weakref
 from contextlib import contextmanager
 from unittest import mock
 
 import cupy as real
 import cupy_backends.cuda.libs
+import cupyx.linalg  # noqa: F401  (a lazy module: it must not find the stand-in when it wakes up)
 import numpy as np
 from cupy._core import _kernel
 from cupy._core import fusion as real_fusion
@@ -51,6 +53,7 @@ class ndarray:
 
     def __init__(self, shape, dtype=float):
         self._host = np.empty(shape, dtype)
+        POOL.hold(self._host)
 
     # --- what CuPy refuses
 
@@ -87,10 +90,7 @@ class ndarray:
     @property
     def data(self):
         """A pointer to the first element; gemmEx accepts only pointers that were asked for here."""
-        owner = self._host
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
-        pointer = self._host.ctypes.data
+        pointer, owner = self._host.ctypes.data, _owner(self._host)
         allocations[pointer] = owner.ctypes.data, owner.ctypes.data + owner.nbytes
         return types.SimpleNamespace(ptr=pointer)
 
@@ -148,10 +148,18 @@ def to_device(value):
     if isinstance(value, np.ndarray | np.generic):
         array = object.__new__(ndarray)
         array._host = np.asarray(value)
+        POOL.hold(_owner(array._host))
         return array
     if isinstance(value, tuple | list) and any(isinstance(v, np.ndarray | np.generic) for v in value):
         return type(value)(to_device(v) for v in value) if type(value) in (tuple, list) else value
     return value
+
+
+def _owner(host):
+    """The array whose memory this one looks at."""
+    while isinstance(host.base, np.ndarray):
+        host = host.base
+    return host
 
 
 def to_host(value):
@@ -473,12 +481,29 @@ class _Device:
 
 
 class _Pool:
-    """cupy.cuda.MemoryPool: NumPy's memory is elsewhere."""
+    """cupy.cuda.MemoryPool: counts the bytes of all device arrays; keeps the highest count, as the real one does."""
 
-    used_bytes = total_bytes = n_free_blocks = lambda self: 0
+    def __init__(self):
+        self.sizes, self.used, self.peak = {}, 0, 0
+
+    def hold(self, owner):
+        if id(owner) not in self.sizes:
+            self.sizes[id(owner)] = owner.nbytes
+            self.used += owner.nbytes
+            self.peak = max(self.peak, self.used)
+            weakref.finalize(owner, self._release, id(owner)).atexit = False
+
+    def _release(self, key):
+        self.used -= self.sizes.pop(key)
+
+    def used_bytes(self):
+        return self.used
+
+    def total_bytes(self):
+        return self.peak
 
     def free_all_blocks(self, stream=None):
-        pass
+        self.peak = self.used
 
 
 POOL = _Pool()

@@ -197,8 +197,21 @@ def test_the_card_that_is_not_there():
     with strict_gpu():
         assert cp.is_available() and cp.cuda.runtime.getDeviceProperties(0)["name"] == b"strict stand-in"
         cp.cuda.Device(0).synchronize()
-        assert cp.get_default_memory_pool().total_bytes() == 0
         assert issubclass(cp.cuda.memory.OutOfMemoryError, MemoryError)
+
+
+def test_the_memory_pool_counts():
+    pool = cp.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.used_bytes()
+    a = cp.zeros(1000, np.float32)
+    view, b = a[::2], a + 1
+    assert pool.used_bytes() - before == 8000
+    del a, b
+    assert pool.used_bytes() - before == 4000 and pool.total_bytes() - before == 8000
+    del view
+    pool.free_all_blocks()
+    assert pool.used_bytes() == pool.total_bytes() == before
 
 
 def test_import_without_a_gpu_driver_warns_of_nothing():
