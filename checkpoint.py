@@ -7,21 +7,30 @@
         checkpoint-1200/        such a folder too, and with it what a resumed run needs:
             optimizer.safetensors   Adam's two moments
             trainer.json            how far training is, and the command that made it
+            SHA256SUMS              the hashes of all these files, as `sha256sum -c` reads them
 
 A folder or file appears under its name only when it is complete: it is written beside, under a name that starts
 with a dot, synced to the disk and renamed. Whatever a crash leaves has such a name, is never read, and is cleared
 away when the run goes on.
 """
+import contextlib
+import filecmp
 import hashlib
 import itertools
 import json
+import math
 import os
+import platform
 import re
+import shlex
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import safetensors
+import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -30,17 +39,27 @@ from data import load_tokenizer, vocab_size
 from device import InputError
 from nanollm import NanoLLM, read_json, replace_file
 
+try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
+
 # ---------------------------------------------------------------- files and folders, whole or not at all
 
 def file_hash(path):
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes, in hexadecimal. Raises InputError where there is none to read."""
+    try:
+        if not Path(path).is_file():    # opening a pipe would wait for ever
+            raise InputError(f"{path}: there is no such file")
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as problem:
+        raise InputError(f"{path}: {problem.strerror}") from None
 
 
 def sync(path):
     """Have the disk hold what was written to a file, or the names in a folder (which Windows cannot open)."""
-    if os.name == "nt" and Path(path).is_dir():
+    if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -50,10 +69,9 @@ def sync(path):
 
 
 def replace_folder(path, write):
-    """Have write(folder) fill a folder beside `path`, then put it there. A folder of that name gives way last."""
+    """Have write(folder) fill a folder beside `path`, then put it there. One of that name gives way last."""
+    recover(path.parent)
     beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
         beside.mkdir()
         write(beside)
@@ -61,71 +79,112 @@ def replace_folder(path, write):
             sync(file)
         sync(beside)
         if path.exists():
-            path.rename(old)            # killed between these two: `recover` gives the old one its name back
+            path.rename(old)            # killed here, nothing has the name: `recover` gives it back to the old one
         beside.rename(path)
         sync(path.parent)
     finally:
-        for leftover in (beside, old):
-            if path.exists():
-                shutil.rmtree(leftover, ignore_errors=True)
+        recover(path.parent)
+
+
+def remove_folder(path):
+    """Remove a folder that, half removed, must not look like a whole one."""
+    gone = path.with_name(f".{path.name}.new")
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def recover(folder):
-    """Clear away what a crash has left in a run's folder."""
-    for old in folder.glob(".*.old"):
-        path = old.with_name(old.name[1:-len(".old")])
-        if not path.exists():
-            old.rename(path)
+    """Clear away what a crash, or a disk that was full, has left in a run's folder."""
     for leftover in folder.glob(".*"):
-        if leftover.name.endswith((".new", ".old")):
-            shutil.rmtree(leftover, ignore_errors=True)
-        elif re.fullmatch(r"\..+\.\d+", leftover.name):
+        if match := re.fullmatch(r"\.(best|checkpoint-\d+)\.(new|old)", leftover.name):
+            path = leftover.with_name(match[1])
+            if match[2] == "old" and not path.exists():
+                leftover.rename(path)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+        elif re.fullmatch(r"\.[a-z_]+\.(csv|png|json|safetensors)\.\d+", leftover.name):
             leftover.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- the run
+# ---------------------------------------------------------------- the folder of a run
 
 def holds_run(folder):
     """Whether anything that a run writes is in this folder."""
     return any(any(folder.glob(name)) for name in ("metrics.csv", "config.json", "model.safetensors", "checkpoint-*"))
 
 
-def new_run(folder=None, default="runs/llm"):
-    """Make the folder of a new run: `folder`, which must not hold one, or the first free default, default-2, …
-
-    Raises InputError where a run is there already, or where nothing can be written.
-    """
+def check_free(folder=None, default="runs/llm"):
+    """Raise InputError unless a new run can begin in `folder`, or beside the default; nothing is left there."""
     try:
-        if folder is not None:
-            folder = Path(folder)
-            if folder.is_dir() and holds_run(folder):
-                raise InputError(f"{folder} already holds a run, and nothing is ever overwritten: "
-                                 "continue it with --resume, or name another --artifact-dir")
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".probe.0"
-            probe.touch()
-            probe.unlink()
-            return folder
-        for n in itertools.count(1):
-            folder = Path(default if n == 1 else f"{default}-{n}")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                folder.mkdir()          # fails, atomically, where anybody has it
-                return folder
-            except FileExistsError:
-                continue
+        if folder is not None and holds_run(Path(folder)):
+            raise InputError(f"{folder} already holds a run, and nothing is ever overwritten: "
+                             "continue it with --resume, or name another --artifact-dir")
+        folder = Path(default).parent if folder is None else Path(folder)
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
+            pass
     except OSError as problem:
         raise InputError(f"cannot write to {folder} ({problem.strerror}): name another --artifact-dir") from None
 
 
+def new_run(folder=None, default="runs/llm"):
+    """Make the folder of a new run: `folder`, or the first free one of default, default-2, …"""
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return Path(folder)
+    Path(default).parent.mkdir(parents=True, exist_ok=True)
+    folders = (Path(default if n == 1 else f"{default}-{n}") for n in itertools.count(1))
+    return next(folder for folder in folders if _made(folder))
+
+
+def _made(folder):
+    """Make a folder unless there is one; of two processes that try at once, one makes it."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
 def last_run(default="runs/llm"):
     """The folder that a run without --artifact-dir made last. Raises InputError where there is none."""
-    runs = [path for path in Path(default).parent.glob(Path(default).name + "*") if path.is_dir()]
     pattern = re.compile(re.escape(Path(default).name) + r"(?:-(\d+))?")
-    numbered = [(int(match[1] or 1), path) for path in runs if (match := pattern.fullmatch(path.name))]
-    if not numbered:
+    runs = [(int(match[1] or 1), path) for path in Path(default).parent.glob(Path(default).name + "*")
+            if path.is_dir() and (match := pattern.fullmatch(path.name))]
+    if not runs:
         raise InputError(f"--resume: there is no run in {default}; name its folder with --artifact-dir")
-    return max(numbered)[1]
+    return max(runs)[1]
+
+
+def resume_command(folder):
+    return f"python train.py --resume --artifact-dir {shlex.quote(str(folder))}"
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Have a run's folder alone while training writes to it; InputError if another process has it.
+
+    What a disk refuses in that time (it is full, or has become read-only) is an InputError too: checkpoints that
+    were complete still are.
+    """
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            with contextlib.suppress(OSError):          # not every network file system has locks
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)      # a process that ends in any way lets go
+                except BlockingIOError:
+                    raise InputError(f"another process is training in {folder}: wait until it ends, or name another "
+                                     "--artifact-dir") from None
+        recover(folder)
+        yield
+    except (OSError, SafetensorError) as problem:
+        where, why = getattr(problem, "filename", None) or folder, getattr(problem, "strerror", None) or problem
+        saved = [f"{path} is complete: once that is mended, go on with {resume_command(folder)}"
+                 for path in checkpoints(folder)] or ["nothing was saved yet"]
+        raise InputError(f"cannot write {where} ({why}); {saved[-1]}") from None
+    finally:
+        if fcntl:
+            os.close(handle)
 
 
 # ---------------------------------------------------------------- models and checkpoints
@@ -134,6 +193,7 @@ def last_run(default="runs/llm"):
 class State:
     """How far training is: with the weights and Adam's moments, all that decides how it goes on."""
     step: int = 0
+    epoch: float = 0.0
     windows: int = 0                    # of the endless stream, consumed so far
     loss_sum: float = 0.0               # of the steps since the last row of metrics.csv, and their number
     loss_count: int = 0
@@ -152,24 +212,27 @@ class Run:
     that had them. The tokenizer goes out as training used it, inserting no special tokens, unless they name a BOS.
     """
     def __init__(self, folder, tokenizer, settings, about):
-        self.folder, self.tokenizer, self.about = Path(folder), tokenizer, about
+        self.folder, self.tokenizer, self.about = folder, tokenizer, about
         self.settings = {name: value for name, value in settings.items() if value is not None}
         content = json.loads(tokenizer.to_str())
         if "bos_token_id" not in self.settings:
             content["post_processor"] = None
         self.tokenizer_json = json.dumps(content, ensure_ascii=False) + "\n"
+        special = {name.removesuffix("_id"): tokenizer.id_to_token(value) for name, value in self.settings.items()
+                   if isinstance(value, int)}
+        self.tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                                 "eos_token": None} | special
 
     def write_model(self, folder, model):
-        """Fill `folder` with a complete Hugging Face model folder, each file whole or not at all."""
+        """Fill `folder` with a complete Hugging Face model folder, each file whole or not at all, config.json last."""
         for name, text in {
             "tokenizer.json": self.tokenizer_json,
-            "tokenizer_config.json": _json({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": None,
-                                            "clean_up_tokenization_spaces": False,
-                                            "model_max_length": model.config.max_context}),
+            "tokenizer_config.json": _json(self.tokenizer_config | {"model_max_length": model.config.max_context}),
             "generation_config.json": _json({"bos_token_id": None, "eos_token_id": None} | self.settings),
         }.items():
             replace_file(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
         model.save(folder, **self.settings)
+        sync(folder)
 
     def write_best(self, model):
         replace_folder(self.folder / "best", lambda folder: self.write_model(folder, model))
@@ -177,27 +240,66 @@ class Run:
     def write_checkpoint(self, model, optimizer, state, keep_last):
         """Write checkpoint-STEP, complete, then remove all of this run but the last `keep_last` (at least 1)."""
         def write(folder):
+            sync(self.folder / "metrics.csv")           # the rows that a resumed run will build on
             self.write_model(folder, model)
             moments = {"m": device.to_host(optimizer.m), "v": device.to_host(optimizer.v)}
             replace_file(folder / "optimizer.safetensors", lambda path: save_file(moments, path))
-            (folder / "trainer.json").write_text(_json(asdict(state) | self.about), encoding="utf-8")
+            (folder / "trainer.json").write_text(_json(asdict(state) | self.about))
+            sums = [f"{file_hash(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+            (folder / "SHA256SUMS").write_text("".join(sums))
 
         replace_folder(self.folder / f"checkpoint-{state.step}", write)
         for old in checkpoints(self.folder)[:-keep_last]:
-            gone = old.with_name(f".{old.name}.new")    # half removed, it must not look complete
-            old.rename(gone)
-            shutil.rmtree(gone)
+            remove_folder(old)
+
+    def is_finished(self, newest):
+        """Whether the folder holds, complete, the model of the newest checkpoint."""
+        return (self.folder / "config.json").exists() and filecmp.cmp(
+            self.folder / "model.safetensors", newest / "model.safetensors", shallow=False)
 
 
 def _json(value):
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2) + "\n"       # in ASCII: the name of a file need not be valid Unicode
+
+
+def versions():
+    """What computed a run, for the reader of its trainer.json."""
+    return {"python": platform.python_version(), "numpy": np.__version__, "tokenizers": tokenizers.__version__,
+            "safetensors": safetensors.__version__, "device": device.reason}
 
 
 def checkpoints(folder):
     """The complete checkpoints of a run, oldest first."""
-    found = [(int(path.name[len("checkpoint-"):]), path) for path in Path(folder).glob("checkpoint-*")
-             if path.name[len("checkpoint-"):].isdigit()]
+    found = [(int(match[1]), path) for path in Path(folder).glob("checkpoint-*")
+             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
     return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(folder):
+    """The newest checkpoint of a run. Raises InputError if there is none, or if it is not as it was written."""
+    *older, newest = checkpoints(folder) or [None]
+    if newest is None:
+        raise InputError(f"--resume: there is no checkpoint in {folder}; without --resume a new run begins")
+    try:
+        check_sums(newest)
+    except InputError as problem:
+        way = f"to go on from {older[-1]}, move {newest} away" if older else "no older checkpoint is left: begin anew"
+        raise InputError(f"--resume: {problem}; {way}") from None
+    return newest
+
+
+def check_sums(checkpoint):
+    """Raise InputError, naming the file, unless all of a checkpoint's files are as they were written."""
+    path = checkpoint / "SHA256SUMS"
+    try:
+        sums = dict(reversed(line.split("  ", 1)) for line in path.read_text(encoding="utf-8").splitlines())
+    except OSError as problem:
+        raise InputError(f"{path}: {problem.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} is damaged") from None
+    for name in sorted({"trainer.json", "optimizer.safetensors", "model.safetensors", "config.json"} | sums.keys()):
+        if (checkpoint / name).is_symlink() or file_hash(checkpoint / name) != sums.get(name):
+            raise InputError(f"{checkpoint / name} is damaged, it is not what was written (see {path.name})")
 
 
 def read_trainer(checkpoint):
@@ -206,7 +308,7 @@ def read_trainer(checkpoint):
     about, values = read_json(path), {}
     for field in fields(State):
         value = about.pop(field.name, "missing")
-        if not isinstance(value, field.type) or isinstance(value, bool):
+        if not isinstance(value, field.type) or isinstance(value, bool) or not 0 <= (value or 0) < math.inf:
             raise InputError(f"{path}: {field.name} is {value!r}")
         values[field.name] = value
     for name in ("command", "hashes"):
@@ -239,7 +341,7 @@ def open_model(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one that training or transformers has written")
-    if holds_run(folder) and not any(folder.glob("model.safetensors*")):
+    if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
         ready = [folder / "best"] * (folder / "best").exists() + checkpoints(folder)[::-1]
         raise InputError(f"{folder} has no model yet, its training has not ended"
                          + (f": use {ready[0]}" if ready else ""))
@@ -251,6 +353,6 @@ def open_model(folder):
     bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     for token in [*eos, *([] if bos is None else [bos])]:
-        if not isinstance(token, int) or not 0 <= token < model.config.vocab_size:
+        if type(token) is not int or not 0 <= token < model.config.vocab_size:
             raise InputError(f"{folder / 'config.json'}: {token!r} is no token id of this model")
     return model, tokenizer, bos, eos

@@ -1,6 +1,7 @@
-"""What the commands share: one clear line for bad input, and numbers checked as they are read."""
+"""What the commands share: one clear line for bad input, numbers checked as they are read, an orderly end."""
 import argparse
 import os
+import signal
 import sys
 import warnings
 
@@ -8,13 +9,22 @@ from device import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and that never guesses an abbreviated flag."""
+    """An ArgumentParser whose errors are InputErrors, and that never guesses an abbreviated flag."""
 
     def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def add(self, flag, default=None, kind=str, help=""):
+        """Add a flag with a value of this type, or out of this list; the help tells its default, if it has one."""
+        rule = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        self.add_argument(flag, default=default, help=help + (default is not None) * " (%(default)s)", **rule)
+
+    def add_device(self):
+        self.add("--device", None, ["auto", "gpu", "cpu"],
+                 "CuPy on a GPU, or NumPy; by default NANOLLM_DEVICE or auto, the GPU where one works")
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help lists what can be given\n")
+        raise InputError(f"{message}; --help lists what can be given")
 
 
 def number(kind, low, high=float("inf"), open_low=False, open_high=False):
@@ -35,18 +45,48 @@ def number(kind, low, high=float("inf"), open_low=False, open_high=False):
     return convert
 
 
-def run(main):
-    """Exit with what main() returns. What the user can mend is one line and code 2; a bug keeps its traceback."""
+def text(value):
+    """An argparse type: text that can be encoded, which what a terminal of another encoding sends may not be."""
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise argparse.ArgumentTypeError(f"must be UTF-8 text, not {value!r}")
+    return value
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks for an orderly end: `signal` is its number then. A second one ends the process at once."""
+    signal = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        self.signal = number
+        for which in self.before:
+            signal.signal(which, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more quits at once\n")    # print may be what was interrupted
+
+    def __exit__(self, *_):
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+
+def run(main, less="use a smaller model"):
+    """Exit with what main() returns. What the user can mend is one line and code 2; a bug keeps its traceback.
+
+    `less` says what needs less memory.
+    """
     name = os.path.basename(sys.argv[0])
     warnings.showwarning = lambda message, *_: print(f"{name}: warning: {message}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # files half written are removed
+    sys.stdout.reconfigure(errors="backslashreplace")       # a terminal without Chinese is no reason to stop
     try:
         code = main()
         sys.stdout.flush()
     except InputError as problem:
         code = fail(name, problem)
     except MemoryError as problem:
-        code = fail(name, f"out of memory ({problem}): lower --batch-size or --seq-len, or make the model smaller; "
-                          "--grad-accum keeps a big batch")
+        code = fail(name, f"out of memory ({problem}): {less}")
     except BrokenPipeError:                     # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -7,6 +7,7 @@ import device
 from checkpoint import open_model
 from cli import number
 from data import TokenDataset
+from device import InputError
 from train import evaluate
 
 
@@ -14,13 +15,18 @@ def main(argv=None):
     parser = cli.Parser(prog="evaluate.py", description="Loss, perplexity and bits per byte of a model on a text.")
     parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
     parser.add_argument("--text", metavar="FILE", required=True, help="a UTF-8 text that the model was not trained on")
-    parser.add_argument("--batch-size", type=number(int, 1), default=8, help="windows of max-context tokens at once")
+    parser.add("--seq-len", None, number(int, 1), "tokens in a window; by default as many as the model can take")
+    parser.add("--batch-size", 8, number(int, 1), "windows at once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--device", default="auto", choices=["auto", "gpu", "cpu"], help="CuPy on a GPU, or NumPy")
+    parser.add_device()
     args = parser.parse_args(argv)
-    device.use(args.device)
+    if args.device:
+        device.use(args.device)
     model, *_ = open_model(args.folder)
-    dataset = TokenDataset.from_text(args.text, Path(args.folder) / "tokenizer.json", model.config.max_context)
+    longest = model.config.max_context
+    if (args.seq_len or 0) > longest:
+        raise InputError(f"--seq-len {args.seq_len} is more than the model's longest context, {longest}")
+    dataset = TokenDataset.from_text(args.text, Path(args.folder) / "tokenizer.json", args.seq_len or longest)
     result = evaluate(model, dataset, args.batch_size)
     if args.json:
         print(json.dumps(result))
@@ -33,4 +39,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "lower --batch-size or --seq-len")

@@ -5,8 +5,11 @@ import os
 import sys
 import time
 
+import numpy as np
 from tqdm import tqdm
 
+import device
+from autograd import no_grad
 from nanollm import replace_file
 
 COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity", "val_bits_per_byte",
@@ -19,9 +22,9 @@ def read(path):
     """The rows of metrics.csv as dicts of strings; a line that a crash cut short does not count."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values() and row["seconds"] and row["step"].isdigit()]
+    return [row for row in rows if tuple(row) == COLUMNS and None not in row.values() and row["step"].isdecimal()]
 
 
 def rewind(path, step):
@@ -37,11 +40,12 @@ def rewind(path, step):
 
 
 def append(path, row):
-    """Add a row, a dict of some of COLUMNS; numbers are written so that they read back the same."""
+    """Add a row, a dict of some of COLUMNS. Numbers read back as they were; one that is not finite leaves its cell
+    empty.
+    """
     with open(path, "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(row)
-        file.flush()
-        os.fsync(file.fileno())
+        csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(
+            {name: value for name, value in row.items() if math.isfinite(value)})
 
 
 def draw_loss(folder):
@@ -55,14 +59,60 @@ def draw_loss(folder):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
     replace_file(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
 
 
+# ---------------------------------------------------------------- numbers that say whether a loss is sane
+
+def perplexity(loss):
+    """exp(loss): as unsure as an even choice among so many tokens."""
+    return math.exp(min(loss, 700)) if loss == loss else math.nan
+
+
+def unigram_entropy(dataset):
+    """-sum p log p in nats, p the share of each token: the loss of the best model that ignores all context."""
+    counts, tokens = np.zeros(dataset.vocab_size, np.int64), dataset.tokens
+    for start in range(0, len(tokens), 1 << 20):
+        counts += np.bincount(tokens[start:start + (1 << 20)], minlength=dataset.vocab_size)
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def diagnose(model, x):
+    """Where numbers stopped being finite, in words: the first block whose weights, activations or gradients are not."""
+    finite = device.xp.isfinite
+    for name, parameter in model.parameters().items():
+        if not finite(parameter.data).all():
+            return f"weights of {name}"
+    blocks = model.blocks
+    try:
+        with no_grad():
+            for i in range(len(blocks)):
+                model.blocks = blocks[:i + 1]
+                if not finite(model.hidden(x).data).all():
+                    return f"activations after block {i}"
+    finally:
+        model.blocks = blocks
+    for name, parameter in reversed(model.parameters().items()):    # backward runs from the last block to the first
+        if not finite(parameter.grad).all():
+            return f"gradient of {name}"
+    return "loss"
+
+
 # ---------------------------------------------------------------- the terminal
+
+def say(text):
+    """Print a line above the bar. That nobody can read it any more is no reason to lose a run."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:                             # `… | head` has seen enough, or the log's disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 class Progress:
     """The bar on a terminal, a line now and then elsewhere; and the clock: tokens/s, time left, seconds in all."""
@@ -97,19 +147,10 @@ class Progress:
         """Tokens a second since the last restart."""
         return self.tokens / max(time.monotonic() - self.since, 1e-9)
 
-    def say(self, text):
-        tqdm.write(text)
-        sys.stdout.flush()
-
     def show(self, step, loss, lr, norm):
         text = f"loss {loss:.4f}  ppl {perplexity(loss):,.1f}  lr {lr:.1e}  |g| {norm:.2f}  {self.speed:,.0f} tok/s"
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return
         left = (time.monotonic() - self.since) / max(self.steps, 1) * (self.total - step)
-        self.say(f"step {step}/{self.total}  {text}  {tqdm.format_interval(left)} left")
-
-
-def perplexity(loss):
-    """exp(loss): as unsure as an even choice among so many tokens."""
-    return math.exp(min(loss, 700)) if loss == loss else math.nan
+        say(f"step {step}/{self.total}  {text}  {tqdm.format_interval(left)} left")

@@ -4,25 +4,25 @@
 
 Adam first, then the learning rate, the measure of success, the loop as a whole, and the command line.
 """
+import argparse
+import functools
 import math
 import os
 import shlex
-import signal
 import sys
+import warnings
 from pathlib import Path
-
-import numpy as np
 
 import checkpoint
 import cli
 import demo
 import device
 import metrics
-from autograd import no_grad
+from autograd import ACTIVATIONS, no_grad
 from cli import number
 from data import TokenDataset, load_tokenizer, vocab_size
 from device import InputError
-from metrics import Progress, perplexity
+from metrics import Progress, perplexity, say
 from nanollm import Config, NanoLLM, read_json
 
 # ---------------------------------------------------------------- the optimizer
@@ -111,55 +111,7 @@ def evaluate(model, dataset, batch_size=8):
             "tokens": count, "bytes": dataset.source_bytes}
 
 
-def unigram_entropy(dataset):
-    """-sum p log p in nats, p the share of each token: the loss of the best model that ignores all context."""
-    counts, tokens = np.zeros(dataset.vocab_size, np.int64), dataset.tokens
-    for start in range(0, len(tokens), 1 << 20):
-        counts += np.bincount(tokens[start:start + (1 << 20)], minlength=dataset.vocab_size)
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
-
-
-def diagnose(model, x):
-    """Where numbers stopped being finite, in words: the first block whose weights, activations or gradients are not."""
-    finite = device.xp.isfinite
-    for name, parameter in model.parameters().items():
-        if not finite(parameter.data).all():
-            return f"weights of {name}"
-    blocks = model.blocks
-    try:
-        with no_grad():
-            for i in range(len(blocks)):
-                model.blocks = blocks[:i + 1]
-                if not finite(model.hidden(x).data).all():
-                    return f"activations after block {i}"
-    finally:
-        model.blocks = blocks
-    for name, parameter in reversed(model.parameters().items()):    # backward runs from the last block to the first
-        if not finite(parameter.grad).all():
-            return f"gradient of {name}"
-    return "loss"
-
-
 # ---------------------------------------------------------------- the loop
-
-class Stop:
-    """Ctrl-C or SIGTERM asks for an orderly end; a second one ends the process at once."""
-    signal = None
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step; once more quits at once", file=sys.stderr)
-
-    def __exit__(self, *_):
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
-
 
 def gradients(model, optimizer, train_set, state, args):
     """The loss of the next big batch, its gradients in the model, their norm, and the ids of its last part.
@@ -190,68 +142,80 @@ def is_over(args, state, total):
 
 
 def train(model, optimizer, train_set, val_set, state, run, args, stop):
-    """Train until all steps are done, patience ends or `stop` asks for an end; a checkpoint is then written."""
+    """Train until all steps are done, patience ends or `stop` asks for an end; a checkpoint is then written.
+
+    Raises InputError if 10 steps in a row have a loss or a gradient that is not finite.
+    """
     total, big_batch = total_steps(args, state, train_set), args.batch_size * args.grad_accum
     warmup = min(100, total // 100) if args.warmup_steps is None else args.warmup_steps
     low = args.learning_rate / 10 if args.min_lr is None else args.min_lr
 
     with Progress(total, state.step, state.seconds) as progress:
+        if state.step == 0:     # at once: that the disk cannot hold a checkpoint must not show after hours
+            run.write_checkpoint(model, optimizer, state, args.keep_last)
         while not is_over(args, state, total) and not stop.signal:
             lr = learning_rate(state.step, total, args.learning_rate, low, warmup, args.lr_schedule)
             loss, norm, x = gradients(model, optimizer, train_set, state, args)
             state.step += 1
+            state.epoch = state.windows / len(train_set)
             if math.isfinite(loss + norm):
                 optimizer.step(lr, min(1.0, args.clip_norm / norm) if args.clip_norm and norm else 1.0)
                 state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
                 state.skipped_in_a_row = 0
             else:
                 state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
-                progress.say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, {state.skipped} so far")
+                say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, {state.skipped} so far")
                 if state.skipped_in_a_row == 10:
-                    raise InputError(f"10 steps in a row were not finite, the first place is the {diagnose(model, x)}: "
-                                     f"lower --learning-rate; the checkpoints in {run.folder} are as they were")
+                    raise InputError(f"10 steps in a row were not finite, the first place is the "
+                                     f"{metrics.diagnose(model, x)}: the checkpoints in {run.folder} are as they were, "
+                                     "go on from them with --resume and a lower --learning-rate")
             if state.step == 1:
-                progress.say(f"step 0: loss {loss:.3f} before training; an even guess among {train_set.vocab_size} "
-                             f"tokens has ln V = {math.log(train_set.vocab_size):.3f}, one by their frequencies alone "
-                             f"{unigram_entropy(train_set):.3f}")
+                say(f"step 0: loss {loss:.3f} before training; an even guess among {train_set.vocab_size} tokens has "
+                    f"ln V = {math.log(train_set.vocab_size):.3f}, one by their frequencies alone "
+                    f"{metrics.unigram_entropy(train_set):.3f}")
             progress.advance(big_batch * train_set.seq_len)
 
             def due(every):
                 return bool(every) and state.step % every == 0
 
-            last, ended_epoch = state.step >= total, state.windows % len(train_set) < big_batch
-            evaluating = val_set is not None and (last or ended_epoch or due(args.eval_every))
-            if last or evaluating or due(args.log_every):
-                report(model, val_set if evaluating else None, train_set, state, run, args, progress, lr, norm)
-            if evaluating if args.sample_every is None else due(args.sample_every):
-                text = sample_text(model, run.tokenizer, args.prompt, val_set or train_set, state.step)
-                progress.say(f"sample: {text!r}")
-            if is_over(args, state, total) or stop.signal or due(args.save_every):
+            ended_epoch = state.windows % len(train_set) < big_batch
+            milestone = state.step >= total or ended_epoch or due(args.eval_every)
+            if milestone or due(args.log_every):
+                report(model, train_set, val_set, state, run, args, progress, lr, norm, milestone)
+            if milestone if args.sample_every is None else due(args.sample_every):
+                say(f"sample: {sample_text(model, run.tokenizer, args.prompt, val_set or train_set, state.step)!r}")
+                progress.restart()
+            if due(args.save_every) or is_over(args, state, total) or stop.signal:
                 state.seconds, state.updates = progress.seconds, optimizer.t
                 run.write_checkpoint(model, optimizer, state, args.keep_last)
+                metrics.draw_loss(run.folder)
+                progress.restart()
 
 
-def report(model, val_set, train_set, state, run, args, progress, lr, norm):
-    """Show the mean loss since the last report, evaluate on val_set unless it is None, add a row to metrics.csv."""
+def report(model, train_set, val_set, state, run, args, progress, lr, norm, milestone):
+    """Show the mean loss since the last report and add a row to metrics.csv; at a milestone evaluate, too."""
     loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
     state.loss_sum, state.loss_count = 0.0, 0
-    epoch = state.windows / len(train_set)
-    row = {"step": state.step, "epoch": epoch, "tokens": state.windows * train_set.seq_len, "train_loss": loss,
-           "learning_rate": lr, "grad_norm": norm, "tokens_per_second": round(progress.speed)}
+    row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * train_set.seq_len,
+           "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": round(progress.speed)}
     progress.show(state.step, loss, lr, norm)
-    if val_set is not None:
-        result = evaluate(model, val_set, args.batch_size)
-        row |= {f"val_{name}": result[name] for name in ("loss", "perplexity", "bits_per_byte")}
-        better = state.best_loss is None or result["loss"] < state.best_loss
-        state.without_better = 0 if better else state.without_better + 1
-        progress.say(f"epoch {epoch:.2f}: training loss {loss:.4f}, perplexity {perplexity(loss):,.1f}; "
-                     f"validation loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
+    if milestone:
+        bits = loss / math.log(2) * len(train_set.tokens) / train_set.source_bytes
+        line = (f"epoch {state.epoch:.2f}: training loss {loss:.4f}, perplexity {perplexity(loss):,.1f}, "
+                f"{bits:.4f} bits per byte")
+        if val_set:
+            result = evaluate(model, val_set, args.batch_size)
+            row |= {f"val_{name}": result[name] for name in ("loss", "perplexity", "bits_per_byte")}
+            better = result["loss"] < (math.inf if state.best_loss is None else state.best_loss)
+            state.without_better = 0 if better else state.without_better + 1
+            line += (f"; validation loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
                      f"{result['bits_per_byte']:.4f} bits per byte{', the best so far' if better else ''}")
-        if better:
-            state.best_loss = result["loss"]
-            run.write_best(model)
+            if better:
+                state.best_loss = result["loss"]
+                run.write_best(model)
+        say(line)
     metrics.append(run.folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
-    if val_set is not None or state.step == 1:
+    if milestone:
         metrics.draw_loss(run.folder)
     progress.restart()
 
@@ -259,190 +223,189 @@ def report(model, val_set, train_set, state, run, args, progress, lr, norm):
 def sample_text(model, tokenizer, prompt, dataset, seed, length=60):
     """The prompt, by default the dataset's first words, and how the model goes on."""
     ids = (tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else None) or dataset.tokens[:8].tolist()
-    return tokenizer.decode(ids + list(model.generate(ids, length, temperature=0.8, top_p=0.95, seed=seed)))
+    ids += model.generate(ids, length, temperature=0.8, top_p=0.95, seed=seed)
+    return tokenizer.decode(ids).strip("\ufffd")     # characters of which a part is missing
 
 
 # ---------------------------------------------------------------- the command line
 
-MAY_CHANGE = ("num_epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "lr_schedule", "warmup_steps",
-              "min_lr", "beta1", "beta2", "weight_decay", "clip_norm", "eval_every", "save_every", "log_every",
-              "sample_every", "prompt", "keep_last", "patience", "text", "tokenizer")     # the last two go by content
-ARCHITECTURE = {name: getattr(Config, name) for name in Config.__dataclass_fields__ if name != "vocab_size"}
+ARCHITECTURE = [name for name in Config.__dataclass_fields__ if name != "vocab_size"]
+FIXED = [*ARCHITECTURE, "seq_len", "stride", "val_fraction", "seed", "demo", "init_from"]   # what no resuming changes
 
 
 def command_line():
-    count, positive, share = number(int, 1), number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
+    count, positive, share = number(int, 1, 10**9), number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
+    size, rate = number(int, 1, 10**6), number(float, 0, 1, open_low=True)
     parser = cli.Parser(prog="train.py", description="Train a Llama-style language model on a text, from scratch.")
-    add = parser.add_argument
-
-    def default(flag, value, kind, help):
-        add(flag, default=value, type=kind, help=help)
-
-    add("--text", metavar="FILE", help="the text to learn from, UTF-8")
-    add("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json")
-    add("--demo", action="store_true", help="a small model on Python's own documentation: no files needed")
-    add("--artifact-dir", metavar="DIR", help="the run's folder, by default runs/llm, then runs/llm-2, …")
-    add("--resume", action="store_true",
-        help="go on from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
-    add("--init-from", metavar="DIR", help="start from this model folder's weights, shape and tokenizer (fine-tuning)")
-    default("--embedding-dim", 512, count, "C, the width of the model")
-    default("--n-block", 6, count, "transformer blocks")
-    default("--n-head", 8, count, "attention heads")
-    default("--n-kv-head", None, count, "key/value heads (grouped-query attention); by default as many as heads")
-    default("--max-context", 512, count, "the longest context, in tokens")
-    default("--hidden-dim", 2048, count, "F, the width inside the gated linear unit")
-    default("--eps", 1e-6, positive, "RMSNorm's epsilon")
-    default("--rope-theta", 10000.0, positive, "RoPE's base")
-    add("--activation", default="silu", choices=["silu", "sigmoid", "gelu", "relu"], help="of the gated linear unit")
-    add("--tie-embeddings", action="store_true", help="use the embedding matrix as the output layer too")
-    default("--seq-len", None, count, "tokens in a window; by default max-context")
-    default("--stride", None, count, "tokens between the starts of two windows; by default seq-len/2")
-    default("--val-fraction", 0.1, share, "the share of the text, its end, that validates; 0: none")
-    default("--num-epochs", 10, count, "passes over the training windows")
-    default("--max-steps", None, count, "end after so many steps, if the epochs have not ended before")
-    default("--batch-size", 4, count, "windows in a batch")
-    default("--grad-accum", 1, count, "batches whose gradients make one step")
-    default("--learning-rate", 1e-4, positive, "the highest learning rate")
-    add("--lr-schedule", default="cosine", choices=["cosine", "constant"], help="after the warm-up")
-    default("--warmup-steps", None, number(int, 0), "steps of rising learning rate; by default 1 %% of all, up to 100")
-    default("--min-lr", None, number(float, 0), "where the cosine ends; by default a tenth of the learning rate")
-    default("--beta1", 0.9, share, "Adam's memory of the gradient")
-    default("--beta2", 0.999, share, "Adam's memory of its square")
-    default("--weight-decay", 0.0, number(float, 0), "decoupled, on matrices only")
-    default("--clip-norm", 1.0, number(float, 0), "scale gradients down to this norm; 0: off")
-    default("--seed", 0, number(int, 0), "of the weights and of the order of the windows")
-    default("--eval-every", None, count, "steps between evaluations, besides the ends of epochs")
-    default("--save-every", 500, count, "steps between checkpoints")
-    default("--keep-last", 2, count, "checkpoints to keep")
-    default("--log-every", 10, count, "steps between rows of metrics.csv")
-    default("--sample-every", None, count, "steps between samples of text; by default one at each evaluation")
-    add("--prompt", help="what the samples begin with; by default the validation text's first words")
-    default("--patience", None, count, "end after so many evaluations without a better validation loss")
-    add("--device", default="auto", choices=["auto", "gpu", "cpu"], help="CuPy on a GPU, or NumPy")
+    add, switch = parser.add, functools.partial(parser.add_argument, action="store_true")
+    add("--text", help="the text to learn from, a UTF-8 file")
+    add("--tokenizer", help="a Hugging Face tokenizer.json")
+    switch("--demo", help="a small model on Python's own documentation: no files needed")
+    add("--artifact-dir", help="the run's folder, by default runs/llm, then runs/llm-2, …")
+    switch("--resume", help="go on from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
+    add("--init-from", help="start from this model folder's weights, shape and tokenizer (fine-tuning)")
+    add("--embedding-dim", 512, size, "C, the width of the model")
+    add("--n-block", 6, number(int, 1, 1000), "transformer blocks")
+    add("--n-head", 8, size, "attention heads")
+    add("--n-kv-head", None, size, "key/value heads (grouped-query attention); by default as many as heads")
+    add("--max-context", 512, size, "the longest context, in tokens")
+    add("--hidden-dim", 2048, size, "F, the width inside the gated linear unit")
+    add("--eps", 1e-6, rate, "RMSNorm's epsilon")
+    add("--rope-theta", 10000.0, positive, "RoPE's base")
+    add("--activation", "silu", list(ACTIVATIONS), "of the gated linear unit")
+    switch("--tie-embeddings", help="use the embedding matrix as the output layer too")
+    add("--seq-len", None, size, "tokens in a window; by default max-context")
+    add("--stride", None, size, "tokens between the starts of two windows; by default seq-len/2")
+    add("--val-fraction", 0.1, share, "the share of the text, its end, that validates; 0: none")
+    add("--num-epochs", 10, count, "passes over the training windows")
+    add("--max-steps", None, count, "end after so many steps, if the epochs have not ended before")
+    add("--batch-size", 4, count, "windows in a batch")
+    add("--grad-accum", 1, count, "batches whose gradients make one step")
+    add("--learning-rate", 1e-4, rate, "the highest learning rate")
+    add("--lr-schedule", "cosine", ["cosine", "constant"], "after the warm-up")
+    add("--warmup-steps", None, number(int, 0), "steps of rising learning rate; by default 1 %% of all, up to 100")
+    add("--min-lr", None, number(float, 0), "where the cosine ends; by default a tenth of the learning rate")
+    add("--beta1", 0.9, share, "Adam's memory of the gradient")
+    add("--beta2", 0.999, share, "Adam's memory of its square")
+    add("--weight-decay", 0.0, number(float, 0, 1), "decoupled, on matrices only")
+    add("--clip-norm", 1.0, number(float, 0), "scale gradients down to this norm; 0: off")
+    add("--seed", 0, number(int, 0), "of the weights and of the order of the windows")
+    add("--eval-every", None, count, "steps between evaluations, besides the ends of epochs")
+    add("--save-every", 500, count, "steps between checkpoints")
+    add("--keep-last", 2, count, "checkpoints to keep")
+    add("--log-every", 10, count, "steps between rows of metrics.csv")
+    add("--sample-every", None, count, "steps between samples of text; by default one at each evaluation")
+    add("--prompt", None, cli.text, "what the samples begin with; by default the validation text's first words")
+    add("--patience", None, count, "end after so many evaluations without a better validation loss")
+    parser.add_device()
     return parser
 
 
 def parse(argv):
-    """(arguments, newest checkpoint or None, its State, its `about`): all that can be checked without the data."""
-    parser = command_line()
+    """(arguments, newest checkpoint or None, its State, its `about`): all that can be checked without the data.
+
+    On a resumed run what the command line does not say is as it was. Raises InputError.
+    """
+    parser, state, about, newest = command_line(), checkpoint.State(), {}, None
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if args.demo:
-        parser.set_defaults(**demo.SETTINGS)
-    state, about, newest = checkpoint.State(), {}, None
     if args.resume:
-        folder = Path(args.artifact_dir) if args.artifact_dir else checkpoint.last_run()
-        if not checkpoint.checkpoints(folder):
-            raise InputError(f"--resume: there is no checkpoint in {folder}; without --resume a new run begins")
-        newest = checkpoint.checkpoints(folder)[-1]
+        args.artifact_dir = args.artifact_dir or str(checkpoint.last_run())
+        newest = checkpoint.newest_checkpoint(args.artifact_dir)
         state, about = checkpoint.read_trainer(newest)
-        parser.set_defaults(**{name: value for name, value in about["command"].items() if name in vars(args)})
-        args = parser.parse_args(argv)
-        args.artifact_dir = str(folder)
-        for name, value in about["command"].items():
-            if name not in MAY_CHANGE and getattr(args, name, value) != value:
-                raise InputError(f"--resume: --{name.replace('_', '-')} was {value} in this run and cannot become "
-                                 f"{getattr(args, name)}")
-        if args.batch_size * args.grad_accum != about["command"]["batch_size"] * about["command"]["grad_accum"]:
-            print("the batch size has changed: training goes on with the next windows, but not as it would have")
+        flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+                 for name, value in about["command"].items() if value is not None and value is not False]
+        try:
+            before = parser.parse_args(flags)
+        except InputError as problem:
+            raise InputError(f"{newest / 'trainer.json'}: command: {problem}") from None
+        args = parser.parse_args([*flags, *argv], argparse.Namespace(artifact_dir=args.artifact_dir))
+        for name in FIXED:
+            old, new = getattr(before, name), getattr(args, name)
+            if new != old and not (name == "init_from" and os.path.abspath(new) == old):
+                raise InputError(f"--resume: --{name.replace('_', '-')} was {old} in this run and cannot become {new}")
+        if args.batch_size * args.grad_accum != before.batch_size * before.grad_accum:
+            say("the batch size has changed: training goes on with the next windows, but not as it would have")
     elif args.demo:
+        if given := [name for name in ("text", "tokenizer", "init_from") if getattr(args, name)]:
+            raise InputError(f"--demo brings its own text and tokenizer: leave out --{given[0].replace('_', '-')}")
+        parser.set_defaults(**demo.SETTINGS)
         args = parser.parse_args(argv)
+    elif args.init_from:
+        parser.set_defaults(**dict.fromkeys(ARCHITECTURE))      # None: as in that folder
+        args = parser.parse_args(argv)
+        args.tokenizer = args.tokenizer or str(Path(args.init_from, "tokenizer.json"))
+    if not args.demo and not (args.text and args.tokenizer):
+        raise InputError("--text FILE and --tokenizer FILE are needed (or --demo, which needs no files)")
+    if args.min_lr is not None and args.min_lr > args.learning_rate:
+        raise InputError(f"--min-lr {args.min_lr} is above --learning-rate {args.learning_rate}: the rate must fall")
+    if not args.resume:
+        checkpoint.check_free(args.artifact_dir)
     if args.demo:
         args.text, args.tokenizer = demo.files()
-    if args.init_from and not args.tokenizer:
-        args.tokenizer = str(Path(args.init_from) / "tokenizer.json")
-    if not args.text or not args.tokenizer:
-        raise InputError("--text FILE and --tokenizer FILE are needed (or --demo, which needs no files)")
-    if args.artifact_dir and not args.resume and checkpoint.holds_run(Path(args.artifact_dir)):
-        raise InputError(f"{args.artifact_dir} already holds a run, and nothing is ever overwritten: continue it with "
-                         "--resume, or name another --artifact-dir")
     return args, newest, state, about
 
 
 def make_model(args, tokenizer, newest):
     """(model, the entries of config.json that came with it): from a checkpoint, from --init-from, or fresh."""
-    source = newest or args.init_from
-    if not source:
-        fields = {name: getattr(args, name) for name in ARCHITECTURE}
-        return NanoLLM(Config(vocab_size(tokenizer), **fields), args.seed), {}
-    model, hf = NanoLLM.load(source), read_json(Path(source) / "config.json")
-    for name, usual in ARCHITECTURE.items():
+    source, settings = newest or args.init_from, {}
+    if source:
+        model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
+        settings = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
+        theirs = Path(source, "tokenizer.json")
+        if vocab_size(tokenizer) > model.config.vocab_size or (
+                theirs.exists() and load_tokenizer(theirs).get_vocab() != tokenizer.get_vocab()):
+            raise InputError(f"{args.tokenizer} ({vocab_size(tokenizer)} tokens) has not the vocabulary with which the "
+                             f"model in {source} ({model.config.vocab_size}) was trained: use its own tokenizer")
+    else:
+        shape = {name: getattr(args, name) for name in ARCHITECTURE}
+        model = NanoLLM(Config(vocab_size(tokenizer), **shape), args.seed)
+    for name in ARCHITECTURE:
         given, has = getattr(args, name), getattr(model.config, name)
-        if given not in (usual, has):
-            raise InputError(f"--{name.replace('_', '-')} is {given}, but the model in {source} has {has}")
+        if given not in (None, has):
+            raise InputError(f"--{name.replace('_', '-')} is {given}, the model in {source} has {has}: leave it out")
         setattr(args, name, has)
-    if vocab_size(tokenizer) > model.config.vocab_size:
-        raise InputError(f"{args.tokenizer} has {vocab_size(tokenizer)} tokens, the model in {source} only "
-                         f"{model.config.vocab_size}: use the tokenizer that it was trained with")
-    return model, {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
+    return model, settings
 
 
-def check_same_files(args, hashes, about):
-    """Raise InputError if a resumed run would go on with another text or tokenizer."""
-    for name, value in about.get("hashes", {}).items():
-        if hashes.get(name) != value:
-            raise InputError(f"--resume: {getattr(args, name)} is not the {name} that this run began with: "
-                             f"give the original with --{name}, or begin a new run")
+def file_hashes(args):
+    return {name: checkpoint.file_hash(getattr(args, name)) for name in ("text", "tokenizer")}
 
 
 def main(argv=None):
     args, newest, state, about = parse(argv)
-    device.use(args.device)
+    if args.device:
+        device.use(args.device)
     tokenizer = load_tokenizer(args.tokenizer)
+    for name, value in file_hashes(args).items() if newest else ():
+        if about["hashes"].get(name) != value:
+            raise InputError(f"--resume: {getattr(args, name)} is not the {name} that this run began with: "
+                             f"give the original with --{name}, or begin a new run")
     model, settings = make_model(args, tokenizer, newest)
-    args.seq_len = args.seq_len or model.config.max_context
+    args.seq_len = args.seq_len or args.max_context
     args.stride = args.stride or max(args.seq_len // 2, 1)
-    if args.seq_len > model.config.max_context:
-        raise InputError(f"--seq-len {args.seq_len} is more than the longest context, {model.config.max_context}")
-    dataset = TokenDataset.from_text(args.text, args.tokenizer, args.seq_len, args.stride)
-    train_set, val_set = dataset.split(args.val_fraction)
+    if args.seq_len > args.max_context:
+        raise InputError(f"--seq-len {args.seq_len} is more than the longest context, --max-context {args.max_context}")
+    train_set, val_set = TokenDataset.from_text(args.text, args.tokenizer, args.seq_len, args.stride).split(
+        args.val_fraction)
     if args.batch_size * args.grad_accum > len(train_set):
         raise InputError(f"--batch-size {args.batch_size} times --grad-accum {args.grad_accum} is more than the "
                          f"{len(train_set)} training windows: lower them, --seq-len or --stride, or give more text")
-    hashes = {"text": checkpoint.file_hash(args.text), "tokenizer": checkpoint.file_hash(args.tokenizer)}
-    check_same_files(args, hashes, about)
-
+    total = total_steps(args, state, train_set)
+    if (args.warmup_steps or 0) > total:
+        raise InputError(f"--warmup-steps {args.warmup_steps} is more than the {total} steps of training: lower it")
     optimizer = Adam(model, args.learning_rate, (args.beta1, args.beta2), weight_decay=args.weight_decay)
     if newest:
         checkpoint.read_moments(newest, optimizer)
         optimizer.t = state.updates
-    total = total_steps(args, state, train_set)
-    folder = Path(args.artifact_dir) if newest else checkpoint.new_run(args.artifact_dir)
-    if is_over(args, state, total) and (folder / "model.safetensors").exists():
-        print(f"{folder} has finished, after step {state.step}; more --num-epochs or --max-steps would continue it")
-        return 0
-    checkpoint.recover(folder)
-    metrics.rewind(folder / "metrics.csv", state.step)
-    command = {name: value for name, value in vars(args).items() if name not in ("artifact_dir", "resume", "device")}
-    command |= {name: os.path.abspath(command[name]) for name in ("text", "tokenizer")}
-    run = checkpoint.Run(folder, tokenizer, settings, {"command": command, "hashes": hashes, "versions": versions()})
 
-    print(f"device     {device.reason}")
-    print(f"text       {args.text}: {len(train_set.tokens):,} tokens to train on in {len(train_set):,} windows, "
-          f"{len(val_set.tokens) if val_set else 0:,} unseen ones to validate")
-    print(f"model      {model.flat.size:,} parameters, {model.config}")
-    print(f"training   step {state.step} to {total}, "
-          f"{args.batch_size * args.grad_accum * args.seq_len:,} tokens a step")
-    print(f"folder     {folder}", flush=True)
-    with Stop() as stop:
+    command = {name: value for name, value in vars(args).items() if name not in ("artifact_dir", "resume", "device")}
+    command |= {name: os.path.abspath(command[name]) for name in ("text", "tokenizer", "init_from") if command[name]}
+    about = {"command": command, "hashes": about.get("hashes") or file_hashes(args), "versions": checkpoint.versions()}
+    folder = Path(args.artifact_dir) if newest else checkpoint.new_run(args.artifact_dir)
+    run = checkpoint.Run(folder, tokenizer, settings, about)
+    if newest and is_over(args, state, total) and run.is_finished(newest):
+        say(f"{folder} has finished, after step {state.step}; more --num-epochs or --max-steps would continue it")
+        return 0
+    say(f"device     {device.reason}\n"
+        f"text       {args.text}: {len(train_set.tokens):,} tokens to train on in {len(train_set):,} windows, "
+        f"{len(val_set.tokens) if val_set else 0:,} unseen ones to validate\n"
+        f"model      {model.flat.size:,} parameters, {model.config}\n"
+        f"training   step {state.step} to {total}, "
+        f"{args.batch_size * args.grad_accum * args.seq_len:,} tokens a step\n"
+        f"folder     {folder}")
+    with checkpoint.held(folder), cli.Stop() as stop, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)     # of numbers that are not finite: `train` counts them
+        metrics.rewind(folder / "metrics.csv", state.step)
         train(model, optimizer, train_set, val_set, state, run, args, stop)
         if is_over(args, state, total):
             run.write_model(folder, model)
-            print(f"\n{folder} holds the model, metrics.csv and loss.png; let it write with\n"
-                  f"    python generate.py {shlex.quote(str(folder))} --prompt 'Once upon a time'")
+            say(f"\n{folder} holds the model, metrics.csv and loss.png; let it write with\n"
+                f"    python generate.py {shlex.quote(str(folder))} --prompt 'Once upon a time'")
             return 0
-    print(f"\nstopped after step {state.step}; go on with\n"
-          f"    python train.py --resume --artifact-dir {shlex.quote(str(folder))}")
+    say(f"\nstopped after step {state.step}; go on with\n    {checkpoint.resume_command(folder)}")
     return 128 + stop.signal
 
 
-def versions():
-    import platform
-
-    import safetensors
-    import tokenizers
-    return {"python": platform.python_version(), "numpy": np.__version__, "tokenizers": tokenizers.__version__,
-            "safetensors": safetensors.__version__, "device": device.reason}
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "lower --batch-size (--grad-accum keeps the big batch) or --seq-len, or make the model smaller")
