@@ -10,6 +10,8 @@ Everything above speaks to `device.xp`, which is NumPy or CuPy, and to four help
 Always write `device.xp`, never `from device import xp`: the device is chosen when `xp` is first read, by
 `NANOLLM_DEVICE` (auto, gpu or cpu) unless `use` came before.
 """
+import contextlib
+import ctypes
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +69,18 @@ def to_host(array):
     return array.get() if on_gpu and isinstance(array, xp.ndarray) else np.asarray(array)
 
 
-# ---------------------------------------------------------------- threads and blocks
+# ---------------------------------------------------------------- memory, threads and blocks
+
+def _keep_freed_memory():
+    """Have glibc reuse the memory of large arrays, which it would return to the system: each new one is then paid for
+    with page faults, a tenth to a fifth of a training step. (M_MMAP_MAX 0, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX 1)
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):      # another C library: nothing to set
+        for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 1 << 26), (-8, 1)):
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+_keep_freed_memory()
 
 threads = int(os.environ.get("NANOLLM_THREADS", 0)) or (
     len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -107,6 +120,17 @@ def sweep(f, n, block):
     for problem in filter(None, problems):
         raise problem
     return results
+
+
+def add_rows(out, ids, rows):
+    """out[ids[i]] += rows[i] for every i: ids (N,) may repeat, rows (N, C). (On a GPU in no fixed order.)"""
+    if on_gpu:
+        xp.add.at(out, ids, rows)
+    elif len(ids):                              # NumPy's add.at is slow: sum the runs of equal ids instead
+        order = np.argsort(ids, kind="stable")
+        ids = ids[order]
+        starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+        out[ids[starts]] += np.add.reduceat(rows[order], starts)
 
 
 def fuse(formula):
