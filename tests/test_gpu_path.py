@@ -4,11 +4,14 @@ Whatever CuPy would refuse (see strict_cupy.py) fails here, and so does a produc
 round. `NANOLLM_DEVICE=gpu python -m pytest tests` runs all the other tests on a real card.
 """
 
+import contextlib
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from conftest import reference
+from tokenizers import Tokenizer, decoders, models
 
 reference("cupy")
 
@@ -16,6 +19,8 @@ from strict_cupy import cp, strict_gpu, traced  # noqa: E402  (it needs CuPy)
 
 import autograd as ag  # noqa: E402
 import device  # noqa: E402
+import evaluate  # noqa: E402
+import generate  # noqa: E402
 import nanollm  # noqa: E402
 import train  # noqa: E402
 from autograd import Tensor  # noqa: E402
@@ -204,6 +209,44 @@ def test_wrong_token_ids_are_caught_on_the_host(config):
                 model(np.array(ids))
             with pytest.raises(IndexError, match="token id"):
                 model.loss(np.array([[0, 1]]), np.array(ids))
+
+
+@pytest.fixture
+def text_and_tokenizer(tmp_path, rng):
+    """A text of made-up words, and a tokenizer that knows its letters."""
+    words = ["".join(rng.choice(list("abcdefgh"), n)) for n in (2, 3, 4, 5, 6)]
+    text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
+    text.write_text(" ".join(rng.choice(words, 600)))
+    letters = Tokenizer(models.BPE({c: i for i, c in enumerate("abcdefgh ")}, []))
+    letters.decoder = decoders.Fuse()
+    letters.save(str(tokenizer))
+    return text, tokenizer
+
+
+def test_programs_on_one_device_and_then_the_other(tmp_path, text_and_tokenizer, capsys):
+    """Train half the way on NumPy, the rest on the device: as all of it on NumPy. Then evaluate and generate."""
+    text, tokenizer = text_and_tokenizer
+    size = "--embedding-dim 16 --n-block 1 --n-head 2 --max-context 16 --hidden-dim 24 --learning-rate 0.01"
+    first = ["--text", str(text), "--tokenizer", str(tokenizer), *size.split(), "--lr-schedule", "constant",
+             "--warmup-steps", "0", "--weight-decay", "0.1", "--grad-accum", "2", "--sample-every", "5"]
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    train.main([*first, "--max-steps", "6", "--artifact-dir", whole, "--device", "cpu"])
+    train.main([*first, "--max-steps", "3", "--artifact-dir", halves, "--device", "cpu"])
+    with strict_gpu():
+        train.main(["--resume", "--max-steps", "6", "--artifact-dir", halves, "--device", "gpu"])
+    seen = {}
+    for folder, name in (whole, "cpu"), (halves, "gpu"):
+        with strict_gpu() if name == "gpu" else contextlib.nullcontext():
+            capsys.readouterr()
+            evaluate.main([folder, "--text", str(text), "--json", "--device", name])
+            seen[name] = json.loads(capsys.readouterr().out)
+            generate.main([folder, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "40", "--device", name])
+            seen[name]["text"] = capsys.readouterr().out
+    assert len(seen["cpu"]["text"]) > 40
+    assert seen["gpu"] == {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+                           for key, value in seen["cpu"].items()}
+    got, expected = (nanollm.NanoLLM.load(folder).flat for folder in (halves, whole))
+    np.testing.assert_allclose(device.to_host(got), device.to_host(expected), atol=1e-4)
 
 
 def test_fused_formulas_compile(rng):
