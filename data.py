@@ -188,7 +188,7 @@ class TokenFile:
     """A text's ids in the cache, and where in the text they come from.
 
     NAME.ids holds the bare ids; NAME.json their number and type, a CRC-32, how many are unknown, and for each
-    chunk [first id, first byte, first byte of its context]: 2 MB for a text of 1 GB. Bytes are counted from
+    chunk [first id, first byte, first byte of its context]: 0.5 MB for a text of 1 GB. Bytes are counted from
     behind a byte-order mark. Raises OSError, ValueError, KeyError or TypeError if the two are not intact.
     """
     def __init__(self, path, text, tokenizer):

@@ -140,6 +140,13 @@ def test_a_text_with_hardly_a_place_to_cut(kind, text, monkeypatch):
     assert [i for _, _, ids in parts for i in ids] == whole(text, KINDS[kind])
 
 
+def test_a_special_token_that_takes_the_spaces_before_it(monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 1000)
+    t, text = byte_bpe(), "the dog " * 100 + " " * 9000 + "<mask> the" + " the" * 3000
+    t.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])        # RoBERTa's
+    assert [i for _, _, ids in data.encode_text(t, [text]) for i in ids] == whole(text, t)
+
+
 @every_kind
 def test_ordinary_text_is_cut_near_the_size_asked_for(kind, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 700)
