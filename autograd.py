@@ -654,10 +654,10 @@ def linear_cross_entropy(x, w, targets):
     if keep:
         dx, dw = device.xp.empty_like(rows), device.xp.zeros_like(weight)
     block = max(_LOGITS // V, 64)
-    losses = device.xp.empty(N, x.dtype)
+    losses, logits = device.xp.empty(N, x.dtype), device.xp.empty((min(block, N), V), x.dtype)
     for start in range(0, N, block):
         s = slice(start, start + block)
-        z = device.matmul(rows[s], _t(weight))
+        z = device.matmul(rows[s], _t(weight), out=logits[:len(rows[s])])
         losses[s] = _cross_entropy_rows(z, targets[s], z if keep else None)
         if keep:
             device.matmul(z, weight, out=dx[s])
