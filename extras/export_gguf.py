@@ -1,0 +1,147 @@
+"""Write a model in llama.cpp's file format:  python -m extras.export_gguf FOLDER FILE.gguf
+
+Needs the package `gguf`. The file holds the weights in float32, the hyper-parameters and the tokenizer.
+
+llama.cpp's RoPE turns neighbours (2i, 2i+1), ours and Hugging Face's the halves (i, i + D/2). A dot product q · k does
+not care in which order its D terms come, as long as q and k agree: so within each head the rows of q and k are put in
+the order 0, D/2, 1, D/2 + 1, …, and the neighbours that llama.cpp turns are the pairs that the model was trained with.
+"""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import device
+from checkpoint import open_model
+from device import InputError
+
+NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def interleave(w, heads):
+    """A q or k projection (heads · D, C) with each head's halves shuffled together: row i, i + D/2 -> 2i, 2i + 1."""
+    return w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+def tensors(model):
+    """{llama.cpp's name: float32 array} of all weights."""
+    result, config = {}, model.config
+    for name, parameter in model.parameters().items():
+        name, w = name.removesuffix(".weight"), device.to_host(parameter.data)
+        if name.endswith("q_proj"):
+            w = interleave(w, config.n_head)
+        elif name.endswith("k_proj"):
+            w = interleave(w, config.n_kv_head)
+        if name in OUTSIDE:
+            name = OUTSIDE[name]
+        else:
+            block, part = name.removeprefix("model.layers.").split(".", 1)
+            name = f"blk.{block}.{NAMES[part]}"
+        result[name + ".weight"] = np.ascontiguousarray(w)
+    return result
+
+
+def vocabulary(tokenizer, size):
+    """{method of GGUFWriter: its argument} that describes the tokenizer. Raises InputError for a kind not implemented.
+
+    llama.cpp has three that can be had here: byte-level BPE ("gpt2"), Llama's BPE over characters with bytes as a
+    fallback ("llama", where a token's score decides which merge comes first), and WordPiece ("bert").
+    """
+    from gguf import TokenType
+
+    content = json.loads(tokenizer.to_str())
+    kind, before, model = content["model"]["type"], json.dumps(content["pre_tokenizer"]), content["model"]
+    words = [f"[unused {i}]" for i in range(size)]
+    types = [TokenType.UNUSED] * size
+    for word, i in tokenizer.get_vocab().items():
+        is_byte = len(word) == 6 and word.startswith("<0x") and word.endswith(">")
+        words[i], types[i] = word, TokenType.BYTE if is_byte and model.get("byte_fallback") else TokenType.NORMAL
+    for token in content["added_tokens"]:
+        if types[token["id"]] != TokenType.BYTE:
+            types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    unknown = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+    if unknown is not None:
+        types[unknown] = TokenType.UNKNOWN
+    about = {"add_tokenizer_model": "gpt2", "add_token_list": words, "add_token_types": types,
+             "add_add_bos_token": False, "add_add_eos_token": False}
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges", [])]
+    if kind == "BPE" and model.get("byte_fallback"):
+        rank = {"".join(pair): i for i, pair in reversed(list(enumerate(merges)))}
+        prepends = "Prepend" in json.dumps(content["normalizer"])
+        about |= {"add_tokenizer_model": "llama", "add_token_scores": [-float(rank.get(w, len(rank))) for w in words],
+                  "add_add_space_prefix": prepends}
+    elif kind == "BPE" and before.count('"ByteLevel"') == 1 and '"Split"' not in before:
+        about |= {"add_tokenizer_pre": "gpt-2", "add_token_merges": [" ".join(pair) for pair in merges]}
+    elif kind == "WordPiece" and model["continuing_subword_prefix"] == "##":
+        words = [w if types[i] != TokenType.NORMAL else w[2:] if w.startswith("##") else "\u2581" + w
+                 for i, w in enumerate(words)]
+        about |= {"add_tokenizer_model": "bert", "add_token_list": words, "add_add_sep_token": False,
+                  **{f"add_{name}_token_id": tokenizer.token_to_id(f"[{name.upper()}]")
+                     for name in ("sep", "pad", "mask") if tokenizer.token_to_id(f"[{name.upper()}]") is not None}}
+    else:
+        raise InputError(f"llama.cpp has no tokenizer like this one ({kind} after {before}): byte-level BPE, "
+                         "Llama's BPE and WordPiece can be exported")
+    return about | ({} if unknown is None else {"add_unk_token_id": unknown})
+
+
+def export(folder, path):
+    """Write FOLDER as the GGUF file `path`. Raises InputError for what llama.cpp's Llama cannot be."""
+    from gguf import GGUFWriter, LlamaFileType
+
+    model, tokenizer, bos, eos = open_model(folder)
+    config, path = model.config, Path(path)
+    if config.activation != "silu":
+        raise InputError(f"{folder}: llama.cpp's Llama has no activation {config.activation!r}, only silu")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    writer = GGUFWriter(beside, "llama")
+    try:
+        about = {
+            "add_name": Path(folder).resolve().name, "add_context_length": config.max_context,
+            "add_embedding_length": config.embedding_dim, "add_block_count": config.n_block,
+            "add_feed_forward_length": config.hidden_dim, "add_head_count": config.n_head,
+            "add_head_count_kv": config.n_kv_head, "add_layer_norm_rms_eps": config.eps,
+            "add_rope_freq_base": config.rope_theta, "add_rope_dimension_count": config.head_dim,
+            "add_vocab_size": config.vocab_size, "add_file_type": LlamaFileType.ALL_F32,
+        } | vocabulary(tokenizer, config.vocab_size)
+        if bos is not None:
+            about |= {"add_bos_token_id": bos, "add_add_bos_token": True}
+        if eos:
+            about |= {"add_eos_token_id": eos[0]}
+        for method, value in about.items():
+            getattr(writer, method)(value)
+        for name, array in tensors(model).items():
+            writer.add_tensor(name, array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def main(argv=None):
+    parser = cli.Parser(prog="export_gguf", description="Write a model in llama.cpp's file format.")
+    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
+    parser.add_argument("file", metavar="FILE", help="the .gguf file to write")
+    args = parser.parse_args(argv)
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise InputError("the package gguf is needed: pip install gguf") from None
+    if os.path.exists(args.file):
+        raise InputError(f"{args.file} exists already, and nothing is ever overwritten: name another file")
+    device.use("cpu")
+    export(args.folder, args.file)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

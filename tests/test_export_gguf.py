@@ -1,0 +1,133 @@
+"""The GGUF file, read back with llama.cpp's own reader."""
+import json
+
+import numpy as np
+import pytest
+from conftest import reference
+
+gguf = reference("gguf")
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+
+from autograd import Tensor, rope  # noqa: E402
+from device import InputError, to_host  # noqa: E402
+from extras import export_gguf  # noqa: E402
+from nanollm import Config, NanoLLM  # noqa: E402
+
+TEXT = ["the cat sat on the mat, and the dog lay on the log", "a cat and a dog"] * 5
+
+
+def byte_level():
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=280, special_tokens=["<|end|>"], show_progress=False,
+                                                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return t
+
+
+def llama():
+    t = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
+    t.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    return t
+
+
+def wordpiece():
+    t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    t.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[PAD]", "[UNK]"],
+                                                          show_progress=False))
+    return t
+
+
+def folder_of(tmp_path, tokenizer, **settings):
+    fields = {"embedding_dim": 16, "n_block": 2, "n_head": 4, "n_kv_head": 2, "max_context": 8, "hidden_dim": 24,
+              "eps": 1e-5, "rope_theta": 500.0}
+    model = NanoLLM(Config(tokenizer.get_vocab_size(), **fields | settings), seed=3)
+    model.flat[:] = model.flat + 0.1 * np.random.default_rng(0).standard_normal(len(model.flat)).astype(np.float32)
+    model.save(tmp_path / "model")
+    tokenizer.save(str(tmp_path / "model/tokenizer.json"))
+    return model, tmp_path / "model"
+
+
+def field(reader, name):
+    return reader.get_field(name).contents()
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_every_tensor_and_setting_reads_back(tmp_path, tie):
+    model, folder = folder_of(tmp_path, byte_level(), tie_embeddings=tie)
+    assert export_gguf.main([str(folder), str(tmp_path / "m.gguf")]) == 0
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    got = {t.name: np.array(t.data) for t in reader.tensors}
+    assert len(got) == len(model.parameters())
+
+    hf_names = {v: k for k, v in export_gguf.NAMES.items()} | {v: k for k, v in export_gguf.OUTSIDE.items()}
+    for name, value in got.items():
+        *block, part, _ = name.split(".")
+        ours = (f"model.layers.{block[1]}." if block else "") + hf_names[part] + ".weight"
+        expected = to_host(model.parameters()[ours].data)
+        if part in ("attn_q", "attn_k"):            # llama.cpp's row 2i + j of a head is our row i + j D/2, D = 4
+            heads = 4 if part == "attn_q" else 2
+            order = [4 * h + i + 2 * j for h in range(heads) for i in range(2) for j in range(2)]
+            expected = expected[order]
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    for name, value in {"general.architecture": "llama", "llama.block_count": 2, "llama.context_length": 8,
+                        "llama.embedding_length": 16, "llama.feed_forward_length": 24,
+                        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+                        "llama.rope.dimension_count": 4, "llama.vocab_size": model.config.vocab_size}.items():
+        assert field(reader, name) == value, name
+    assert field(reader, "llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
+    assert field(reader, "llama.rope.freq_base") == pytest.approx(500)
+
+
+def test_turning_neighbours_of_interleaved_rows_is_turning_halves_of_the_original_ones(rng):
+    H, D, C, T = 3, 8, 5, 4
+    w, h = rng.standard_normal((H * D, C)), rng.standard_normal((T, C))
+    angles = np.outer(np.arange(T), 100.0 ** (-np.arange(0, D, 2) / D))
+    ours = rope(Tensor((h @ w.T).reshape(T, H, D).swapaxes(0, 1)), np.cos(angles), np.sin(angles))
+
+    theirs = (h @ export_gguf.interleave(w, H).T).reshape(T, H, D // 2, 2).swapaxes(0, 1)
+    turned = (theirs[..., 0] + 1j * theirs[..., 1]) * np.exp(1j * angles)       # pairs (2i, 2i + 1), as llama.cpp
+    np.testing.assert_allclose(np.concatenate([turned.real, turned.imag], -1), to_host(ours.data), atol=1e-12)
+
+
+@pytest.mark.parametrize("make, kind", [(byte_level, "gpt2"), (llama, "llama"), (wordpiece, "bert")])
+def test_the_tokenizer_goes_along(tmp_path, make, kind):
+    tokenizer = make()
+    _, folder = folder_of(tmp_path, tokenizer)
+    export_gguf.export(folder, tmp_path / "m.gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    words, types = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
+    assert field(reader, "tokenizer.ggml.model") == kind and len(words) == len(types) == tokenizer.get_vocab_size()
+    for word, i in tokenizer.get_vocab().items():
+        if kind == "bert" and types[i] == gguf.TokenType.NORMAL:
+            word = word[2:] if word.startswith("##") else "▁" + word
+        assert words[i] == word
+    if kind == "gpt2":
+        assert types[tokenizer.token_to_id("<|end|>")] == gguf.TokenType.CONTROL
+        merges = json.loads(tokenizer.to_str())["model"]["merges"]
+        assert field(reader, "tokenizer.ggml.merges") == [" ".join(pair) for pair in merges]
+    if kind == "llama":                             # the earlier a merge, the higher its score
+        scores, vocab = field(reader, "tokenizer.ggml.scores"), tokenizer.get_vocab()
+        assert types[vocab["<0x41>"]] == gguf.TokenType.BYTE
+        assert types[vocab["<unk>"]] == gguf.TokenType.UNKNOWN
+        merged = [w for w in vocab if len(w) > 1 and types[vocab[w]] == gguf.TokenType.NORMAL]
+        by_id = sorted(merged, key=vocab.get)
+        assert [scores[vocab[w]] for w in by_id] == [-float(i) for i in range(len(by_id))]
+
+
+def test_refusals(tmp_path):
+    _, folder = folder_of(tmp_path, byte_level(), activation="gelu")
+    with pytest.raises(InputError, match="gelu"):
+        export_gguf.export(folder, tmp_path / "m.gguf")
+    characters = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    _, folder = folder_of(tmp_path, characters)
+    with pytest.raises(InputError, match="WordLevel"):
+        export_gguf.export(folder, tmp_path / "m.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] or not list(tmp_path.glob("*.gguf*"))
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(InputError, match="overwritten"):
+        export_gguf.main([str(folder), str(tmp_path / "there")])
+    assert (tmp_path / "there").read_text() == "mine"
