@@ -1,0 +1,246 @@
+"""nanollm beside PyTorch: training step, memory, generation, tokenisation.      python benchmarks/speed.py --help
+
+Both sides start from one checkpoint, see the same fresh batch each step, use the same Adam and clipping, and live in
+processes of their own with equally many threads. They take turns, A B A B ..., one at work at a time. A ratio is
+nanollm's time by the other's in the turn that follows; the median is given with the range. Both must compute the same
+loss before the first step and hold the same weights after the last; if not, the program says so and exits with 1.
+
+FLOPs of a step: B T (6 N + 6 n_block C T). N are the weights that are multiplied (lm_head's, but not the embedding's,
+which are looked up), 2 FLOPs forward and 4 backward each; 6 C T a block are attention's products, half of them masked.
+"""
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from workers import Gemm, Nanollm, PyTorch, Text, Transformers
+
+FIELDS = ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head", "hidden_dim", "max_context",
+          "tie_embeddings", "batch_size")
+CONFIGS = {     # steps in a turn, then the fields; every window is max_context long
+    "base": (2, 30522, 512, 6, 8, 8, 2048, 512, False, 4),
+    "small": (5, 4096, 256, 4, 4, 4, 768, 256, False, 16),
+    "char": (50, 65, 128, 4, 4, 4, 344, 64, True, 12),
+    "qwen": (1, 151669, 512, 6, 8, 8, 2048, 512, False, 4),
+    "tiny": (2, 50, 16, 2, 4, 2, 24, 16, False, 2),     # tests this program
+}
+LOSS_TOLERANCE = {"float32": 1e-5, "tf32": 2e-3}        # relative
+WEIGHT_TOLERANCE = {"float32": 1e-3, "tf32": 0.3}       # ‖ours - theirs‖ / ‖theirs - start‖, the worst tensor's
+
+
+def check(equal, what):
+    if not equal:
+        sys.exit(f"speed.py: NOT EQUAL: {what}")
+
+
+# ---------------------------------------------------------------- processes that take turns
+
+def begin(role, options):
+    global side
+    side = role(**options)
+
+
+def call(method, *arguments):
+    return getattr(side, method)(*arguments)
+
+
+@contextlib.contextmanager
+def running(**sides):
+    """{name: ask} for {name: (class, options)}, an object in a fresh process each; ask(method, ...) calls it there."""
+    with contextlib.ExitStack() as stack:
+        def start(*side):
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(1, context, begin, side))
+            return lambda method, *arguments: pool.submit(call, method, *arguments).result()
+        yield {name: start(*side) for name, side in sides.items()}
+
+
+def compare(what, unit, ask, rounds, request, shown):
+    """(rows of the table, last results): nanollm beside each other side.
+
+    ask[name](*request(turn)) answers (seconds, result) for turn 0, which is the warm-up, and then `rounds` more;
+    shown(seconds) is the figure in this unit.
+    """
+    turns, results = {name: [] for name in ask}, {}
+    for turn in range(rounds + 1):
+        for name in ask:
+            seconds, results[name] = ask[name](*request(turn))
+            turns[name].append(seconds)
+            time.sleep(0.2)                             # its threads may spin for a while
+    rows, ours = [], turns.pop("nanollm")[1:]
+    for name, (_, *theirs) in turns.items():
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        rows.append({"what": what, "unit": unit, "nanollm": shown(statistics.median(ours)), "against": name,
+                     "other": shown(statistics.median(theirs)), "seconds": [ours, theirs],
+                     "ratio": [statistics.median(ratios), min(ratios), max(ratios)]})
+    return rows, results
+
+
+# ---------------------------------------------------------------- what is compared
+
+def weight_difference(start, ours, theirs):
+    """Of three checkpoints: the largest |ours - theirs|, and the worst tensor's ‖ours - theirs‖ / ‖theirs - start‖."""
+    largest = share = 0.0
+    with contextlib.ExitStack() as stack:
+        s, a, b = (stack.enter_context(safe_open(Path(folder, "model.safetensors"), "numpy"))
+                   for folder in (start, ours, theirs))
+        check(sorted(a.keys()) == sorted(b.keys()), "the names of the tensors")
+        for name in sorted(a.keys()):
+            x, y, z = (file.get_tensor(name) for file in (a, b, s))
+            largest = np.maximum(largest, abs(x - y).max())         # unlike max, keeps a NaN
+            share = np.maximum(share, np.linalg.norm(x - y) / np.linalg.norm(y - z))
+    return {"largest": float(largest), "share_of_training": float(share)}
+
+
+def training(name, c, steps, folder, rate, args):
+    """The training step, from the checkpoint in `folder`."""
+    common = {"c": c, "args": args, "folder": folder}
+    sides = {"nanollm": (Nanollm, common), "PyTorch": (PyTorch, common)}
+    if args.compile:
+        sides["torch.compile"] = (PyTorch, common | {"compiled": True})
+    with running(**sides) as ask:
+        loss = {side: ask[side]("first_loss") for side in sides}
+        check(np.ptp(list(loss.values())) <= LOSS_TOLERANCE[args.dtype] * loss["nanollm"], f"{name}: first loss {loss}")
+        rows, _ = compare(f"{name}: training step", "ms", ask, args.rounds,
+                          lambda turn: ("steps", turn * steps, steps), lambda s: 1000 * s / steps)
+        facts = {side: ask[side]("facts") for side in sides}
+        check({threads for threads, _ in facts.values()} == {args.threads}, f"{name}: (threads, peak) {facts}")
+        for side in sides:
+            os.mkdir(f"{folder}/{side}")
+            ask[side]("save", f"{folder}/{side}")
+        launches = {side: ask[side]("launches") if args.device == "gpu" else None for side in sides}
+    C, T = c["embedding_dim"], c["max_context"]
+    N = C * (c["n_block"] * (2 * C * (1 + c["n_kv_head"] / c["n_head"]) + 3 * c["hidden_dim"]) + c["vocab_size"])
+    flops = c["batch_size"] * T * (6 * N + 6 * c["n_block"] * C * T)
+    for row in rows:
+        other = row["against"]
+        difference = weight_difference(folder, f"{folder}/nanollm", f"{folder}/{other}")
+        row |= {"config": c, "flops": flops, "first_loss": [loss["nanollm"], loss[other]],
+                "weight_difference": difference, "peak_bytes": [facts["nanollm"][1], facts[other][1]],
+                "launches": [launches["nanollm"], launches[other]],
+                "share_of_gemm": [flops / (row[key] / 1000) / rate for key in ("nanollm", "other")]}
+        equal = difference["share_of_training"] <= WEIGHT_TOLERANCE[args.dtype]
+        check(equal, f"{name}: weights after {steps * (args.rounds + 1)} steps, {other}: {difference}")
+    return rows
+
+
+def generation(name, c, folder, args):
+    """Greedy, one prompt, with the cache, from the checkpoint in `folder`; both must generate the same."""
+    count = min(128, c["max_context"] // 2)
+    request = "generate", list(range(count // 4)), count
+    sides = {"nanollm": (Nanollm, {"c": c, "args": args, "folder": folder}),
+             "transformers": (Transformers, {"args": args, "folder": folder})}
+    with running(**sides) as ask:
+        rows, ids = compare(f"{name}: generation", "tokens/s", ask, args.rounds, lambda _: request, lambda s: count / s)
+    check(ids["nanollm"] == ids["transformers"], f"{name}: generated {ids}")
+    return rows
+
+
+def tokenisation(folder, args):
+    """A text of random words, by a byte-level BPE trained on it; the ids must be those of the text encoded whole."""
+    from tokenizers import ByteLevelBPETokenizer
+    rng = np.random.default_rng(args.seed)
+    words = ["".join(rng.choice(list("etaoinshrdlu"), length)) + end
+             for length in range(1, 10) for end in ["", "", ",", ".\n"] * 50]
+    ranks = (len(words) + 1) ** rng.random(int(args.megabytes * 230_000)) - 1
+    text, tokenizer = f"{folder}/text", f"{folder}/tokenizer.json"
+    Path(text).write_text(" ".join(words[int(i)] for i in ranks), newline="\n")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train([text], vocab_size=2000, show_progress=False)
+    bpe.save(tokenizer)
+    sides = {name: (Text, {"way": way, "text": text, "tokenizer": tokenizer}) for name, way in
+             {"nanollm": "nanollm", "tokenizers": "whole", "tokenizers, its lines": "lines"}.items()}
+    with running(**sides) as ask:
+        rows, ids = compare("tokenisation", "MB/s", ask, args.rounds, lambda turn: ("encode", f"{folder}/cache-{turn}"),
+                            lambda s: Path(text).stat().st_size / 1e6 / s)
+    check(ids["nanollm"] == ids["tokenizers"], "the ids of the text")
+    return rows
+
+
+# ---------------------------------------------------------------- the report
+
+def header(args):
+    """What another run must share to be compared with this one."""
+    git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], text=True,
+                                        capture_output=True).stdout
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = info.split("model name\t: ")[1].split("\n")[0] if "model name\t: " in info else platform.processor()
+    packages = ("numpy", "torch", "transformers", "tokenizers")
+    return {"date": time.strftime("%Y-%m-%d %H:%M %z"), "command": shlex.join(["python", *sys.argv]), "seed": args.seed,
+            "commit": git("rev-parse", "--short", "HEAD").strip() + (git("status", "--porcelain") and " and changes"),
+            "cpu": cpu, "cores": os.cpu_count(), "threads": args.threads, "device": args.device, "dtype": args.dtype,
+            "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}}
+
+
+def line(row):
+    """A row of the Markdown table; memory and share of the matrix product's rate only where they were measured."""
+    cells = [row["what"], row["unit"], f"{row['nanollm']:.4g}", row["against"], f"{row['other']:.4g}",
+             "{:.2f} ({:.2f}–{:.2f})".format(*row["ratio"])]
+    if "peak_bytes" in row:
+        ours, theirs = row["peak_bytes"]
+        cells += [f"{ours / 1e6:.0f} / {theirs / 1e6:.0f}", f"{ours / theirs:.2f}",
+                  "{:.0%} / {:.0%}".format(*row["share_of_gemm"])]
+    return "| " + " | ".join(cells + [""] * (9 - len(cells))) + " |"
+
+
+def main():
+    import device  # only here, for it holds NumPy's BLAS to one thread, and every process below reads this file too
+
+    parser = argparse.ArgumentParser(description=__doc__.split("  ")[0])
+    parser.add_argument("--config", nargs="+", choices=CONFIGS, default=["base", "small", "char"])
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side that count (7)")
+    parser.add_argument("--steps", type=int, help="training steps in a turn")
+    parser.add_argument("--batch-size", type=int, help="windows in a batch")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=LOSS_TOLERANCE, default="float32")
+    parser.add_argument("--compile", action="store_true", help="also beside torch.compile")
+    parser.add_argument("--threads", type=int, default=device.threads)
+    parser.add_argument("--megabytes", type=float, default=4, help="of text to tokenise (4)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    args = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "NANOLLM_THREADS"):
+        os.environ[name] = str(args.threads)            # read by the processes started from here
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    result = {"header": header(args), "rows": []}
+    with running(gemm=(Gemm, {"args": args})) as ask:
+        rates = result["header"]["gemm_flops_per_second"] = ask["gemm"]("rates")
+    for key, value in result["header"].items():
+        print(f"- {key}: {value}")
+    print("\n| what | unit | nanollm | beside | its figure | time ratio (range) | peak MB | ratio | of gemm rate |"
+          "\n|---|---|---|---|---|---|---|---|---|")
+
+    def show(rows):
+        print(*map(line, rows), sep="\n", flush=True)
+        result["rows"] += rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.config:
+            steps, *values = CONFIGS[name]
+            c = dict(zip(FIELDS, values, strict=True)) | {"eps": 1e-6, "rope_theta": 10000.0}
+            c["batch_size"] = args.batch_size or c["batch_size"]
+            start = f"{folder}/{name}"
+            with running(maker=(Nanollm, {"c": c, "args": args, "folder": None})) as ask:
+                ask["maker"]("save", start)
+            show(training(name, c, args.steps or steps, start, max(rates.values()), args))
+            show(generation(name, c, start, args))
+        show(tokenisation(folder, args))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What runs in the processes that speed.py times: each side of a comparison, behind the same methods."""
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # nanollm is run from its folder
+ADAM = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
+CLIP_NORM = 1.0
+
+
+def timed(f):
+    start = time.perf_counter()
+    result = f()
+    return time.perf_counter() - start, result
+
+
+class Side:
+    """One training, of the checkpoint in `folder`; load, loss, step and save are the subclass's own."""
+
+    def __init__(self, c, args, folder, compiled=False):
+        self.c, self.seed, self.gpu, self.tf32 = c, args.seed, args.device == "gpu", args.dtype == "tf32"
+        self.wait = lambda: None                    # a GPU is waited for
+        self.load(folder, args.threads, compiled)
+
+    def batch(self, step):
+        """ids, targets (B, T) of a step, the same on every side; word n is 1/n as frequent as word 1, as in a text."""
+        u = np.random.default_rng([self.seed, step]).random((self.c["batch_size"], self.c["max_context"] + 1))
+        ids = ((self.c["vocab_size"] + 1) ** u).astype(np.int64) - 1
+        return ids[:, :-1], ids[:, 1:]
+
+    def first_loss(self):
+        return self.loss(*self.batch(0)).item()
+
+    def steps(self, first, count):
+        """(seconds, None) of `count` steps, a fresh batch each; the batches are drawn before the clock starts."""
+        batches = [self.batch(step) for step in range(first, first + count)]
+        self.wait()
+        seconds, _ = timed(lambda: ([self.step(*batch) for batch in batches], self.wait()))
+        return seconds, None
+
+    def facts(self):
+        """(threads, peak bytes): resident memory (ru_maxrss begins with the parent's), or what the GPU reserved."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if (status := Path("/proc/self/status")).exists():
+            peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+        return self.threads, self.reserved() if self.gpu else peak
+
+    def launches(self):
+        """Kernels that one step launches on the GPU; PyTorch's profiler sees CuPy's too."""
+        from torch.profiler import profile
+        with profile() as seen:
+            self.steps(0, 1)
+        return sum(event.count for event in seen.key_averages() if "LaunchKernel" in event.key)
+
+
+class Nanollm(Side):
+    def load(self, folder, threads, compiled):
+        import device
+        import train
+        from nanollm import Config, NanoLLM
+        device.use("gpu" if self.gpu else "cpu")
+        device.tf32 = self.tf32
+        self.threads, self.gradient_norm = device.threads, train.gradient_norm
+        if self.gpu:
+            self.wait = device.xp.cuda.Device().synchronize
+            self.reserved = device.xp.get_default_memory_pool().total_bytes
+        fields = {name: value for name, value in self.c.items() if name != "batch_size"}
+        self.model = NanoLLM.load(folder) if folder else NanoLLM(Config(**fields), seed=self.seed)
+        self.adam, self.save = train.Adam(self.model, **ADAM), self.model.save
+
+    def loss(self, ids, targets):
+        return self.model.loss(ids, targets).data
+
+    def step(self, ids, targets):
+        self.adam.zero_grad()
+        self.model.loss(ids, targets).backward()
+        self.adam.step(scale=CLIP_NORM / max(self.gradient_norm(self.model), CLIP_NORM))
+
+    def generate(self, prompt, count):
+        return timed(lambda: list(self.model.generate(prompt, count, temperature=0)))
+
+
+class PyTorch(Side):
+    def load(self, folder, threads, compiled):
+        import torch
+        from safetensors.torch import load_file, save_file
+        from torch_llama import Llama
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        self.torch, self.threads, self.where = torch, torch.get_num_threads(), "cuda" if self.gpu else "cpu"
+        if self.gpu:
+            self.wait, self.reserved = torch.cuda.synchronize, torch.cuda.max_memory_reserved
+        model = Llama(self.c).to(self.where)
+        tensors = model.hf_tensors()
+        for name, tensor in load_file(Path(folder, "model.safetensors")).items():
+            tensors[name].copy_(tensor)
+        self.save = lambda folder: save_file({name: t.cpu().contiguous() for name, t in tensors.items()},
+                                             Path(folder, "model.safetensors"))
+        self.parameters, self.model = list(model.parameters()), torch.compile(model) if compiled else model
+        self.adam = torch.optim.Adam(self.parameters, fused=True, **ADAM)
+
+    def loss(self, ids, targets):
+        return self.model(*(self.torch.from_numpy(a).to(self.where) for a in (ids, targets)))
+
+    def step(self, ids, targets):
+        self.loss(ids, targets).backward()
+        self.torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM, foreach=True)
+        self.adam.step()
+        self.adam.zero_grad()
+
+
+class Transformers:
+    def __init__(self, args, folder):
+        import torch
+        from transformers import LlamaForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+        disable_progress_bar()
+        torch.set_num_threads(args.threads)
+        self.torch, self.where = torch, "cuda" if args.device == "gpu" else "cpu"
+        self.model = LlamaForCausalLM.from_pretrained(folder).to(self.where).eval()
+
+    def generate(self, prompt, count):
+        ids = self.torch.tensor([prompt], device=self.where)
+        options = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
+        with self.torch.inference_mode():
+            seconds, out = timed(lambda: self.model.generate(
+                ids, attention_mask=self.torch.ones_like(ids), **options).tolist())
+        return seconds, out[0][len(prompt):]
+
+
+class Text:
+    """Tokenisation of a file: by nanollm into a fresh cache, by `tokenizers` whole, or its lines on all threads."""
+
+    def __init__(self, way, text, tokenizer):
+        self.way, self.text, self.tokenizer = way, text, tokenizer
+
+    def encode(self, cache):
+        from tokenizers import Tokenizer
+
+        import data
+        os.environ["NANOLLM_CACHE"] = cache
+        encoder = Tokenizer.from_file(self.tokenizer)
+        read = lambda: Path(self.text).read_text("utf-8")
+        return timed({"nanollm": lambda: data.TokenDataset.from_text(self.text, self.tokenizer, 128).tokens.tolist(),
+                      "whole": lambda: encoder.encode(read()).ids,
+                      "lines": lambda: [i for line in encoder.encode_batch_fast(read().splitlines(keepends=True))
+                                        for i in line.ids]}[self.way])
+
+
+class Gemm:
+    def __init__(self, args):
+        import torch
+        torch.set_num_threads(args.threads)
+        torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
+        self.torch, self.gpu = torch, args.device == "gpu"
+
+    def rates(self):
+        """{library: FLOP/s of the quickest of ten large float32 products}, with all threads."""
+        n = 8192 if self.gpu else 2048
+        a = self.torch.rand(n, n, device="cuda" if self.gpu else "cpu")
+        products = {"torch": lambda: (a @ a, self.gpu and self.torch.cuda.synchronize())}
+        if not self.gpu:
+            products["numpy"] = lambda: a.numpy() @ a.numpy()
+        return {name: 2 * n ** 3 / min(timed(product)[0] for _ in range(10)) for name, product in products.items()}

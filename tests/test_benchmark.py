@@ -1,0 +1,67 @@
+"""benchmarks/speed.py on its smallest configuration: both sides compute the same, and the report is whole."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import reference
+from safetensors.numpy import save_file
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def run(*options):
+    return subprocess.run([sys.executable, BENCHMARKS / "speed.py", "--config", "tiny", "--rounds", "1", *options],
+                          capture_output=True, text=True, timeout=300)
+
+
+def test_both_sides_agree_and_everything_is_reported(tmp_path):
+    reference("torch")
+    reference("transformers")
+    file = tmp_path / "speed.json"
+    done = run("--megabytes", "0.01", "--threads", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+
+    header = result["header"]
+    assert {"date", "commit", "command", "cpu", "threads", "seed", "versions", "gemm_flops_per_second"} <= header.keys()
+    assert header["threads"] == 1 and {"numpy", "torch"} == header["gemm_flops_per_second"].keys()
+
+    rows = result["rows"]
+    assert [(row["what"], row["against"]) for row in rows] == [
+        ("tiny: training step", "PyTorch"), ("tiny: generation", "transformers"),
+        ("tokenisation", "tokenizers"), ("tokenisation", "tokenizers, its lines")]
+    for row in rows:
+        median, low, high = row["ratio"]
+        assert 0 < low <= median <= high and row["nanollm"] > 0 and row["other"] > 0
+        assert done.stdout.count(f"| {row['what']} | {row['unit']} |") >= 1
+
+    step = rows[0]
+    ours, theirs = step["first_loss"]
+    assert abs(ours - np.log(50)) < 0.1 and abs(ours - theirs) < 1e-5 * ours
+    assert 0 < step["weight_difference"]["share_of_training"] < 1e-4
+    assert all(size > 1e7 for size in step["peak_bytes"])
+    # 1 + 1 attention and 3 GLU matrices a block, two KV heads for four; lm_head; 2 blocks, 2 x 16 tokens
+    N = 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16) + 50 * 16
+    assert step["flops"] == 32 * (6 * N + 6 * 2 * 16 * 16)
+
+
+def test_different_weights_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from speed import WEIGHT_TOLERANCE, weight_difference
+
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((5, 3), np.float32)
+    moved = rng.standard_normal((5, 3), np.float32)
+    folders = {name: tmp_path / name for name in ("start", "ours", "theirs")}
+
+    def difference(ours):
+        for name, w in {"start": start, "ours": ours, "theirs": start + moved}.items():
+            folders[name].mkdir(exist_ok=True)
+            save_file({"w": w}, folders[name] / "model.safetensors")
+        return weight_difference(*folders.values())["share_of_training"]
+
+    assert difference(start + moved) == 0
+    assert np.isclose(difference(start + 1.01 * moved), 0.01, rtol=1e-3)
+    assert not difference(start + np.float32(np.nan)) <= WEIGHT_TOLERANCE["float32"]
