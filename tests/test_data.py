@@ -175,7 +175,7 @@ def test_line_ends_stay_and_a_byte_order_mark_goes(make):
 
 def test_blocks_may_end_inside_a_character(make, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 5)
-    text = "".join(CORPUS)
+    text = "".join(CORPUS) + "\ufeff" * 9
     assert make(text).tokens.tolist() == whole(text, KINDS["byte-bpe"])
 
 
@@ -389,7 +389,7 @@ def test_no_validation_part_if_the_fraction_is_0(make):
 def test_source_bytes_of_the_parts_are_those_of_their_characters(kind, make, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 90)
     monkeypatch.setattr(data, "CONTEXT", 64)
-    text = "\r\n".join(CORPUS[:9])
+    text = "\r\n".join(CORPUS[:9]) + "the" * 60 + " " * 150 + "dog"
     ds = make(b"\xef\xbb\xbf" + text.encode(), kind, seq_len=1)
     assert len(ds.file.chunks) > 1
     spans = KINDS[kind].encode(text, add_special_tokens=False).offsets
