@@ -170,9 +170,9 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
                                      f"{metrics.diagnose(model, x)}: the checkpoints in {run.folder} are as they were, "
                                      "go on from them with --resume and a lower --learning-rate")
             if state.step == 1:
-                say(f"step 0: loss {loss:.3f} before training; an even guess among {train_set.vocab_size} tokens has "
-                    f"ln V = {math.log(train_set.vocab_size):.3f}, one by their frequencies alone "
-                    f"{metrics.unigram_entropy(train_set):.3f}")
+                V = model.config.vocab_size
+                say(f"step 0: loss {loss:.3f} before training; an even guess among {V} tokens has ln V = "
+                    f"{math.log(V):.3f}, one by their frequencies alone {metrics.unigram_entropy(train_set):.3f}")
             progress.advance(big_batch * train_set.seq_len)
 
             def due(every):
@@ -328,18 +328,17 @@ def parse(argv):
 
 def make_model(args, tokenizer, newest):
     """(model, the entries of config.json that came with it): from a checkpoint, from --init-from, or fresh."""
-    source, settings = newest or args.init_from, {}
+    source, settings, size = newest or args.init_from, {}, vocab_size(tokenizer)
     if source:
         model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
         settings = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
-        theirs = Path(source, "tokenizer.json")
-        if vocab_size(tokenizer) > model.config.vocab_size or (
-                theirs.exists() and load_tokenizer(theirs).get_vocab() != tokenizer.get_vocab()):
-            raise InputError(f"{args.tokenizer} ({vocab_size(tokenizer)} tokens) has not the vocabulary with which the "
-                             f"model in {source} ({model.config.vocab_size}) was trained: use its own tokenizer")
+        V, theirs = model.config.vocab_size, Path(source, "tokenizer.json")
+        same = load_tokenizer(theirs).get_vocab() == tokenizer.get_vocab() if theirs.exists() else size == V
+        if not same or size > V:
+            raise InputError(f"{args.tokenizer} ({size} tokens) has not the vocabulary with which the model in "
+                             f"{source} ({V}) was trained: use its own tokenizer")
     else:
-        shape = {name: getattr(args, name) for name in ARCHITECTURE}
-        model = NanoLLM(Config(vocab_size(tokenizer), **shape), args.seed)
+        model = NanoLLM(Config(size, **{name: getattr(args, name) for name in ARCHITECTURE}), args.seed)
     for name in ARCHITECTURE:
         given, has = getattr(args, name), getattr(model.config, name)
         if given not in (None, has):

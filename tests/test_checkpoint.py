@@ -1,0 +1,1184 @@
+"""A run's folder: what is killed, full, read-only or damaged at any moment goes on exactly, or is refused by name."""
+
+import ast
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from conftest import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tiny import QUICK, SHAPE, TIMINGS, command, make_files, make_text, make_tokenizer, rows, snapshot
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+import checkpoint
+import data
+import device
+import metrics
+import train
+from checkpoint import State, checkpoints, read_moments, read_trainer
+from data import load_tokenizer
+from device import InputError, to_host
+from nanollm import Config, NanoLLM
+from train import Adam
+
+ROOT = Path(train.__file__).parent
+EPOCHS = "--num-epochs 3 --stride 8 --batch-size 17 --eval-every 4".split()        # an epoch has 7 steps and some
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch, tmp_path):
+    tiny.make_cheap(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return make_files(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped after step 10 of 20, with checkpoint-5 and checkpoint-10. Use a copy of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("stopped")
+        patch.setenv("NANOLLM_CACHE", str(root / "cache"))
+        tiny.make_cheap(patch)
+        stop_at(patch, 10)
+        assert tiny.run(*make_files(root), "--max-steps", 20, "--eval-every", 4, "--artifact-dir", root / "run") == 143
+        return root / "run"
+
+
+@pytest.fixture
+def halfway(stopped, tmp_path):
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no `except Exception` sees it."""
+
+
+def stop_at(patch, step, number=signal.SIGTERM):
+    """Send this process a signal, or let it die of Killed, within that step."""
+    before = Adam.step
+
+    def with_signal(self, *args, **named):
+        before(self, *args, **named)
+        if self.t == step:
+            if number is None:
+                raise Killed
+            os.kill(os.getpid(), number)
+    patch.setattr(Adam, "step", with_signal)
+
+
+def resume(folder, *flags):
+    return train.main(["--resume", "--artifact-dir", str(folder), *map(str, flags)])
+
+
+def contents(folder):
+    """All that must be the same of two runs: every byte but the timings."""
+    found = snapshot(folder)
+    found.pop("loss.png", None)
+    found["metrics.csv"] = rows(folder, TIMINGS)
+    for path in folder.rglob("trainer.json"):
+        name = str(path.relative_to(folder))
+        found[name] = json.loads(found[name])
+        del found[name]["seconds"]
+        del found[str(Path(name).with_name("SHA256SUMS"))]
+    return found
+
+
+def assert_same(a, b):
+    a, b = contents(a), contents(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], name
+
+
+# ---------------------------------------------------------------- exactly as if nothing had happened
+
+@pytest.mark.parametrize("flags", [
+    EPOCHS, [*EPOCHS, *"--batch-size 5 --grad-accum 3 --weight-decay 0.1".split()]], ids=["batches", "accumulated"])
+def test_a_stopped_or_killed_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, flags):
+    flags = [*files, *flags, "--max-steps", 20]
+    seen, batch = [], data.TokenDataset.batch
+    monkeypatch.setattr(data.TokenDataset, "batch", lambda self, *args: seen.append(args) or batch(self, *args))
+    tiny.run(*flags, "--artifact-dir", "whole")
+    expected, batches = contents(tmp_path / "whole"), seen.copy()
+    for name, step, number, code in (("stopped", 10, signal.SIGTERM, 143), ("interrupted", 11, signal.SIGINT, 130),
+                                     ("killed", 13, None, None)):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            with contextlib.suppress(Killed):
+                assert tiny.run(*flags, "--artifact-dir", name) == code
+        last = checkpoints(tmp_path / name)[-1]
+        assert last.name == f"checkpoint-{10 if number is None else step}"
+        del seen[int(last.name[11:]) * (3 if "--grad-accum" in flags else 1):]      # of the steps that will come again
+        assert resume(tmp_path / name) == 0
+        assert seen == batches
+        got = contents(tmp_path / name)
+        assert {path for path in got if "checkpoint-" not in path} == {p for p in expected if "checkpoint-" not in p}
+        for path in expected:
+            assert got.get(path, expected[path]) == expected[path], f"{name}: {path}"
+        assert "checkpoint-20/optimizer.safetensors" in got
+
+
+def test_it_goes_on_exactly_from_the_very_beginning_too(files, tmp_path, monkeypatch):
+    """Killed before the first step, and again and again before each checkpoint."""
+    tiny.run(*files, "--max-steps", 12, "--artifact-dir", "whole")
+    for step in (1, 4, 5, 6, 9, 11):
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            stop_at(patch, step, None)
+            if step == 1:
+                tiny.run(*files, "--max-steps", 12, "--artifact-dir", "run")
+            resume(tmp_path / "run")
+            raise AssertionError("it was not killed")
+    assert resume(tmp_path / "run") == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_seconds_and_tokens_go_on(halfway):
+    before = read_trainer(halfway / "checkpoint-10")[0].seconds
+    assert resume(halfway) == 0
+    seconds = [float(row["seconds"]) for row in rows(halfway)]
+    assert seconds == sorted(seconds) and seconds[-1] >= before - 0.05
+    assert [int(row["step"]) for row in rows(halfway)] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
+
+
+def test_it_goes_on_from_another_folder(files, tmp_path, monkeypatch):
+    """The text was named relative to where training began."""
+    stop_at(monkeypatch, 5)
+    flags = "--text text.txt --tokenizer tokenizer.json --max-steps 7 --artifact-dir run".split()
+    assert tiny.run(*flags) == 143
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resume("../run") == 0
+
+
+def test_without_a_folder_the_last_run_goes_on(files, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 2)
+    for _ in range(2):
+        assert tiny.run(*files, "--max-steps", 3) == 143
+    (tmp_path / "runs/llm-old").mkdir()
+    assert train.main(["--resume"]) == 0
+    assert (tmp_path / "runs/llm-2/config.json").exists() and not (tmp_path / "runs/llm/config.json").exists()
+
+
+# ---------------------------------------------------------------- signals
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_training_after_the_running_step(files, tmp_path, monkeypatch, number, code):
+    before = signal.getsignal(number)
+    stop_at(monkeypatch, 7, number)
+    got, out, _ = command(train.main, *SHAPE, *QUICK, *files, "--max-steps", 20, "--artifact-dir", "a b")
+    assert got == code and checkpoints("a b")[-1].name == "checkpoint-7"
+    assert out.endswith("stopped after step 7; go on with\n    python train.py --resume --artifact-dir 'a b'\n")
+    assert not (tmp_path / "a b/config.json").exists()
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_during_an_evaluation_waits_for_it(files, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
+    assert tiny.run(*files, "--max-steps", 9, "--eval-every", 4, "--artifact-dir", "run") == 143
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["3", "4"] and rows(tmp_path / "run")[-1]["val_loss"]
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert resume("run") == 0
+    tiny.run(*files, "--max-steps", 9, "--eval-every", 4, "--artifact-dir", "whole")
+    assert rows(tmp_path / "run", TIMINGS) == rows(tmp_path / "whole", TIMINGS)
+
+
+def test_a_signal_before_the_first_step_or_after_the_last(files, tmp_path, monkeypatch):
+    write = checkpoint.Run.write_checkpoint
+    for step in (0, 2):
+        def and_a_signal(self, model, optimizer, state, keep_last, step=step):
+            write(self, model, optimizer, state, keep_last)
+            if state.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.Run, "write_checkpoint", and_a_signal)
+            code = tiny.run(*files, "--max-steps", 2, "--artifact-dir", f"run{step}")
+        assert checkpoints(f"run{step}")[-1].name == f"checkpoint-{step}"
+        assert code == (143 if step == 0 else 0)
+        assert resume(f"run{step}") == 0
+        assert (tmp_path / f"run{step}/config.json").exists()
+
+
+def test_a_signal_while_the_text_is_encoded(files, tmp_path, monkeypatch, cache_folder):
+    for number, code, line in ((signal.SIGINT, 130, "train.py: interrupted\n"), (signal.SIGTERM, 143, "")):
+        encode = data.encode_text
+
+        def interrupted(*args, number=number, encode=encode):
+            yield from encode(*args)
+            os.kill(os.getpid(), number)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "encode_text", interrupted)
+            got, _, err = command(train.main, *SHAPE, *QUICK, *files, "--artifact-dir", "run")
+        assert (got, err) == (code, line)
+        assert not (tmp_path / "run").exists() and not list(cache_folder.glob("*"))
+
+
+SLEEPER = """
+import sys, time
+sys.path[:0] = [{root!r}]
+import cli, train
+def slow(self, *args, **named):
+    print("in a step", flush=True)
+    time.sleep(60)
+train.Adam.step = slow
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_quits_at_once(files, first, second):
+    flags = [*SHAPE, *QUICK, *files, "--device", "cpu", "--artifact-dir", "run"]
+    with subprocess.Popen([sys.executable, "-c", SLEEPER.format(root=str(ROOT)), *flags], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if line == "in a step\n":
+                break
+        process.send_signal(first)
+        assert "once more" in process.stderr.readline() + process.stderr.readline()
+        began = time.monotonic()
+        process.send_signal(second)
+        assert process.wait(50) == -second
+        assert time.monotonic() - began < 45
+        assert process.stderr.read() == ""
+
+
+def test_signals_are_told_without_print():
+    """print may be the very call that was interrupted, and does not bear that."""
+    tree = ast.parse((ROOT / "cli.py").read_text())
+    handler = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "ask")
+    assert not [node for node in ast.walk(handler) if isinstance(node, ast.Name) and node.id == "print"]
+
+
+# ---------------------------------------------------------------- what --resume refuses, and what it lets change
+
+FIXED = {"embedding-dim": 32, "n-block": 1, "n-head": 4, "n-kv-head": 2, "max-context": 16, "hidden-dim": 8,
+         "eps": 1e-3, "rope-theta": 5.0, "activation": "relu", "tie-embeddings": None, "seq-len": 4, "stride": 3,
+         "val-fraction": 0.2, "seed": 1, "demo": None, "init-from": "best"}
+
+
+def test_nothing_is_left_out_of_this_list():
+    assert sorted(name.replace("-", "_") for name in FIXED) == sorted(train.FIXED)
+    assert set(vars(train.command_line().parse_args([]))) - set(train.FIXED) == {
+        "num_epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "lr_schedule", "warmup_steps",
+        "min_lr", "beta1", "beta2", "weight_decay", "clip_norm", "eval_every", "save_every", "log_every",
+        "sample_every", "prompt", "keep_last", "patience", "artifact_dir", "resume", "device",
+        "text", "tokenizer"}            # of which the content counts
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_cannot_change_is_named(stopped, name):
+    before = snapshot(stopped)
+    flags = [f"--{name}"] if FIXED[name] is None else [f"--{name}", FIXED[name]]
+    with pytest.raises(InputError, match=rf"^--resume: --{name} was .* and cannot become {FIXED[name] or True}$"):
+        resume(stopped, *flags)
+    assert snapshot(stopped) == before
+
+
+def test_the_same_values_may_be_given_again(halfway):
+    assert resume(halfway, *SHAPE, "--seq-len", 8, "--stride", 4, "--seed", 0, "--max-steps", 11) == 0
+
+
+@pytest.mark.parametrize("name", ["text", "tokenizer"])
+def test_another_text_or_tokenizer_is_refused(stopped, tmp_path, name, cache_folder):
+    other = make_text(tmp_path / "other", seed=5) if name == "text" else make_tokenizer(tmp_path / "other", 280)
+    before = snapshot(stopped)
+    with pytest.raises(InputError, match=rf"other is not the {name} that this run began with.*--{name}"):
+        resume(stopped, f"--{name}", other)
+    assert snapshot(stopped) == before and not cache_folder.exists()
+
+
+def test_the_text_may_have_moved_but_must_be_there(halfway, stopped, tmp_path):
+    about = json.loads((halfway / "checkpoint-10/trainer.json").read_text())
+    shutil.copy(about["command"]["text"], tmp_path / "moved.txt")
+    assert resume(halfway, "--text", "moved.txt", "--max-steps", 11) == 0
+    with pytest.raises(InputError, match=r"gone\.txt: there is no such file"):
+        resume(halfway, "--text", "gone.txt", "--max-steps", 12)
+    assert resume(halfway, "--max-steps", 12) == 0      # where it was last
+    command = json.loads((halfway / "checkpoint-12/trainer.json").read_text())["command"]
+    assert command["text"] == str(tmp_path / "moved.txt")
+
+
+def test_what_may_change(halfway):
+    changes = {"num-epochs": 2, "max-steps": 14, "learning-rate": 0.02, "lr-schedule": "constant", "warmup-steps": 0,
+               "min-lr": 0.001, "beta1": 0.5, "beta2": 0.9, "weight-decay": 0.1, "clip-norm": 0.5, "eval-every": 2,
+               "save-every": 1, "log-every": 2, "sample-every": 9, "prompt": "a dog", "keep-last": 3, "patience": 50}
+    code, out, err = command(train.main, "--resume", "--artifact-dir", halfway,
+                             *(f"--{name}={value}" for name, value in changes.items()))
+    assert (code, err) == (0, "") and "batch size" not in out
+    assert [path.name for path in checkpoints(halfway)] == ["checkpoint-12", "checkpoint-13", "checkpoint-14"]
+    saved = read_trainer(halfway / "checkpoint-14")[1]["command"]
+    assert {name: saved[name.replace("-", "_")] for name in changes} == changes
+    assert {float(row["learning_rate"]) for row in rows(halfway) if int(row["step"]) > 10} == {0.02}
+
+
+def test_another_batch_size_goes_on_with_the_next_windows_and_a_note(halfway, monkeypatch):
+    seen, batch = [], data.TokenDataset.batch
+    monkeypatch.setattr(data.TokenDataset, "batch", lambda self, *args: seen.append(args) or batch(self, *args))
+    code, out, _ = command(train.main, "--resume", "--artifact-dir", halfway, "--batch-size", 5, "--max-steps", 12)
+    assert code == 0 and "the batch size has changed" in out
+    assert seen == [(20, 5, 0), (25, 5, 0)]
+    code, out, _ = command(train.main, "--resume", "--artifact-dir", halfway, "--batch-size", 1, "--grad-accum", 5,
+                           "--max-steps", 13)
+    assert code == 0 and "the batch size has changed" not in out
+
+
+# ---------------------------------------------------------------- nothing to go on from, or nothing left to do
+
+def test_no_run(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for flags, word in (([], "runs/llm"), (["--artifact-dir", "none"], "none"), (["--artifact-dir", "empty"], "empty"),
+                        (["--artifact-dir", "file"], "file")):
+        before = snapshot(tmp_path)
+        code, out, err = command(train.main, "--resume", *flags)
+        assert (code, out) == (2, "") and err.startswith("train.py: --resume: there is no ") and word in err
+        assert err.count("\n") == 1 and snapshot(tmp_path) == before
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(files, tmp_path):
+    tiny.run(*files, "--max-steps", 6, "--artifact-dir", "run")
+    before = snapshot(tmp_path / "run")
+    code, out, err = command(train.main, "--resume", "--artifact-dir", "run")
+    assert (code, err) == (0, "") and out.startswith("run has finished, after step 6; more --num-epochs")
+    assert snapshot(tmp_path / "run") == before
+    assert resume("run", "--max-steps", 8) == 0
+    tiny.run(*files, "--max-steps", 8, "--lr-schedule", "constant", "--artifact-dir", "whole")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "whole")] + []
+    assert checkpoints("run")[-1].name == "checkpoint-8"
+
+
+def test_a_run_killed_before_its_last_model_was_written_writes_it(files, tmp_path, monkeypatch):
+    tiny.run(*files, "--max-steps", 6, "--artifact-dir", "run")
+    with monkeypatch.context() as patch:
+        save = NanoLLM.save
+
+        def killed(self, folder, **settings):
+            if Path(folder).name == "run":
+                raise Killed
+            save(self, folder, **settings)
+        patch.setattr(NanoLLM, "save", killed)
+        with contextlib.suppress(Killed):
+            resume("run", "--max-steps", 8)
+    assert checkpoints("run")[-1].name == "checkpoint-8"
+    assert resume("run") == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "run/checkpoint-8" / name).read_bytes()
+    (tmp_path / "run/config.json").unlink()             # killed between the two files
+    assert resume("run") == 0
+    assert (tmp_path / "run/config.json").exists()
+
+
+def test_a_run_is_never_overwritten(halfway, files):
+    before = snapshot(halfway)
+    code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--artifact-dir", halfway)
+    assert (code, out) == (2, "") and "already holds a run" in err
+    assert "--resume" in err and "another --artifact-dir" in err
+    assert err.count("\n") == 1 and snapshot(halfway) == before
+
+
+def test_what_else_is_in_the_folder_stays(files, tmp_path):
+    for name in ("notes.txt", ".hidden.1", ".best.new.txt", ".config", "checkpoint-x.txt", ".Metrics.csv.7"):
+        (tmp_path / "run" / "sub").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(name)
+    (tmp_path / "run/checkpoint-x.txt").unlink()
+    before = snapshot(tmp_path / "run")
+    tiny.run(*files, "--max-steps", 6, "--artifact-dir", "run")
+    after = snapshot(tmp_path / "run")
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_two_at_once(halfway, files, tmp_path):
+    """Each in the other's folder; the lock is of the open folder, so this process can stand for both."""
+    with checkpoint.held(halfway):
+        before = snapshot(halfway)
+        with pytest.raises(InputError, match="another process is training in"):
+            resume(halfway)
+        assert snapshot(halfway) == before
+    (tmp_path / "new").mkdir()
+    with checkpoint.held(tmp_path / "new"), pytest.raises(InputError, match="another process is training in new"):
+        tiny.run(*files, "--artifact-dir", "new")
+    assert resume(halfway, "--max-steps", 11) == 0
+
+
+# ---------------------------------------------------------------- which checkpoints stay
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, [11]), (2, [9, 11]), (100, [0, 3, 6, 9, 11])])
+def test_the_last_checkpoints_are_kept(files, keep, expected):
+    tiny.run(*files, "--max-steps", 11, "--save-every", 3, "--keep-last", keep, "--artifact-dir", "run")
+    assert [path.name for path in checkpoints("run")] == [f"checkpoint-{step}" for step in expected]
+
+
+def fake_evaluations(patch, losses):
+    values = iter(losses)
+    patch.setattr(train, "evaluate", lambda *_: {"loss": next(values), "perplexity": 1.0, "bits_per_byte": 1.0})
+
+
+def test_best_is_the_lowest_validation_loss_across_resumptions(files, tmp_path, monkeypatch):
+    weights, step = {}, Adam.step
+
+    def record(self, *args):
+        step(self, *args)
+        weights[self.t] = to_host(self.model.flat).copy()
+    monkeypatch.setattr(Adam, "step", record)
+    fake_evaluations(monkeypatch, [math.nan, 5.0, 3.0, 4.0, math.nan, 3.0, 2.0, 9.0])
+
+    def best():
+        return to_host(NanoLLM.load(tmp_path / "run/best").flat)
+    tiny.run(*files, "--max-steps", 8, "--eval-every", 2, "--log-every", 1, "--artifact-dir", "run")
+    np.testing.assert_array_equal(best(), weights[6])       # of nan, 5, 3, 4
+    state = read_trainer(tmp_path / "run/checkpoint-8")[0]
+    assert (state.best_loss, state.without_better) == (3.0, 1)
+    assert rows(tmp_path / "run")[1]["val_loss"] == ""      # nan says nothing
+    resume("run", "--max-steps", 12)                        # nan, 3.0
+    np.testing.assert_array_equal(best(), weights[6])
+    resume("run", "--max-steps", 16)                        # 2.0, 9.0
+    np.testing.assert_array_equal(best(), weights[14])
+
+
+def test_patience(files, tmp_path, monkeypatch):
+    flags = (*SHAPE, *QUICK, *files, "--max-steps", 40, "--eval-every", 2, "--log-every", 100, "--artifact-dir", "run")
+    fake_evaluations(monkeypatch, [5.0, 6.0, 4.0, 4.0, 4.5, 7.0, 3.0, 8.0, 8.0, 8.0, 8.0])
+    code, out, _ = command(train.main, *flags, "--patience", 3)
+    assert code == 0 and "run holds the model" in out
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["2", "4", "6", "8", "10", "12"]
+    assert rows(tmp_path / "run")[-1]["train_loss"] and rows(tmp_path / "run")[-1]["val_loss"]
+    assert (tmp_path / "run/config.json").exists()
+    assert "has finished" in command(train.main, "--resume", "--artifact-dir", "run")[1]
+    assert resume("run", "--patience", 4) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")][-1] == "22"
+
+
+# ---------------------------------------------------------------- crashes in the middle of a save
+
+OPERATIONS = ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync", "chmod")
+
+
+def die_at(patch, call):
+    """Let the process die at its call-th change of the disk, counted from 0: none that follows happens either."""
+    count = [0]
+
+    def wrap(operation):
+        def deadly(*args, **named):
+            count[0] += 1
+            if count[0] > call:
+                raise Killed
+            return operation(*args, **named)
+        return deadly
+    for name in OPERATIONS:
+        patch.setattr(os, name, wrap(getattr(os, name)))
+    return count
+
+
+def little_run(folder, step, seed):
+    """(Run, model, optimizer, State) of a step of a run in this folder, each step with weights of its own."""
+    model = NanoLLM(Config(290, 8, 1, 2, 2, 4, 4), seed)
+    optimizer = Adam(model)
+    optimizer.m += seed
+    run = checkpoint.Run(folder, load_tokenizer(folder.parent / "tokenizer.json"), {}, {"command": {}, "hashes": {}})
+    return run, model, optimizer, State(step=step)
+
+
+def weights(folder):
+    return to_host(NanoLLM.load(folder).flat).tolist()
+
+
+def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_path, monkeypatch):
+    begin = tmp_path / "begin"
+    begin.mkdir()
+    (begin / "metrics.csv").touch()
+    for step in (1, 2):
+        run, model, optimizer, state = little_run(begin, step, step)
+        run.write_best(model)
+        run.write_checkpoint(model, optimizer, state, 2)
+        run.write_model(begin, model)
+    old, new = (to_host(little_run(begin, step, step)[1].flat).tolist() for step in (2, 3))
+    moments = []
+    for call in range(1000):
+        folder = shutil.copytree(begin, tmp_path / "run")
+        run, model, optimizer, state = little_run(folder, 3, 3)
+        with monkeypatch.context() as patch:
+            die_at(patch, call)
+            try:
+                run.write_best(model)
+                run.write_checkpoint(model, optimizer, state, 2)
+                run.write_model(folder, model)
+                finished = True
+            except Killed:
+                finished = False
+        moments.append(sorted(path.name for path in folder.iterdir()))
+        for path in checkpoints(folder):                    # what has the name is complete
+            checkpoint.check_sums(path)
+        checkpoint.recover(folder)
+        assert sorted(path.name for path in folder.glob(".*")) == []
+        assert weights(folder / "best") in (old, new)
+        names = [path.name for path in checkpoints(folder)]
+        assert names[-1] in ("checkpoint-2", "checkpoint-3") and 2 <= len(names) <= 3
+        newest = checkpoint.newest_checkpoint(folder)
+        assert weights(newest) == (old if newest.name == "checkpoint-2" else new)
+        assert weights(folder) in (old, new)
+        shutil.rmtree(folder)
+        if finished:
+            break
+    assert finished and call > 60
+    assert any(".best.old" in names and "best" not in names for names in moments)       # the narrowest place of all
+    assert any(".checkpoint-3.new" in names for names in moments)
+    assert any(".checkpoint-1.new" in names for names in moments)                        # half removed
+
+
+def test_a_crash_at_any_moment_of_a_run_goes_on_exactly(files, tmp_path, monkeypatch):
+    """The whole command this time, dying at 24 moments between the first and the last change of the disk."""
+    flags = [*files, "--max-steps", 7, "--eval-every", 2, "--save-every", 2, "--artifact-dir"]
+    tiny.run(*flags, "first")       # the text is encoded once
+    with monkeypatch.context() as patch:
+        count = die_at(patch, math.inf)
+        tiny.run(*flags, "whole")
+    for call in np.linspace(3, count[0] - 1, 24).astype(int):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        with monkeypatch.context() as patch:
+            die_at(patch, call)
+            with contextlib.suppress(Killed):
+                tiny.run(*flags, "run")
+        if checkpoints("run"):
+            assert resume("run") == 0
+            assert_same(tmp_path / "run", tmp_path / "whole")
+        else:
+            assert call < 40
+
+
+def test_leftovers_are_never_taken_for_a_run_or_a_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    for name in (".checkpoint-5.new", ".checkpoint-3.old", ".best.new"):
+        (run / name).mkdir(parents=True)
+        (run / name / "trainer.json").write_text("{}")
+    for name in (".metrics.csv.123", ".model.safetensors.99", ".loss.png.1", ".generation_config.json.4"):
+        (run / name).touch()
+    (run / "checkpoint-3").mkdir()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-3"]
+    checkpoint.recover(run)
+    assert [path.name for path in run.iterdir()] == ["checkpoint-3"]
+    (run / "checkpoint-3").rename(run / ".checkpoint-3.old")
+    assert checkpoints(run) == [] and not checkpoint.holds_run(run)
+    checkpoint.recover(run)
+    assert [path.name for path in run.iterdir()] == ["checkpoint-3"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(files, tmp_path, monkeypatch):
+    synced, order = {}, []
+
+    def look(path):
+        info = os.stat(path)
+        return info.st_size, info.st_mtime_ns
+
+    def fsync(handle):
+        info = os.fstat(handle)
+        synced[info.st_ino] = (info.st_size, info.st_mtime_ns)
+        order.append(info.st_ino)
+
+    def checked(operation):
+        def move(source, target, **named):
+            name = os.path.basename(target)
+            if not name.startswith("."):
+                inside = [os.path.join(source, file) for file in os.listdir(source)] if os.path.isdir(source) else []
+                for path in [source, *inside]:
+                    assert synced.get(os.stat(path).st_ino) == look(path), f"{path} was not synced"
+                moved.append((name, os.stat(os.path.dirname(target)).st_ino, len(order)))
+            operation(source, target, **named)
+        return move
+    moved = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, checked(getattr(os, name)))
+    tiny.run(*files, "--max-steps", 4, "--eval-every", 2, "--save-every", 2, "--artifact-dir", "run")
+    assert {name for name, *_ in moved} >= {"checkpoint-0", "checkpoint-2", "checkpoint-4", "best", "model.safetensors",
+                                            "config.json", "metrics.csv"}
+    for name, parent, when in moved:        # and then the folder that has the new name
+        if name in ("checkpoint-2", "best", "config.json"):
+            assert parent in order[when:], name
+
+
+def test_the_rows_of_a_checkpoint_are_on_the_disk_before_it(files, tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(checkpoint, "sync", lambda path: events.append(Path(path).name))
+    tiny.run(*files, "--max-steps", 3, "--artifact-dir", "run")
+    assert events.index("metrics.csv") < events.index("SHA256SUMS")
+
+
+# ---------------------------------------------------------------- disks that refuse
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_safetensors(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def read_only(path, *_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+REFUSALS = {
+    "metrics": (metrics.csv.DictWriter, "writerow", no_space, "No space left on device"),
+    "mkdir": (Path, "mkdir", read_only, "Read-only file system"),
+    "moments": (checkpoint, "save_file", full_safetensors, "No space left on device"),
+    "json": (Path, "write_text", no_space, "No space left on device"),
+    "rename": (Path, "rename", read_only, "Read-only file system"),
+    "sync": (os, "fsync", no_space, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("where", REFUSALS)
+def test_a_disk_that_refuses(where, files, tmp_path, monkeypatch):
+    owner, name, refuse, words = REFUSALS[where]
+    flags = [*SHAPE, *QUICK, *files, "--max-steps", 13, "--eval-every", 4, "--artifact-dir"]
+    train.main([*map(str, flags), "whole"])
+    step = Adam.step
+
+    def full(self, *args):
+        step(self, *args)
+        if self.t == 7:
+            patch.setattr(owner, name, refuse)
+    with monkeypatch.context() as patch:
+        patch.setattr(Adam, "step", full)
+        code, _, err = command(train.main, *flags, "run")
+    assert code == 2 and err.count("\n") == 1 and err.startswith("train.py: cannot write ")
+    assert words in err and "run/checkpoint-5 is complete" in err
+    assert "python train.py --resume --artifact-dir run" in err
+    assert checkpoint.newest_checkpoint(tmp_path / "run").name == "checkpoint-5"
+    assert resume("run") == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_disk_too_small_for_the_first_checkpoint_says_so_at_once(files, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_safetensors)
+        code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--artifact-dir", "run")
+    assert code == 2 and "nothing was saved yet" in err and "No space left" in err and "step 0:" not in out
+
+
+def test_a_real_limit_on_the_size_of_files(files, tmp_path):
+    """What the kernel says in the middle of a file, in a process of its own."""
+    resource = pytest.importorskip("resource")
+    flags = [sys.executable, ROOT / "train.py", *SHAPE, *QUICK, *files, "--device", "cpu", "--artifact-dir", "run"]
+    limit = 60_000                  # the weights have 53 kB, the moments 106
+    done = subprocess.run(flags, capture_output=True, text=True, timeout=120, check=False,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("train.py: cannot write run") and "File too large" in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.csv"]
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+def poison(patch, steps, value=math.nan):
+    """Let the gradients of these steps, counted from 1, have a number that is not finite."""
+    real, count = train.gradients, [0]
+
+    def gradients(model, *args):
+        loss, norm, x = real(model, *args)
+        count[0] += 1
+        if count[0] in steps:
+            model.parameters()["model.layers.0.mlp.up_proj.weight"].grad[1, 2] = value
+            norm = train.gradient_norm(model)
+        return loss, norm, x
+    patch.setattr(train, "gradients", gradients)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30], ids=str)
+def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(files, tmp_path, monkeypatch, value):
+    seen, step = {}, Adam.step
+
+    def record(self, *args):
+        step(self, *args)
+        seen[self.t] = to_host(self.model.flat).copy()
+    monkeypatch.setattr(Adam, "step", record)
+    poison(monkeypatch, {2, 3, 6}, value)       # the square of 1e30 is infinite in float32
+    code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--max-steps", 6, "--log-every", 1,
+                             "--artifact-dir", "run")
+    assert (code, err) == (0, "")
+    shown = [line for line in out.splitlines() if "skipped" in line]
+    for line, step, count in zip(shown, (2, 3, 6), (1, 2, 3), strict=True):
+        assert re.fullmatch(rf"step {step}: loss \d\.\d+, gradient norm (nan|inf): skipped, {count} so far", line)
+    state = read_trainer(tmp_path / "run/checkpoint-6")[0]
+    assert (state.skipped, state.skipped_in_a_row, state.updates, state.windows) == (3, 1, 3, 12)
+    np.testing.assert_array_equal(to_host(NanoLLM.load("run").flat), seen[3])
+    table = rows(tmp_path / "run")
+    assert [bool(row["train_loss"]) for row in table] == [True, False, False, True, True, False]
+    assert [bool(row["grad_norm"]) for row in table] == [True, False, False, True, True, False]
+    assert table[-1]["val_loss"]
+
+
+def test_ten_in_a_row_end_with_a_diagnosis(files, tmp_path, monkeypatch):
+    poison(monkeypatch, {3, *range(7, 40)})
+    code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--artifact-dir", "run")
+    assert code == 2 and err.count("\n") == 1 and out.count("skipped") == 11
+    for words in ("10 steps in a row", "gradient of model.layers.0.mlp.up_proj.weight", "--learning-rate", "--resume"):
+        assert words in err
+    assert checkpoint.newest_checkpoint("run").name == "checkpoint-15"
+    assert weights("run/checkpoint-15") == weights("run/checkpoint-10")
+
+
+def test_a_resumed_run_counts_on(files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, range(4, 50))
+        stop_at_skip = train.cli.Stop
+
+        class StopAtNine(stop_at_skip):
+            def __enter__(self):
+                self.signal = None
+                return super().__enter__()
+        patch.setattr(train.cli, "Stop", StopAtNine)
+        assert tiny.run(*files, "--max-steps", 9, "--artifact-dir", "run") == 0
+    assert read_trainer(tmp_path / "run/checkpoint-9")[0].skipped_in_a_row == 6
+    poison(monkeypatch, range(50))
+    with pytest.raises(InputError, match="10 steps in a row"):
+        resume("run", "--max-steps", 30)
+    monkeypatch.undo()
+
+
+def diagnosed():
+    model = NanoLLM(Config(50, 16, 3, 2, 2, 8, 24))
+    x = np.arange(8)[None]
+    model.loss(x, x).backward()
+    return model, x
+
+
+def test_the_diagnosis_names_the_first_place():
+    model, x = diagnosed()
+    assert metrics.diagnose(model, x) == "loss"
+    model.parameters()["model.layers.2.mlp.up_proj.weight"].grad[0, 0] = np.inf
+    assert metrics.diagnose(model, x) == "gradient of model.layers.2.mlp.up_proj.weight"
+    model, x = diagnosed()
+    blocks = model.blocks
+    for name in ("up", "down"):
+        model.parameters()[f"model.layers.1.mlp.{name}_proj.weight"].data[...] = 3e38
+    with np.errstate(all="ignore"):
+        assert metrics.diagnose(model, x) == "activations after block 1"
+    assert model.blocks is blocks
+    model.parameters()["model.layers.0.self_attn.k_proj.weight"].data[1, 1] = np.nan
+    assert metrics.diagnose(model, x) == "weights of model.layers.0.self_attn.k_proj.weight"
+
+
+# ---------------------------------------------------------------- metrics.csv
+
+ROW = {"step": 3, "epoch": 0.5, "tokens": 7, "train_loss": 1 / 3, "learning_rate": 1e-4, "grad_norm": 2.0,
+       "tokens_per_second": 5, "seconds": 1.5}
+
+
+def test_rewind_forgets_later_rows_and_torn_lines(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics.rewind(path, 0)
+    for step in (3, 6, 9):
+        metrics.append(path, ROW | {"step": step})
+    whole = path.read_text()
+    assert len(metrics.read(path)) == 3 and float(metrics.read(path)[0]["train_loss"]) == 1 / 3
+    for torn in ("12,0.5,7", "12,", "\0\0\0\0", "12,0.5,7,,,,,,,,5,6,7,8\n", "x" * 50 + "\n",
+                 "12,0.5,7,0.3,,,,0.1,2.0,5"):
+        path.write_text(whole + torn)
+        assert [row["step"] for row in metrics.read(path)] == ["3", "6", "9"]
+        metrics.rewind(path, 9)
+        assert path.read_text() == whole
+    path.write_bytes(whole.encode() + b"\xff\xfe\x00")
+    metrics.rewind(path, 6)
+    assert [row["step"] for row in metrics.read(path)] == ["3", "6"]
+    metrics.rewind(path, 0)
+    assert path.read_text() == ",".join(metrics.COLUMNS) + "\n"
+    path.unlink()
+    assert metrics.read(path) == []
+
+
+def test_cells_with_nothing_to_say_are_empty(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics.rewind(path, 0)
+    metrics.append(path, ROW | {"train_loss": math.nan, "grad_norm": math.inf})
+    assert path.read_text().splitlines()[1] == "3,0.5,7,,,,,0.0001,,5,1.5"
+
+
+def test_a_torn_line_of_a_killed_run_does_not_stop_it(halfway):
+    expected = rows(halfway, TIMINGS)
+    with open(halfway / "metrics.csv", "a") as file:
+        file.write("12,0.1,3")
+    assert resume(halfway) == 0
+    assert rows(halfway, TIMINGS)[:len(expected)] == expected and len(rows(halfway)) == 10
+
+
+# ---------------------------------------------------------------- damage
+
+FILES = ("SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "optimizer.safetensors",
+         "tokenizer.json", "tokenizer_config.json", "trainer.json")
+
+
+def test_a_checkpoint_has_these_files(stopped):
+    assert sorted(path.name for path in (stopped / "checkpoint-10").iterdir()) == sorted(FILES)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=stopped / "checkpoint-10",
+                       check=True)
+    for path in stopped.rglob("*"):
+        if path.is_file():          # as readable as any other file
+            assert path.stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0o22)), path
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut short":
+        path.write_bytes(content[:middle])
+    elif how == "flipped":
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
+    elif how == "longer":
+        path.write_bytes(content + b"\n")
+    elif how == "link":
+        path.rename(path.parent.parent / "elsewhere")
+        path.symlink_to("../elsewhere")
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut short", "flipped", "longer", "link", "folder"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_the_way_back_too(halfway, name, how):
+    damage(halfway / "checkpoint-10" / name, how)
+    before = snapshot(halfway)
+    code, out, err = command(train.main, "--resume", "--artifact-dir", halfway)
+    if (name, how) == ("SHA256SUMS", "link"):
+        assert code == 0            # wherever it is, the hashes in it are right
+        return
+    assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("train.py: --resume: ")
+    assert "checkpoint-10/" in err if name == "SHA256SUMS" else f"checkpoint-10/{name}" in err
+    assert f"to go on from {halfway}/checkpoint-5, move {halfway}/checkpoint-10 away" in err
+    assert snapshot(halfway) == before
+
+
+def test_the_older_checkpoint_is_a_way_on(halfway, stopped, tmp_path):
+    damage(halfway / "checkpoint-10/model.safetensors", "flipped")
+    (halfway / "checkpoint-10").rename(tmp_path / "away")
+    assert resume(halfway) == 0
+    whole = Path(shutil.copytree(stopped, tmp_path / "whole"))
+    assert resume(whole) == 0
+    assert_same(halfway, whole)
+    for path in checkpoints(halfway):
+        damage(path / "model.safetensors", "flipped")
+    shutil.rmtree(checkpoints(halfway)[0])
+    with pytest.raises(InputError, match="no older checkpoint is left"):
+        resume(halfway, "--max-steps", 30)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_any_flipped_bytes_are_found(stopped, data):
+    newest = stopped / "checkpoint-10"
+    name = data.draw(st.sampled_from(FILES))
+    content = bytearray((newest / name).read_bytes())
+    before = bytes(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    content = content[:data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    if bytes(content).split() == before.split():
+        return                      # white space at the end of a list of hashes
+    try:
+        (newest / name).write_bytes(content)
+        with pytest.raises(InputError, match="checkpoint-10/"):
+            checkpoint.check_sums(newest)
+    finally:
+        (newest / name).write_bytes(before)
+
+
+def with_sums(folder):
+    """Renew the hashes, so that what is wrong inside a file must be seen by its reader."""
+    (folder / "SHA256SUMS").unlink()
+    sums = [f"{checkpoint.file_hash(path)}  {path.name}\n" for path in folder.iterdir()]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+def refused(halfway, name):
+    """What --resume says about a wrong file with a right hash."""
+    with_sums(halfway / "checkpoint-10")
+    before = snapshot(halfway)
+    code, out, err = command(train.main, "--resume", "--artifact-dir", halfway)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and f"checkpoint-10/{name}" in err, err
+    assert snapshot(halfway) == before
+    return err
+
+
+@pytest.mark.parametrize("change", [
+    {"step": -1}, {"step": 2.5}, {"step": "10"}, {"step": None}, {"step": True}, {"windows": math.inf}, {"windows": []},
+    {"epoch": math.nan}, {"loss_sum": -math.inf}, {"loss_sum": 1}, {"best_loss": "low"}, {"best_loss": math.nan},
+    {"updates": -3}, {"seconds": {}}, {"command": None}, {"command": []}, {"hashes": "x"}])
+def test_a_wrong_value_in_trainer_json_is_named(halfway, change):
+    path = halfway / "checkpoint-10/trainer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert next(iter(change)) in refused(halfway, "trainer.json")
+
+
+@pytest.mark.parametrize("change", [
+    {"batch_size": 0}, {"batch_size": "many"}, {"batch_size": [1]}, {"learning_rate": -1}, {"learning_rate": "nan"},
+    {"activation": "tanh"}, {"nonsense": 3}, {"n_head": 2.5}, {"tie_embeddings": 1}, {"log_every": True},
+    {"prompt": "\ud800"}])
+def test_a_wrong_value_in_its_command_is_named(halfway, change):
+    path = halfway / "checkpoint-10/trainer.json"
+    about = json.loads(path.read_text())
+    about["command"] |= change
+    path.write_text(json.dumps(about))
+    assert next(iter(change)).replace("_", "-") in refused(halfway, "trainer.json: command: ")
+
+
+def test_missing_values_and_other_json_are_refused(halfway):
+    path = halfway / "checkpoint-10/trainer.json"
+    about = json.loads(path.read_text())
+    for field in fields(State):
+        path.write_text(json.dumps({name: value for name, value in about.items() if name != field.name}))
+        assert field.name in refused(halfway, "trainer.json")
+    for content in (b"", b"[]", b"{", b"\xff", b"null", b"[" * 100_000):
+        path.write_bytes(content)
+        refused(halfway, "trainer.json")
+
+
+word = st.text(max_size=5)
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | word,
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(word, inner, max_size=3))
+
+
+@given(anything, st.data())
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_any_json_is_a_state_or_refused(stopped, value, data):
+    folder = stopped.parent / "any"
+    folder.mkdir(exist_ok=True)
+    about = json.loads((stopped / "checkpoint-10/trainer.json").read_text())
+    about[data.draw(st.sampled_from(sorted(about)))] = value
+    (folder / "trainer.json").write_text(json.dumps(about))
+    try:
+        state, _ = read_trainer(folder)
+    except InputError as problem:
+        assert str(folder / "trainer.json") in str(problem)
+    else:
+        for number in asdict(state).values():
+            assert number is None or (0 <= number < math.inf and not isinstance(number, bool))
+
+
+def moments_of(halfway):
+    path = halfway / "checkpoint-10/optimizer.safetensors"
+    return path, load_file(path)
+
+
+WRONG = {
+    "shape": lambda m: {"m": m["m"][:-1], "v": m["v"]},
+    "dimensions": lambda m: {"m": m["m"][None], "v": m["v"]},
+    "half": lambda m: {"m": m["m"].astype(np.float16), "v": m["v"]},
+    "double": lambda m: {"m": m["m"], "v": m["v"].astype(np.float64)},
+    "whole": lambda m: {"m": m["m"].astype(np.int32), "v": m["v"]},
+    "one only": lambda m: {"m": m["m"]},
+    "nan": lambda m: {"m": np.where(np.arange(m["m"].size) == 7, np.float32(np.nan), m["m"]), "v": m["v"]},
+    "infinite": lambda m: {"m": m["m"], "v": np.full_like(m["v"], np.inf)},
+    "negative": lambda m: {"m": m["m"], "v": m["v"] - 1},
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_wrong_moments_are_refused(halfway, how):
+    path, moments = moments_of(halfway)
+    save_file(WRONG[how](moments), path)
+    refused(halfway, "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\0" * 8, b"\xff" * 8, (10**13).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"{}",
+    (66).to_bytes(8, "little") + b'{"m":{"dtype":"F32","shape":[9000000000000],"data_offsets":[0,9]}}'])
+def test_headers_that_lie_are_refused(halfway, content):
+    moments_of(halfway)[0].write_bytes(content)
+    refused(halfway, "optimizer.safetensors")
+
+
+@given(st.binary(max_size=40), st.integers(0, 400))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_any_bytes_are_moments_or_refused(stopped, noise, where):
+    model = NanoLLM(Config(290, 16, 2, 2, 1, 8, 24))
+    folder = stopped.parent / "noise"
+    folder.mkdir(exist_ok=True)
+    content = (stopped / "checkpoint-10/optimizer.safetensors").read_bytes()
+    (folder / "optimizer.safetensors").write_bytes(content[:where] + noise + content[where + len(noise):])
+    optimizer = Adam(model)
+    try:
+        read_moments(folder, optimizer)
+    except InputError as problem:
+        assert str(folder / "optimizer.safetensors") in str(problem)
+    else:
+        assert np.isfinite(to_host(optimizer.m)).all() and (to_host(optimizer.v) >= 0).all()
+
+
+def test_nothing_is_pickled_or_executed():
+    """No module of ours so much as names what could run a file's content."""
+    banned = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "eval", "exec", "__import__",
+              "allow_pickle", "system", "popen"}
+    for path in sorted(ROOT.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        fields = ("id", "attr", "arg", "name", "module")
+        names = {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
+        assert not names & banned, path.name
+
+
+# ---------------------------------------------------------------- other people's tools, other people's models
+
+@pytest.fixture(scope="module")
+def transformers():
+    return reference("transformers")
+
+
+def sentencepiece_like():
+    """As Llama's: <s> is put before a text, spaces are ▁, what is unknown becomes bytes."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for word in ("▁", "t", "h", "e", "c", "a", "▁t", "he", "▁the", "▁c", "at", "▁cat"):
+        vocab[word] = len(vocab)
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "c"), ("a", "t"), ("▁c", "at")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A Llama-type folder made elsewhere, whose texts begin with <s>."""
+    folder = tmp_path / "llama"
+    tokenizer = sentencepiece_like()
+    config = Config(271, 16, 1, 2, 1, 8, 24, eps=1e-5, tie_embeddings=True)
+    NanoLLM(config, seed=5).save(folder, bos_token_id=1, eos_token_id=2)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def assert_transformers_agrees(transformers, folder, text):
+    import torch
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, ours, bos, _ = checkpoint.open_model(folder)
+    ids = ours.encode(text, add_special_tokens=False).ids
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert tokenizer(text)["input_ids"] == ([] if bos is None else [bos]) + ids
+    assert tokenizer.decode(ids) == ours.decode(ids)
+    ids = np.array([ids[:model.config.max_context]])
+    with torch.no_grad():
+        np.testing.assert_allclose(to_host(model(ids).data), theirs(torch.tensor(ids)).logits.numpy(), atol=1e-4)
+    prompt = ids[:, :3]
+    expected = theirs.generate(torch.tensor(prompt), max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    assert list(model.generate(prompt[0], 5, temperature=0)) == expected
+    return tokenizer
+
+
+def test_a_finished_folder_opens_in_transformers(transformers, files, tmp_path):
+    """As does every other part of a run's folder."""
+    tiny.run(*files, "--max-steps", 6, "--learning-rate", 0.05, "--artifact-dir", "run")
+    for folder in ("run", "run/best", "run/checkpoint-5"):
+        tokenizer = assert_transformers_agrees(transformers, tmp_path / folder, "the cat 却说 👍 ran , on it .\n")
+        assert tokenizer.model_max_length == 8 and tokenizer.bos_token is None and tokenizer.eos_token is None
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0       # versions 4 and 5
+    generation = json.loads((tmp_path / "run/generation_config.json").read_text())
+    assert generation == {"bos_token_id": None, "eos_token_id": None}
+
+
+def test_training_goes_on_from_a_folder_made_elsewhere(transformers, llama, files, tmp_path):
+    """With its weights, shape and tokenizer; and what comes out keeps its BOS."""
+    flags = [*QUICK, "--text", files[1], "--init-from", str(llama), "--max-steps", 12, "--log-every", 1]
+    code, _, err = command(train.main, *flags, "--learning-rate", 1e-9, "--artifact-dir", "same")
+    assert (code, err) == (0, "")
+    np.testing.assert_allclose(weights("same"), weights(llama), atol=1e-7)
+    assert NanoLLM.load("same").config == NanoLLM.load(llama).config
+    code, _, err = command(train.main, *flags, "--artifact-dir", "run")
+    assert (code, err) == (0, "")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    assert checkpoint.open_model("run")[2:] == (1, [2])
+    tokenizer = assert_transformers_agrees(transformers, tmp_path / "run", "the cat at the 却")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert float(rows(tmp_path / "run")[-1]["train_loss"]) < float(rows(tmp_path / "run")[0]["train_loss"]) - 0.2
+    assert resume("run", "--max-steps", 13) == 0
+    assert resume("run", "--init-from", "llama", "--max-steps", 14) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["bos_token_id"] == 1
+
+
+def test_text_trained_on_has_no_bos_inserted(llama, files, tmp_path, monkeypatch):
+    seen, batch = [], data.TokenDataset.batch
+    monkeypatch.setattr(data.TokenDataset, "batch", lambda self, *args: seen.append(batch(self, *args)) or seen[-1])
+    train.main([*QUICK, "--text", files[1], "--init-from", str(llama), "--max-steps", "3", "--artifact-dir", "run"])
+    assert not any((x == 1).any() for x, _ in seen)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--n-head", "8"], "--n-head is 8, the model in .*llama has 2"),       # though 8 is the default of a new model
+    (["--embedding-dim", "512"], "--embedding-dim is 512"), (["--rope-theta", "1e6"], "--rope-theta"),
+    (["--tie-embeddings"], None), (["--hidden-dim", "24"], None)])
+def test_a_shape_that_the_folder_has_not_is_refused(llama, files, flags, words):
+    flags = [*QUICK, "--text", files[1], "--init-from", str(llama), "--max-steps", "1", "--artifact-dir", "run", *flags]
+    if words is None:
+        assert train.main(flags) == 0
+    else:
+        with pytest.raises(InputError, match=words):
+            train.main(flags)
+        assert not Path("run").exists()
+
+
+def test_another_vocabulary_is_refused(llama, files, tmp_path):
+    flags = [*QUICK, "--text", files[1], "--init-from", str(llama), "--max-steps", "1", "--artifact-dir", "run"]
+    smaller = make_tokenizer(tmp_path / "smaller.json", 260)
+    for other in (files[3], str(smaller)):
+        with pytest.raises(InputError, match=re.escape(other) + ".*vocabulary.*its own tokenizer"):
+            train.main([*flags, "--tokenizer", other])
+    shutil.copy(llama / "tokenizer.json", tmp_path / "copy.json")
+    assert train.main([*flags, "--tokenizer", "copy.json"]) == 0
+    (llama / "tokenizer.json").unlink()
+    flags[-1] = "run2"
+    with pytest.raises(InputError, match=r"llama/tokenizer\.json"):
+        train.main(flags)
+    with pytest.raises(InputError, match=r"smaller\.json.*vocabulary"):
+        train.main([*flags, "--tokenizer", str(smaller)])
+    assert train.main([*flags, "--tokenizer", "copy.json"]) == 0
+
+
+def test_the_demo_goes_on_too(tmp_path, monkeypatch):
+    """--resume with --demo or without is the same; where the run is no demo it is refused (see above)."""
+    files = make_files(tmp_path)
+    monkeypatch.setattr(train.demo, "files", lambda: (files[1], files[3]))
+    flags = [*SHAPE, *QUICK, "--max-steps", "4", "--eval-every", "50", "--sample-every", "100"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert train.main(["--demo", *flags]) == 143
+    assert train.main(["--resume", "--demo", "--max-steps", "3"]) == 0
+    assert train.main(["--resume"]) == 0
+    args = read_trainer(Path("runs/llm/checkpoint-3"))[1]["command"]
+    assert args["demo"] is True and args["tie_embeddings"] is True and args["beta2"] == 0.99
+
+
+def test_a_model_without_a_gpu_moves_with_its_folder(halfway, tmp_path):
+    """Nothing in a run's folder names the folder: it can be renamed, and goes on."""
+    moved = halfway.rename(tmp_path / "moved")
+    assert resume(moved, "--max-steps", 11) == 0
+    assert device.reason in json.loads((moved / "checkpoint-11/trainer.json").read_text())["versions"]["device"]
