@@ -652,7 +652,7 @@ def linear_cross_entropy(x, w, targets):
     targets = token_ids(targets, V).reshape(-1)
     keep = recording(x, w)
     if keep:
-        dx, dw = device.xp.empty_like(rows), device.xp.zeros_like(weight)
+        dx, dw = device.xp.empty(rows.shape, x.dtype), device.xp.zeros(weight.shape, w.dtype)
     block = max(_LOGITS // V, 64)
     losses, logits = device.xp.empty(N, x.dtype), device.xp.empty((min(block, N), V), x.dtype)
     for start in range(0, N, block):
