@@ -71,13 +71,10 @@ class Stop:
             signal.signal(which, handler)
 
 
-def run(main, less="use a smaller model"):
-    """Exit with what main() returns. What the user can mend is one line and code 2; a bug keeps its traceback.
-
-    `less` says what needs less memory.
-    """
+def run(main):
+    """Exit with what main() returns. What the user can mend is one line and code 2; a bug keeps its traceback."""
     name = os.path.basename(sys.argv[0])
-    warnings.showwarning = lambda message, *_: print(f"{name}: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: fail(name, f"warning: {message}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # files half written are removed
     sys.stdout.reconfigure(errors="backslashreplace")       # a terminal without Chinese is no reason to stop
     try:
@@ -86,7 +83,8 @@ def run(main, less="use a smaller model"):
     except InputError as problem:
         code = fail(name, problem)
     except MemoryError as problem:
-        code = fail(name, f"out of memory ({problem}): {less}")
+        code = fail(name, f"out of memory ({problem}): lower --batch-size (--grad-accum makes up for it) or "
+                          "--seq-len, or use a smaller model")
     except BrokenPipeError:                     # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -39,4 +39,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, "lower --batch-size or --seq-len")
+    cli.run(main)

@@ -407,4 +407,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, "lower --batch-size (--grad-accum keeps the big batch) or --seq-len, or make the model smaller")
+    cli.run(main)

@@ -1,0 +1,430 @@
+"""Bad input: one line on stderr that names the culprit and the remedy, exit code 2, nothing written."""
+
+import errno
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import pytest
+import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny import QUICK, SHAPE, command, make_files, make_text, make_tokenizer, snapshot
+
+import cli
+import device
+import evaluate
+import generate
+import nanollm
+import train
+from cli import number
+from device import InputError
+from nanollm import Config, NanoLLM
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch, tmp_path):
+    tiny.make_cheap(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+
+def make_input(folder):
+    """Everything, good and bad, that the cases below name."""
+    make_files(folder)
+    chinese = "却说那孙悟空一个筋斗云，去了十万八千里。" * 60
+    for name, content in {
+        "empty.txt": b"", "short.txt": b"the cat sat", "gb.txt": chinese.encode("gb18030"),
+        "utf16.txt": chinese.encode("utf-16"), "latin.txt": ("plain text " * 50 + "déjà vu").encode("latin-1"),
+        "binary.txt": random.Random(0).randbytes(5000), "late.txt": b"the cat sat. " * 40_000 + b"\xff",
+        "half.txt": "the cat 却".encode()[:-1], "not.json": b"{", "other.json": b'{"a": 1}', "list.json": b"[]",
+    }.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder").mkdir()
+    model = NanoLLM(Config(260, 16, 1, 2, 2, 8, 24))
+    model.save(folder / "model")                    # of fewer words than its tokenizer has
+    make_tokenizer(folder / "model/tokenizer.json")
+    (folder / "bert").mkdir()
+    (folder / "bert/config.json").write_text(json.dumps({"model_type": "bert"}))
+    make_tokenizer(folder / "bert/tokenizer.json")
+    (folder / "used").mkdir()
+    (folder / "used/metrics.csv").touch()
+
+
+GOOD = [*SHAPE, *QUICK, *"--text text.txt --tokenizer tokenizer.json --artifact-dir run".split()]
+
+# what is wrong, the flags beside good ones, words of the message (regular expressions, in this order)
+CASES = {
+    "no such text": ("--text none.txt", "none.txt", "No such file", "give a"),
+    "a text without a byte": ("--text empty.txt", "empty.txt", "is empty", "give a"),
+    "a folder as text": ("--text folder", "folder", "directory", "give a"),
+    "Chinese in GB18030": ("--text gb.txt", "gb.txt", "not UTF-8 at byte 4", "iconv -f GB18030 -t UTF-8 gb.txt"),
+    "UTF-16": ("--text utf16.txt", "utf16.txt", "not UTF-8 at byte 0", "iconv -f UTF-16 -t UTF-8"),
+    "Latin-1": ("--text latin.txt", "latin.txt", "not UTF-8 at byte 551", "iconv -f ISO-8859-1"),
+    "no text at all": ("--text binary.txt", "binary.txt", "not UTF-8 at byte", "no text at all", "give a text file"),
+    "a wrong byte late": ("--text late.txt", "late.txt", "not UTF-8 at byte 520000"),
+    "a character cut off": ("--text half.txt", "half.txt", "not UTF-8 at byte 8"),
+    "less than one window": ("--text short.txt", "short.txt", r"\d+ tokens", "needs 9", "give more text or a smaller"),
+    "no such tokenizer": ("--tokenizer none.json", "none.json", "No such file", "give a"),
+    "a folder as tokenizer": ("--tokenizer folder", "folder", "directory", "give a"),
+    "broken JSON": ("--tokenizer not.json", "not.json", "not JSON", "give a"),
+    "JSON of something else": ("--tokenizer other.json", "other.json", "no tokenizer", "give a"),
+    "a list": ("--tokenizer list.json", "list.json", "no tokenizer", "give a"),
+    "a text as tokenizer": ("--tokenizer text.txt", "text.txt", "not JSON", "give a"),
+    "ids beyond the vocabulary": ("--init-from model", "tokenizer.json", "290", "260", "own tokenizer"),
+    "another kind of model": ("--init-from bert", "bert/config.json", "model_type 'bert' is not implemented"),
+    "no model to start from": ("--init-from none", "none/.*json", "No such file"),
+    "heads that do not divide": ("--n-head 3 --n-kv-head 3", r"embedding_dim \(16\)", "multiple of", r"n_head \(3\)"),
+    "an odd head size": ("--embedding-dim 6 --n-head 2", r"embedding_dim \(6\)", r"2 \* n_head \(2\)", "even"),
+    "key/value heads that do not divide": ("--n-head 4 --n-kv-head 3", r"n_kv_head \(3\)", r"must divide n_head \(4\)"),
+    "stride 0": ("--stride 0", "--stride", "at least 1", "not '0'"),
+    "a stride with gaps": ("--stride 9", "stride 9", "from 1 to seq_len, 8"),
+    "all of it to validate": ("--val-fraction 1", "--val-fraction", "below 1", "not '1'"),
+    "too little to validate": ("--val-fraction 0.001", "validation part", "1 tokens", "needs 9", "more text"),
+    "too little to train on": ("--val-fraction 0.999", "training part", "1 tokens", "needs 9", "more text"),
+    "a batch of more than there is": ("--batch-size 300", "--batch-size 300", "235 training windows", "lower"),
+    "the same by parts": ("--batch-size 30 --grad-accum 10", "--grad-accum 10", "235 training windows", "lower"),
+    "windows longer than the context": ("--seq-len 9", "--seq-len 9", "longest context", "--max-context 8"),
+    "a rate that would rise": ("--min-lr 0.1", "--min-lr 0.1", "--learning-rate 0.01"),
+    "more warm-up than training": ("--warmup-steps 9 --max-steps 8", "--warmup-steps 9", "the 8 steps", "lower"),
+    "a file as folder": ("--artifact-dir text.txt", "text.txt", "Not a directory", "another --artifact-dir"),
+    "a folder below a file": ("--artifact-dir text.txt/a", "text.txt/a", "Not a directory", "another --artifact-dir"),
+    "a folder that holds a run": ("--artifact-dir used", "used", "already holds a run", "--resume", "--artifact-dir"),
+    "a name too long": ("--artifact-dir " + "x" * 300, "xxx", "name too long", "another --artifact-dir"),
+    "nothing to resume": ("--resume --artifact-dir empty", "--resume", "no checkpoint in empty", "new run"),
+    "a demo with a text": ("--demo", "--demo brings", "leave out --text"),
+    "an unknown flag": ("--batchsize 3", "unrecognized arguments: --batchsize", "--help"),
+    "a flag cut short": ("--batch 3", "unrecognized arguments: --batch", "--help"),
+    "a flag without its value": ("--seed", "--seed", "expected one argument", "--help"),
+    "a word too many": ("word", "unrecognized arguments: word", "--help"),
+    "no number": ("--batch-size many", "--batch-size", "whole number of at least 1", "not 'many'"),
+    "an unknown activation": ("--activation tanh", "--activation", "invalid choice: 'tanh'", "silu"),
+    "an unknown device": ("--device tpu", "--device", "invalid choice: 'tpu'", "auto"),
+    "a prompt in another encoding": ("--prompt \udcff", "--prompt", "UTF-8"),
+    "a model beyond any memory": ("--embedding-dim 1000000 --hidden-dim 1000000 --n-block 1000 --max-context 8",
+                                  "out of memory", "allocate", "smaller model"),
+}
+ENCODED = {"a batch of more than there is", "the same by parts", "too little to validate", "too little to train on",
+           "more warm-up than training"}        # only the tokens show it: the good text's ids stay in the cache
+
+
+def check(outcome, *words, name="train.py"):
+    code, out, err = outcome
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith(f"{name}: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert re.search(".*".join(words), err), err
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case, tmp_path, cache_folder):
+    make_input(tmp_path)
+    cache_folder.mkdir()
+    before = snapshot(tmp_path)
+    flags, *words = CASES[case]
+    check(command(train.main, *GOOD, *flags.split()), *words)
+    if case in ENCODED:
+        assert {path.suffix for path in cache_folder.iterdir()} == {".ids", ".json"}
+    assert {path: content for path, content in snapshot(tmp_path).items()
+            if not (case in ENCODED and path.startswith(f"{cache_folder.name}/"))} == before
+
+
+def test_the_good_flags_are_good(tmp_path):
+    make_input(tmp_path)
+    assert command(train.main, *GOOD, "--max-steps", 1)[::2] == (0, "")
+
+
+WHOLE = ("embedding-dim n-block n-head n-kv-head max-context hidden-dim seq-len stride num-epochs max-steps batch-size "
+         "grad-accum eval-every save-every keep-last log-every sample-every patience").split()
+WRONG = {name: ["0", "-1", "1.5", "x", "", "nan", "1e3", "10000000000"] for name in WHOLE}
+WRONG |= {name: ["-1", "1.5", "x", "", "nan", "inf"] for name in ("seed", "warmup-steps")}
+WRONG |= {name: ["0", "-1", "x", "", "nan", "inf", "1e999"] for name in ("learning-rate", "eps", "rope-theta")}
+WRONG |= {name: ["-0.1", "1", "2", "x", "", "nan", "inf"] for name in ("beta1", "beta2", "val-fraction")}
+WRONG |= {name: ["-1", "x", "", "nan", "inf"] for name in ("min-lr", "weight-decay", "clip-norm")}
+
+
+def test_every_flag_with_a_number_is_here():
+    args = vars(train.command_line().parse_args([]))
+    words = {"text", "tokenizer", "artifact_dir", "init_from", "prompt", "activation", "lr_schedule", "device"}
+    switches = {name for name, value in args.items() if value is False}
+    assert {name.replace("-", "_") for name in WRONG} == set(args) - words - switches
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_numbers_out_of_range(name, tmp_path):
+    for value in WRONG[name]:
+        outcome = command(train.main, *GOOD, f"--{name}={value}")
+        check(outcome, f"--{name}: must be a (whole )?number (of at least|above) [01]", re.escape(f"not '{value}'"))
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("flags", [[], ["--text", "text.txt"], ["--tokenizer", "tokenizer.json"], ["--text", ""]])
+def test_text_and_tokenizer_are_needed(flags, tmp_path):
+    check(command(train.main, *flags), "--text FILE and --tokenizer FILE are needed", "--demo")
+    assert snapshot(tmp_path) == {}
+
+
+# ---------------------------------------------------------------- what a test must arrange
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    make_input(tmp_path)
+    real = open
+
+    def denied(path, *args, **named):
+        if str(path).endswith(locked):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **named)
+    monkeypatch.setattr("builtins.open", denied)
+    monkeypatch.setattr("io.open", denied)
+    for locked in ("text.txt", "tokenizer.json"):
+        check(command(train.main, *GOOD), "cannot read", re.escape(locked), "Permission denied", "give a")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    make_input(tmp_path)
+    before = snapshot(tmp_path)
+
+    def denied(*args, **named):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    check(command(train.main, *GOOD), "cannot write to run", "Read-only file system", "another --artifact-dir")
+    check(command(train.main, *GOOD[:-2]), "cannot write to runs", "Read-only file system", "another --artifact-dir")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a folder in which nobody can make a file")
+def test_a_folder_that_really_cannot_be_written(tmp_path):
+    make_input(tmp_path)
+    check(command(train.main, *GOOD, "--artifact-dir", "/proc/nanollm"), "cannot write to /proc/nanollm", "another")
+
+
+def test_no_gpu_with_cupy_s_reason(tmp_path, monkeypatch):
+    make_input(tmp_path)
+    before = snapshot(tmp_path)
+
+    def is_available():
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is\ninsufficient")
+    choice = device.xp, device.on_gpu, device.reason
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(is_available=is_available))
+    try:
+        check(command(train.main, *GOOD, "--device", "gpu"), "device gpu", "cudaErrorInsufficientDriver: CUDA driver "
+              "version is insufficient", "--device cpu")
+        monkeypatch.setitem(sys.modules, "cupy", None)          # not installed
+        for main, flags in ((train.main, GOOD), (generate.main, ["model"]), (evaluate.main, ["model", "--text", "a"])):
+            check(command(main, *flags, "--device", "gpu"), "device gpu", "cupy", "--device cpu")
+    finally:
+        device.xp, device.on_gpu, device.reason = choice
+    assert snapshot(tmp_path) == before
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
+    """CuPy's OutOfMemoryError is a MemoryError too. What was saved stays, and can go on in smaller batches."""
+    make_input(tmp_path)
+    real = NanoLLM.loss
+
+    def big(self, x, y):
+        if x.size > 20:
+            raise MemoryError("Out of memory allocating 9,999 bytes")
+        return real(self, x, y)
+    monkeypatch.setattr(NanoLLM, "loss", big)
+    code, _, err = command(train.main, *GOOD, "--batch-size", 4)
+    assert code == 2 and err.count("\n") == 1
+    assert re.search("out of memory .*9,999 bytes.*lower --batch-size.*--grad-accum.*--seq-len", err)
+    flags = ["--resume", "--artifact-dir", "run", "--max-steps", 2, "--batch-size", 2, "--grad-accum", 2]
+    assert command(train.main, *flags)[::2] == (0, "")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken():
+        raise TypeError("a bug")
+    with pytest.raises(TypeError):
+        cli.run(broken)
+
+
+# ---------------------------------------------------------------- cli.py itself
+
+def outcome(main):
+    return command(lambda _: main() or 0)
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize(("error", "code", "line"), [
+    (InputError("a\n  b"), 2, "train.py: a b\n"),
+    (FileNotFoundError(2, "No such file", "x.txt"), 2, "train.py: x.txt: No such file\n"),
+    (OSError("odd"), 2, "train.py: odd\n"),
+    (MemoryError("3 GB"), 2, "train.py: out of memory (3 GB): "),
+    (KeyboardInterrupt(), 130, "train.py: interrupted\n")])
+def test_errors_become_one_line(error, code, line):
+    got = outcome(raising(error))
+    assert got[0] == code and got[1] == "" and got[2].startswith(line) and got[2].count("\n") == 1
+
+
+def test_warnings_are_one_line_too():
+    code, out, err = outcome(lambda: __import__("warnings").warn("mind\nthis", stacklevel=1))
+    assert (code, out) == (0, "") and err == "train.py: warning: mind this\n"
+
+
+def test_what_a_terminal_cannot_show_does_not_stop_a_run(tmp_path):
+    code = "import cli\ncli.run(lambda: print('却说'))\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, rb"\u5374\u8bf4" + b"\n", b"")
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    code = "import cli\ncli.run(lambda: print('x' * 1_000_000))\n"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_number():
+    assert number(int, 1)("3") == 3 and number(float, 0)("0") == 0 and number(int, 0, 5)("5") == 5
+    assert isinstance(number(int, 1)("3"), int) and isinstance(number(float, 0)("3"), float)
+    for kind, text in (
+            (number(int, 1), "0"), (number(int, 1, 5), "6"), (number(int, 1), "3.0"), (number(int, 0), "1" * 5000),
+            (number(float, 0), "nan"), (number(float, 0), "inf"), (number(float, 0, open_low=True), "0"),
+            (number(float, 0, 1, open_high=True), "1"), (number(float, 0, 1), "1.1")):
+        with pytest.raises(cli.argparse.ArgumentTypeError, match=f"must be a .*number .* not '{text}'"):
+            kind(text)
+
+
+def test_help_tells_every_flag_and_its_default(capsys):
+    for main in (train.main, generate.main, evaluate.main):
+        with pytest.raises(SystemExit) as end:
+            main(["--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert "(None)" not in text and "%" not in text.replace("1 % of", "")
+    parser = train.command_line()
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        assert action.option_strings[-1] in text and action.help
+        if action.default not in (None, False, "==SUPPRESS=="):
+            assert f"({action.default})" in text
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
+def test_commands_as_they_are_called(name):
+    """In processes of their own: exit code and stderr as a shell sees them."""
+    done = subprocess.run([sys.executable, f"{name}.py", "--nonsense"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"{name}.py: ") and done.stderr.count("\n") == 1
+
+
+OTHERS = [
+    (generate.main, "model", "tokenizer.json has 290 tokens, the model only 260"),
+    (generate.main, "none", "none is not a folder"), (generate.main, "text.txt", "text.txt is not a folder"),
+    (generate.main, "folder", "folder/config.json: No such file"), (generate.main, "bert", "model_type 'bert'"),
+    (generate.main, "used", "used has no model yet, its training has not ended"),
+    (generate.main, "", "the following arguments are required: FOLDER"),
+    (generate.main, "model --temperature -1", "--temperature: must be a number of at least 0"),
+    (generate.main, "model --top-k 0", "--top-k: must be a whole number of at least 1"),
+    (generate.main, "model --top-p 0", "--top-p: must be a number above 0 and at most 1"),
+    (generate.main, "model --top-p 1.1", "--top-p: must be a number above 0 and at most 1"),
+    (generate.main, "model --max-new-tokens 0", "--max-new-tokens: must be a whole number of at least 1"),
+    (generate.main, "model --seed -1", "--seed: must be a whole number of at least 0"),
+    (generate.main, "model --prompt \udcff", "--prompt: must be UTF-8"),
+    (evaluate.main, "model", "required: --text"), (evaluate.main, "none --text text.txt", "none is not a folder"),
+    (evaluate.main, "fine --text none.txt", "none.txt .*No such file"),
+    (evaluate.main, "fine --text empty.txt", "empty.txt is empty"),
+    (evaluate.main, "fine --text short.txt --seq-len 9", "--seq-len 9 is more than the model's longest context, 8"),
+    (evaluate.main, "fine --text short.txt", r"short.txt has \d tokens, and one window needs 9"),
+    (evaluate.main, "fine --text text.txt --batch-size 0", "--batch-size: must be a whole number of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("main", "flags", "words"), OTHERS, ids=[f"{m.__module__} {f}" for m, f, _ in OTHERS])
+def test_bad_input_to_the_other_commands(main, flags, words, tmp_path, cache_folder):
+    make_input(tmp_path)
+    cache_folder.mkdir()
+    NanoLLM(Config(290, 16, 1, 2, 2, 8, 24)).save(tmp_path / "fine")
+    make_tokenizer(tmp_path / "fine/tokenizer.json")
+    before = snapshot(tmp_path)
+    check(command(main, *flags.split(), name="it"), words, name="it")
+    assert snapshot(tmp_path) == before
+
+
+# ---------------------------------------------------------------- any flags at all
+
+VALUES = st.sampled_from([
+    "0", "1", "2", "3", "4", "7", "8", "12", "-1", "0.5", "1e-9", "1e300", "nan", "-inf", "", "x", "٣", "1_0", " 5",
+    "10000000000", "9" * 40, "1e-400", "--", "-", "None", "True"]) | st.text(
+        st.characters(exclude_characters="\0"), max_size=6)
+FLAGS = sorted(name.replace("_", "-") for name in vars(train.command_line().parse_args([])) if name != "artifact_dir")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    make_text(folder / "text.txt")
+    make_tokenizer(folder / "tokenizer.json")
+    return folder
+
+
+@given(st.lists(st.tuples(st.sampled_from(FLAGS), VALUES, st.booleans()), max_size=5))
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@example([("warmup-steps", "9" * 40, True)])
+@example([("resume", "", False), ("init-from", "x", True), ("demo", "", False)])
+@example([("seed", "9" * 40, True), ("num-epochs", "1000000000", True)])
+def test_any_flags_train_or_say_why_not(place, flags):
+    """Never a traceback, and nothing is left where training did not begin."""
+    begun = []
+
+    def begin(model, optimizer, train_set, val_set, state, run, args, stop):
+        begun.append(train.total_steps(args, state, train_set))
+        stop.signal = 15
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("NANOLLM_CACHE", str(place / "cache"))
+        patch.setattr(train, "train", begin)
+        patch.setattr(train.demo, "files", lambda: ("text.txt", "tokenizer.json"))
+        words = [f"--{name}={value}" if joined else f"--{name}" for name, value, joined in flags]
+        code, out, err = command(train.main, *GOOD, *words)
+        run = place / "run"
+        if code == 143:
+            assert begun[0] >= 1 and [path.name for path in run.iterdir()] == ["metrics.csv"]
+            (run / "metrics.csv").unlink()
+            run.rmdir()
+        else:
+            assert code == 2 and err.count("\n") == 1 and err.startswith("train.py: ") and out == "", err
+            assert not run.exists()
+
+
+WORDS = st.sampled_from("prompt max-new-tokens temperature top-k top-p seed".split())
+
+
+@given(st.lists(st.tuples(WORDS, VALUES), max_size=4))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_any_flags_generate_or_say_why_not(place, flags):
+    if not (place / "fine").exists():
+        NanoLLM(Config(290, 16, 1, 2, 2, 8, 24)).save(place / "fine")
+        make_tokenizer(place / "fine/tokenizer.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nanollm.NanoLLM, "generate", with_few_tokens)
+        words = [f"--{name}={value}" for name, value in flags]
+        code, out, err = command(generate.main, place / "fine", "--prompt", "a", *words)
+    assert (code == 0 and out and err == "") or (code == 2 and out == "" and err.count("\n") == 1), (code, out, err)
+
+
+real_generate = NanoLLM.generate
+
+
+def with_few_tokens(self, ids, count, *rest):
+    return real_generate(self, ids, min(count, 5), *rest)
