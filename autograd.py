@@ -45,14 +45,23 @@ def recording(*tensors):
     return _recording and any(t.requires_grad for t in tensors)
 
 
+class Node:
+    """How a result came about: the nodes of its inputs, and the function from dout to the inputs' gradients.
+
+    It does not hold the result: backward functions hold the arrays that they need, all others can go at once.
+    An input that requires no gradient is None here, a leaf is the Tensor itself, where its gradient will be kept.
+    """
+    __slots__ = ("parents", "backward", "shape", "dtype")
+
+
 class Tensor:
-    """An array and, unless it is a leaf, the op that made it: the op's inputs and its backward function.
+    """An array and, unless it is a leaf, the Node that says how it came about.
 
     `data` is an array of device.xp, kept as it is (a float array keeps its dtype). `grad` is None, or for a leaf
     after `backward` the array dLoss/ddata; it grows by each further backward until somebody clears it.
     Raises TypeError for requires_grad=True on numbers that are not floats.
     """
-    __slots__ = ("data", "requires_grad", "grad", "_parents", "_backward")
+    __slots__ = ("data", "requires_grad", "grad", "_node")
     __array_ufunc__ = None              # array * tensor: NumPy must ask the tensor
 
     def __init__(self, data, requires_grad=False):
@@ -61,8 +70,7 @@ class Tensor:
             raise TypeError(f"requires_grad needs floating-point data, not {self.data.dtype}")
         self.requires_grad = requires_grad
         self.grad = None
-        self._parents = ()
-        self._backward = None
+        self._node = None
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -83,17 +91,17 @@ class Tensor:
                 raise RuntimeError(f"backward: a tensor of shape {self.shape} needs dout; only a scalar has a default")
             dout = 1.0
         dout = device.xp.broadcast_to(device.xp.asarray(dout, self.dtype), self.shape)
-        order = _topological(self)
-        gradients = {id(self): _Sum(self, dout)}
+        root = self._node or self
+        order, gradients = _topological(root), {id(root): _Sum(root, dout)}
         while order:
-            node = order.pop()          # nothing holds it from here on but its users
+            node = order.pop()
             gradient = gradients.pop(id(node)).array
-            if node._backward is None:  # a leaf: `array` was its own .grad
+            if isinstance(node, Tensor):        # a leaf: the sum was its own .grad
                 continue
-            parents, backward = node._parents, node._backward
-            node._parents, node._backward = (), _freed
+            parents, backward = node.parents, node.backward
+            node.parents, node.backward = (), _freed
             for parent, dparent in zip(parents, backward(gradient), strict=True):
-                if parent.requires_grad:
+                if parent is not None:
                     if id(parent) not in gradients:
                         gradients[id(parent)] = _Sum(parent)
                     gradients[id(parent)].add(dparent)
@@ -104,7 +112,7 @@ def _freed(dout):
 
 
 def _topological(root):
-    """All recorded tensors below root, inputs before the results they lead to; no recursion, so no depth limit."""
+    """All nodes below root, inputs before the results they lead to; no recursion, so no depth limit."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, done = stack.pop()
@@ -113,47 +121,45 @@ def _topological(root):
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            stack.extend((parent, False) for parent in node._parents if parent.requires_grad)
+            stack.extend((parent, False) for parent in getattr(node, "parents", ()) if parent is not None)
     return order
 
 
 class _Sum:
-    """The gradient of one tensor while its users send their parts.
+    """The gradient of one node while its users send their parts.
 
     A part is an array, or a function that adds itself to an array: a weight's gradient then goes straight into
     the buffer where it is wanted, a slice's into its place, an embedding's into the few rows it touches.
     """
-    def __init__(self, tensor, array=None):
-        leaf = tensor._backward is None
-        self.tensor = tensor
-        self.array = tensor.grad if leaf else array
-        self.owned = leaf               # may be added to in place: nobody else holds it
-        if leaf and array is not None:
+    def __init__(self, node, array=None):
+        self.node = node
+        self.leaf = isinstance(node, Tensor)
+        self.array = node.grad if self.leaf else None
+        self.owned = self.leaf          # may be added to in place: nobody else holds it
+        if array is not None:
             self.add(array)
 
     def add(self, part):
-        tensor, xp = self.tensor, device.xp
+        shape, dtype = self.node.shape, self.node.dtype
         if callable(part):
             if self.array is None:
-                self.array = xp.zeros(tensor.shape, tensor.dtype)
+                self.array = device.xp.zeros(shape, dtype)
             elif not self.owned:
                 self.array = self.array.copy()
             self.owned = True
             part(self.array)
         else:
-            part = _unbroadcast(part, tensor.shape)
-            if part.dtype != tensor.dtype:
-                raise TypeError(f"a {tensor.dtype} value received a {part.dtype} gradient")
-            if self.array is None and tensor._backward is None:
-                self.array = part.copy()
-            elif self.array is None:
-                self.array = part       # perhaps shared: not ours to change
+            part = _unbroadcast(part, shape)
+            if part.dtype != dtype:
+                raise TypeError(f"a {dtype} value received a {part.dtype} gradient")
+            if self.array is None:
+                self.array = part.copy() if self.leaf else part         # perhaps shared: then not ours to change
             elif self.owned:
                 self.array += part
             else:
                 self.array, self.owned = self.array + part, True
-        if tensor._backward is None:
-            tensor.grad = self.array
+        if self.leaf:
+            self.node.grad = self.array
 
 
 def _unbroadcast(gradient, shape):
@@ -173,7 +179,9 @@ def _result(data, parents, backward):
     """What an op returns. `backward` must hold arrays, never the returned Tensor: a cycle would keep its memory."""
     out = Tensor(data)
     if recording(*parents):
-        out.requires_grad, out._parents, out._backward = True, parents, backward
+        out.requires_grad, out._node = True, Node()
+        out._node.parents = tuple((t._node or t) if t.requires_grad else None for t in parents)
+        out._node.backward, out._node.shape, out._node.dtype = backward, out.shape, out.dtype
     return out
 
 
@@ -538,7 +546,7 @@ def attention(q, k, v):
 
     Backward, from the outside in (matmul, softmax, matmul):
         dv = pᵀ dout        dp = dout vᵀ
-        ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj = sum_d dout_td out_td      (for out_t = sum_j p_tj v_j)
+        ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj
         dq = ds k / √D      dk = dsᵀ q / √D
     Neither s nor p is ever held whole: blocks of queries meet the keys that they may see, and backward computes p anew
     from the saved log-sum-exp of each row, L = log sum_j exp(s_j):  p = exp(s - L).  Memory grows with T, not with T².
@@ -592,8 +600,9 @@ def attention(q, k, v):
                 do, keys = rows(dout, s, t), ks[s, :end]
                 device.matmul(_t(p), do, out=dv[s, :end], accumulate=True)
                 ds = device.matmul(do, _t(vs[s, :end]))
-                ds -= (do * rows(out, s, t)).sum(-1, keepdims=True)
-                ds *= p
+                ds *= p                             # p dp; then p (dp - δ)
+                p *= ds.sum(-1, keepdims=True)
+                ds -= p
                 dq[s, :, t] = (device.matmul(ds, keys) * scale).reshape(dq[s, :, t].shape)
                 device.matmul(_t(ds), rows(qs, s, t) * scale, out=dk[s, :end], accumulate=True)
         device.sweep(block, B * K, heads)
