@@ -35,9 +35,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import device
-from data import load_tokenizer, vocab_size
 from device import InputError
 from nanollm import NanoLLM, read_json, replace_file
+from tokens import load_tokenizer, vocab_size
 
 try:
     import fcntl

@@ -118,7 +118,7 @@ class Progress:
     """The bar on a terminal, a line now and then elsewhere; and the clock: tokens/s, time left, seconds in all."""
 
     def __init__(self, total, step, seconds):
-        self.total, self.began = total, time.monotonic() - seconds
+        self.total, self.began, self.drawn = total, time.monotonic() - seconds, time.monotonic()
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.restart()
 
@@ -146,6 +146,12 @@ class Progress:
     def speed(self):
         """Tokens a second since the last restart."""
         return self.tokens / max(time.monotonic() - self.since, 1e-9)
+
+    def redraw(self, folder, every=15):
+        """Draw loss.png anew, unless that was less than `every` seconds ago: it takes a moment."""
+        if time.monotonic() >= self.drawn + every:
+            draw_loss(folder)
+            self.drawn = time.monotonic()
 
     def show(self, step, loss, lr, norm):
         text = f"loss {loss:.4f}  ppl {perplexity(loss):,.1f}  lr {lr:.1e}  |g| {norm:.2f}  {self.speed:,.0f} tok/s"

@@ -20,10 +20,11 @@ import device
 import metrics
 from autograd import ACTIVATIONS, no_grad
 from cli import number
-from data import TokenDataset, load_tokenizer, vocab_size
+from data import TokenDataset
 from device import InputError
 from metrics import Progress, perplexity, say
 from nanollm import Config, NanoLLM, read_json
+from tokens import load_tokenizer, vocab_size
 
 # ---------------------------------------------------------------- the optimizer
 
@@ -188,8 +189,8 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
             if due(args.save_every) or is_over(args, state, total) or stop.signal:
                 state.seconds, state.updates = progress.seconds, optimizer.t
                 run.write_checkpoint(model, optimizer, state, args.keep_last)
-                metrics.draw_loss(run.folder)
                 progress.restart()
+    metrics.draw_loss(run.folder)
 
 
 def report(model, train_set, val_set, state, run, args, progress, lr, norm, milestone):
@@ -215,8 +216,7 @@ def report(model, train_set, val_set, state, run, args, progress, lr, norm, mile
                 run.write_best(model)
         say(line)
     metrics.append(run.folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
-    if milestone:
-        metrics.draw_loss(run.folder)
+    progress.redraw(run.folder)
     progress.restart()
 
 

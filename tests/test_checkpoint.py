@@ -23,18 +23,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tiny import QUICK, SHAPE, TIMINGS, command, make_files, make_text, make_tokenizer, rows, snapshot
+from tiny import (
+    QUICK,
+    SHAPE,
+    TIMINGS,
+    assert_same,
+    command,
+    contents,
+    make_files,
+    make_text,
+    make_tokenizer,
+    rows,
+    snapshot,
+)
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 import checkpoint
 import data
 import device
 import metrics
+import tokens
 import train
 from checkpoint import State, checkpoints, read_moments, read_trainer
-from data import load_tokenizer
 from device import InputError, to_host
 from nanollm import Config, NanoLLM
+from tokens import load_tokenizer
 from train import Adam
 
 ROOT = Path(train.__file__).parent
@@ -88,26 +101,6 @@ def stop_at(patch, step, number=signal.SIGTERM):
 
 def resume(folder, *flags):
     return train.main(["--resume", "--artifact-dir", str(folder), *map(str, flags)])
-
-
-def contents(folder):
-    """All that must be the same of two runs: every byte but the timings."""
-    found = snapshot(folder)
-    found.pop("loss.png", None)
-    found["metrics.csv"] = rows(folder, TIMINGS)
-    for path in folder.rglob("trainer.json"):
-        name = str(path.relative_to(folder))
-        found[name] = json.loads(found[name])
-        del found[name]["seconds"]
-        del found[str(Path(name).with_name("SHA256SUMS"))]
-    return found
-
-
-def assert_same(a, b):
-    a, b = contents(a), contents(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name] == b[name], name
 
 
 # ---------------------------------------------------------------- exactly as if nothing had happened
@@ -222,13 +215,13 @@ def test_a_signal_before_the_first_step_or_after_the_last(files, tmp_path, monke
 
 def test_a_signal_while_the_text_is_encoded(files, tmp_path, monkeypatch, cache_folder):
     for number, code, line in ((signal.SIGINT, 130, "train.py: interrupted\n"), (signal.SIGTERM, 143, "")):
-        encode = data.encode_text
+        encode = tokens.encode_text
 
         def interrupted(*args, number=number, encode=encode):
             yield from encode(*args)
             os.kill(os.getpid(), number)
         with monkeypatch.context() as patch:
-            patch.setattr(data, "encode_text", interrupted)
+            patch.setattr(tokens, "encode_text", interrupted)
             got, _, err = command(train.main, *SHAPE, *QUICK, *files, "--artifact-dir", "run")
         assert (got, err) == (code, line)
         assert not (tmp_path / "run").exists() and not list(cache_folder.glob("*"))

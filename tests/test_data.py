@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
-from data import TokenDataset, load_tokenizer, vocab_size
+import tokens
+from data import TokenDataset
 from device import InputError
+from tokens import load_tokenizer, vocab_size
 
 CORPUS = ["The quick brown fox jumps over the lazy dog; it's the dog's 1,234th day.", "naïve café — “déjà vu”",
           "却说那孙悟空一个筋斗云，去了十万八千里。唐僧道：“悟空，休得无礼！”",
@@ -122,10 +124,10 @@ texts = st.lists(snippets, min_size=1, max_size=30).map("".join)
 def test_chunks_have_the_ids_of_the_whole_text(kind, text, chunk, block):
     tokenizer = KINDS[kind]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "CHUNK", chunk)
-        patch.setattr(data, "CONTEXT", 64)
-        patch.setattr(data, "PARALLEL", 3)
-        parts = list(data.encode_text(tokenizer, [text[i:i + block] for i in range(0, len(text), block)]))
+        patch.setattr(tokens, "CHUNK", chunk)
+        patch.setattr(tokens, "CONTEXT", 64)
+        patch.setattr(tokens, "PARALLEL", 3)
+        parts = list(tokens.encode_text(tokenizer, [text[i:i + block] for i in range(0, len(text), block)]))
     assert "".join(body for _, body, _ in parts) == text
     assert [i for _, _, ids in parts for i in ids] == whole(text, tokenizer)
 
@@ -135,22 +137,22 @@ def test_chunks_have_the_ids_of_the_whole_text(kind, text, chunk, block):
     "dog" + "\u0301" * 9000 + "dog", "却" * 9000, "[MASK]" * 1500])
 @every_kind
 def test_a_text_with_hardly_a_place_to_cut(kind, text, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 700)
-    parts = data.encode_text(KINDS[kind], [text])
+    monkeypatch.setattr(tokens, "CHUNK", 700)
+    parts = tokens.encode_text(KINDS[kind], [text])
     assert [i for _, _, ids in parts for i in ids] == whole(text, KINDS[kind])
 
 
 def test_a_special_token_that_takes_the_spaces_before_it(monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 1000)
+    monkeypatch.setattr(tokens, "CHUNK", 1000)
     t, text = byte_bpe(), "the dog " * 100 + " " * 9000 + "<mask> the" + " the" * 3000
     t.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])        # RoBERTa's
-    assert [i for _, _, ids in data.encode_text(t, [text]) for i in ids] == whole(text, t)
+    assert [i for _, _, ids in tokens.encode_text(t, [text]) for i in ids] == whole(text, t)
 
 
 @every_kind
 def test_ordinary_text_is_cut_near_the_size_asked_for(kind, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 700)
-    sizes = [len(body) for _, body, _ in data.encode_text(KINDS[kind], [" ".join(CORPUS) * 4])]
+    monkeypatch.setattr(tokens, "CHUNK", 700)
+    sizes = [len(body) for _, body, _ in tokens.encode_text(KINDS[kind], [" ".join(CORPUS) * 4])]
     assert len(sizes) > 4 and max(sizes) < 3 * 700
 
 
@@ -174,7 +176,7 @@ def test_line_ends_stay_and_a_byte_order_mark_goes(make):
 
 
 def test_blocks_may_end_inside_a_character(make, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 5)
+    monkeypatch.setattr(tokens, "BLOCK", 5)
     text = "".join(CORPUS) + "\ufeff" * 9
     assert make(text).tokens.tolist() == whole(text, KINDS["byte-bpe"])
 
@@ -202,7 +204,7 @@ def test_ids_of_a_large_vocabulary_need_32_bits_and_may_have_gaps(make):
 
 def test_a_second_time_nothing_is_encoded(make, monkeypatch):
     first = make(CORPUS[0]).tokens.tolist()
-    monkeypatch.setattr(data, "encode_text", None)
+    monkeypatch.setattr(tokens, "encode_text", None)
     assert make(CORPUS[0], seq_len=4).tokens.tolist() == first
 
 
@@ -234,23 +236,23 @@ def test_leftovers_of_a_killed_run_go_after_a_day(make, cache_folder):
 
 
 def test_the_cache_folder_is_the_users_unless_named(monkeypatch, tmp_path):
-    assert data.cache_folder() == tmp_path / "nanollm-cache"
+    assert tokens.cache_folder() == tmp_path / "nanollm-cache"
     monkeypatch.delenv("NANOLLM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert data.cache_folder() == tmp_path / "xdg" / "nanollm"
+    assert tokens.cache_folder() == tmp_path / "xdg" / "nanollm"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.cache_folder() == tmp_path / ".cache" / "nanollm"
+    assert tokens.cache_folder() == tmp_path / ".cache" / "nanollm"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert data.cache_folder() == tmp_path / "Library" / "Caches" / "nanollm"
+    assert tokens.cache_folder() == tmp_path / "Library" / "Caches" / "nanollm"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert data.cache_folder() == tmp_path / "local" / "nanollm"
+    assert tokens.cache_folder() == tmp_path / "local" / "nanollm"
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(make, monkeypatch, capsys):
-    monkeypatch.setattr(data, "CHUNK", 700)
+    monkeypatch.setattr(tokens, "CHUNK", 700)
     make("\n".join(CORPUS) * 3)
     assert capsys.readouterr().err == ""                # it was quick
     monkeypatch.setattr(time, "monotonic", iter(range(0, 10_000, 4)).__next__)
@@ -387,8 +389,8 @@ def test_no_validation_part_if_the_fraction_is_0(make):
 
 @every_kind
 def test_source_bytes_of_the_parts_are_those_of_their_characters(kind, make, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 90)
-    monkeypatch.setattr(data, "CONTEXT", 64)
+    monkeypatch.setattr(tokens, "CHUNK", 90)
+    monkeypatch.setattr(tokens, "CONTEXT", 64)
     text = "\r\n".join(CORPUS[:9]) + "the" * 60 + " " * 150 + "dog"
     ds = make(b"\xef\xbb\xbf" + text.encode(), kind, seq_len=1)
     assert len(ds.file.chunks) > 1
@@ -439,12 +441,12 @@ def test_texts_that_cannot_be_opened(make, tmp_path):
 
 
 def test_a_text_that_changes_while_it_is_read(make, monkeypatch, cache_folder, tmp_path):
-    real = data.unknown_token
+    real = tokens.unknown_token
 
     def meddle(tokenizer):                              # called between the two readings
         (tmp_path / "text.txt").write_text(CORPUS[0] + "!")
         return real(tokenizer)
-    monkeypatch.setattr(data, "unknown_token", meddle)
+    monkeypatch.setattr(tokens, "unknown_token", meddle)
     with pytest.raises(InputError, match="changed while it was read"):
         make(CORPUS[0])
     assert not list(cache_folder.glob("*"))

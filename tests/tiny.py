@@ -3,11 +3,13 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import random
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -84,3 +86,23 @@ def snapshot(folder):
     """{path: bytes} of all files below, and {path: None} of all folders."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
             for path in sorted(folder.rglob("*"))}
+
+
+def contents(folder):
+    """All that must be the same of two runs: every byte but the timings."""
+    found = snapshot(folder)
+    found.pop("loss.png", None)
+    found["metrics.csv"] = rows(folder, TIMINGS)
+    for path in folder.rglob("trainer.json"):
+        name = str(path.relative_to(folder))
+        found[name] = json.loads(found[name])
+        del found[name]["seconds"]
+        del found[str(Path(name).with_name("SHA256SUMS"))]
+    return found
+
+
+def assert_same(a, b):
+    a, b = contents(a), contents(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], name

@@ -1,0 +1,310 @@
+"""A text's token ids, on disk: encoded once, in bounded memory, exactly as if the whole text were encoded at once.
+
+    text --read_text--> blocks --cut_text--> chunks --encode_text--> ids --cached_tokens--> TokenFile
+
+A text may be larger than memory: it passes through in chunks, and its ids stay in a file that is mapped, never loaded.
+"""
+import codecs
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import stat
+import sys
+import time
+import weakref
+import zlib
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tqdm import tqdm
+
+from device import InputError
+
+BLOCK = 1 << 18         # bytes read at once
+CHUNK = 1 << 16         # characters encoded by one call of the tokenizer
+CONTEXT = 512           # characters seen on each side of a cut; WordPiece counts 100 letters, accents come on top
+TRIES = 64              # places tried for a cut before the chunk grows
+PARALLEL = 16           # chunks given to the tokenizers library together, so that it uses every core
+
+
+# ---------------------------------------------------------------- tokenizer
+
+def load_tokenizer(path):
+    """The tokenizers.Tokenizer of a Hugging Face tokenizer.json, made to encode whole texts and always alike:
+    truncation, padding and BPE dropout that were saved in it are switched off. Raises InputError.
+    """
+    remedy = "give a Hugging Face tokenizer.json"
+    try:
+        content = Path(path).read_bytes()
+        json.loads(content)
+    except OSError as error:
+        raise InputError(f"cannot read the tokenizer {path} ({error.strerror}): {remedy}") from None
+    except ValueError:
+        raise InputError(f"the tokenizer {path} is not JSON: {remedy}") from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:                      # the library raises nothing more precise
+        raise InputError(f"{path} is JSON but no tokenizer ({error}): {remedy}") from None
+    if not tokenizer.get_vocab():
+        raise InputError(f"the tokenizer {path} has no tokens: train it first")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def vocab_size(tokenizer):
+    """The largest id + 1: the rows of an embedding. There may be fewer tokens, as ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def unknown_token(tokenizer):
+    """The text of the token that stands for whatever the tokenizer does not know, or None."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] == "Unigram":                  # an index into its list of (text, score)
+        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    return model["unk_token"]
+
+
+# ---------------------------------------------------------------- text -> chunks -> ids, in bounded memory
+
+def looks_like(sample):
+    """How bytes that are not UTF-8 are probably encoded, in iconv's words; None if they seem no text at all."""
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if b"\0" in sample:
+        return None
+    with contextlib.suppress(UnicodeDecodeError):
+        guess = codecs.getincrementaldecoder("gb18030")().decode(sample)
+        foreign = [c for c in guess if not c.isascii()]
+        if sum("\u3000" <= c <= "\u9fff" for c in foreign) > len(foreign) / 2:
+            return "GB18030"
+    return "ISO-8859-1"
+
+
+def read_text(path, digest):
+    """Yield the characters of a UTF-8 text in blocks and feed its bytes to the digest; a byte-order mark is
+    dropped, line ends stay as they are. Raises InputError.
+    """
+    offset, rest = 0, b""
+    try:
+        with open(path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"the text {path} is not a regular file: it is read twice, so save it first")
+            while block := file.read(BLOCK):
+                digest.update(block)
+                characters, used = codecs.utf_8_decode(rest + block)
+                yield characters if offset else characters.removeprefix("\ufeff")
+                offset, rest = offset + used, (rest + block)[used:]
+        codecs.utf_8_decode(rest, "strict", True)       # a character cut off by the end of the file
+    except OSError as error:
+        raise InputError(f"cannot read the text {path} ({error.strerror}): give a UTF-8 text file") from None
+    except UnicodeDecodeError as error:
+        encoding = looks_like(error.object[error.object.rfind(b"\n", 0, error.start) + 1:])
+        name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
+        remedy = (f"looks like {encoding}: iconv -f {encoding} -t UTF-8 {name} > {new} converts it" if encoding
+                  else "looks like no text at all: give a text file")
+        raise InputError(f"the text {path} is not UTF-8 at byte {offset + error.start} and {remedy}") from None
+
+
+def find_cut(encode, text, first, last):
+    """(cut, context ids) for a place to cut, first < cut <= last; None where there is none.
+
+    With k = CONTEXT: the ids of text[cut-k : cut] must begin those of text[cut-k : cut+k], so what stands left
+    of the cut is encoded alike whatever follows. (Newlines would not do: "\\n\\n" is one token in GPT-2's
+    vocabulary, and Llama's tokenizer puts a space before whatever comes first.) Ends of words are tried first.
+    Where either side has few ids, as in a long word or among accents that a normalizer strips, k shows too little.
+    """
+    few = CONTEXT // 32
+    places = range(last, max(first, last - TRIES), -1)
+    for cut in sorted(places, key=lambda c: text[c - 1].isspace() or not text[c].isspace()):
+        begin = max(0, cut - CONTEXT)
+        context = encode(text[begin:cut])
+        both = encode(text[begin:cut + CONTEXT])
+        if few < len(context) < len(both) - few and both[:len(context)] == context:
+            return cut, context
+    return None
+
+
+def cut_text(encode, blocks):
+    """Yield (context, its ids, body): the bodies add up to the text, a context is what stands before a body."""
+    text, start, ids, last = "", 0, [], CHUNK       # text[:start] is the context of the chunk that grows
+    for block in blocks:
+        text += block
+        while last + CONTEXT <= len(text):
+            found = find_cut(encode, text, max(start, last - CHUNK), last)
+            if not found:
+                last += CHUNK
+                continue
+            yield text[:start], ids, text[start:found[0]]
+            begin = max(0, found[0] - CONTEXT)
+            text, start, ids = text[begin:], found[0] - begin, found[1]
+            last = start + CHUNK
+    yield text[:start], ids, text[start:]
+
+
+def encode_text(tokenizer, blocks):
+    """Yield (context, body, ids of the body) for each chunk: together, the ids of the whole text encoded at once.
+
+    A chunk is encoded behind its context, whose ids are dropped again. That is right if the two chunks that
+    meet there agree on those ids: the right one on all, the left one on their second half, out of reach of where
+    the context happens to begin. Where they do not agree, they are encoded again as one chunk.
+    No special tokens are inserted; those that the text spells out are kept.
+    """
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def agree(left, context, right):
+        half = context[len(context) // 2:]
+        return right[:len(context)] == context and left[max(0, len(left) - len(half)):] == half
+
+    chunks, done = cut_text(encode, blocks), []     # the last chunk in `done` waits for its right neighbour
+    while several := list(itertools.islice(chunks, PARALLEL)):
+        encodings = tokenizer.encode_batch_fast([c + body for c, _, body in several], add_special_tokens=False)
+        for (context, dropped, body), encoding in zip(several, encodings, strict=True):
+            ids = encoding.ids
+            while done and not agree(done[-1][3], dropped, ids):
+                context, dropped, left, _ = done.pop()
+                body = left + body
+                ids = encode(context + body)
+            done.append((context, dropped, body, ids))
+        yield from ((context, body, ids[len(dropped):]) for context, dropped, body, ids in done[:-1])
+        done = done[-1:]
+    yield from ((context, body, ids[len(dropped):]) for context, dropped, body, ids in done)
+
+
+# ---------------------------------------------------------------- ids on disk
+
+class TokenFile:
+    """A text's ids in the cache, and where in the text they come from.
+
+    NAME.ids holds the bare ids; NAME.json their number and type, a CRC-32, how many are unknown, and for each
+    chunk [first id, first byte, first byte of its context]: 0.5 MB for a text of 1 GB. Bytes are counted from
+    behind a byte-order mark. Raises OSError, ValueError, KeyError or TypeError if the two are not intact.
+    """
+    def __init__(self, path, text, tokenizer):
+        about = json.loads(path.with_suffix(".json").read_bytes())
+        self.text, self.tokenizer = text, tokenizer
+        self.n_token, self.n_byte, self.n_unknown = about["tokens"], about["bytes"], about["unknown"]
+        self.dtype, self.chunks = np.dtype(about["dtype"]), np.array(about["chunks"])
+        self.file = open(path, "rb")  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
+        crc = 0
+        while block := self.file.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+        if crc != about["crc"]:
+            raise ValueError(f"{path} does not hold the ids that were written")
+
+    def ids(self, first, last):
+        """ids[first:last], mapped anew by each call: a map kept for long comes to hold the file in memory."""
+        return np.memmap(self.file, self.dtype, "r", first * self.dtype.itemsize, (last - first,))
+
+    def byte(self, n):
+        """Where id n begins in the text: the first byte of its first character, a part of which may belong to
+        the id before, as a byte-level token may begin inside a character. Id 0 begins with the text.
+        """
+        if n in (0, self.n_token):
+            return self.n_byte if n else 0
+        chunk = np.searchsorted(self.chunks[:, 0], n, side="right") - 1
+        begin = int(self.chunks[chunk, 2])
+        next_id, end, _ = [*self.chunks, (self.n_token, self.n_byte, 0)][chunk + 1]
+        with open(self.text, "rb") as file:
+            file.seek(begin - self.n_byte, os.SEEK_END)
+            text = file.read(end - begin).decode()
+        spans = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        return begin + len(text[:spans[n - next_id][0]].encode())
+
+
+def cache_folder():
+    """NANOLLM_CACHE if set, else nanollm in the platform's folder for what can be made again."""
+    if folder := os.environ.get("NANOLLM_CACHE"):
+        return Path(folder)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local", "nanollm")
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/nanollm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanollm")
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A file that appears under its name only when it is complete: written beside, synced, renamed."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refuse_short(what, n_token, seq_len):
+    if n_token <= seq_len:
+        raise InputError(f"{what} has {n_token} tokens, and one window needs {seq_len + 1} (seq_len + 1): "
+                         "give more text or a smaller seq_len")
+
+
+def write_tokens(path, text, tokenizer, digest, seq_len):
+    """Encode a text into NAME.ids and NAME.json; shows how far it is, in a bar or in a line every 5 seconds."""
+    dtype = np.dtype(np.uint16 if vocab_size(tokenizer) <= 1 << 16 else np.uint32)
+    unknown = unknown_token(tokenizer)
+    n_token = n_byte = n_unknown = crc = 0
+    chunks, total, shown = [], os.path.getsize(text), time.monotonic()
+    bar = tqdm(desc=f"encoding {text}", total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+    with bar, written_whole(path) as file:
+        for context, body, ids in encode_text(tokenizer, read_text(text, digest)):
+            data = np.array(ids, dtype).tobytes()
+            file.write(data)
+            crc = zlib.crc32(data, crc)
+            chunks.append((n_token, n_byte, n_byte - len(context.encode())))
+            if unknown:                             # where the text itself spells it out, it is known
+                n_unknown += ids.count(tokenizer.token_to_id(unknown)) - body.count(unknown)
+            n_token += len(ids)
+            n_byte += len(body.encode())
+            bar.update(n_byte - bar.n)
+            if bar.disable and time.monotonic() > shown + 5:
+                shown = time.monotonic()
+                print(f"encoding {text}: {n_byte / total:.0%}", file=sys.stderr)
+        refuse_short(f"the text {text}", n_token, seq_len)
+        if digest.hexdigest() != path.stem:
+            raise InputError(f"the text {text} changed while it was read: start again when it is complete")
+    with written_whole(path.with_suffix(".json")) as file:
+        file.write(json.dumps({"tokens": n_token, "bytes": n_byte, "unknown": max(0, n_unknown),
+                               "dtype": dtype.str, "crc": crc, "chunks": chunks}).encode())
+
+
+def cached_tokens(text, tokenizer, seq_len):
+    """The TokenFile of a text: from the cache, or encoded now where it is missing or damaged. It is named by a
+    hash of the text, the tokenizer and the library's version. Raises InputError, and then nothing was written.
+    """
+    recipe = hashlib.sha256(f"nanollm tokens 1, {tokenizers.__version__}, {tokenizer.to_str()}".encode())
+    digest, n_character = recipe.copy(), 0
+    for block in read_text(text, digest):
+        n_character += len(block)
+    if n_character == 0:
+        raise InputError(f"the text {text} is empty: give a UTF-8 text")
+    path = cache_folder() / f"{digest.hexdigest()}.ids"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return TokenFile(path, text, tokenizer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob("*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > 24 * 3600:      # a run was killed while it encoded
+                    leftover.unlink()
+        write_tokens(path, text, tokenizer, recipe, seq_len)
+        return TokenFile(path, text, tokenizer)
+    except OSError as error:
+        raise InputError(f"cannot write the token cache {path.parent} ({error.strerror}): "
+                         "set NANOLLM_CACHE to a folder that can be written and has room") from None
+    except Exception as error:
+        if type(error) is not Exception:            # the library's own; for one, a vocabulary without its unk_token
+            raise
+        raise InputError(f"the tokenizer cannot encode {text}: {error}") from None
