@@ -129,7 +129,7 @@ def add_rows(out, ids, rows):
     elif len(ids):                              # NumPy's add.at is slow: sum the runs of equal ids instead
         order = np.argsort(ids, kind="stable")
         ids = ids[order]
-        starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+        starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
         out[ids[starts]] += np.add.reduceat(rows[order], starts)
 
 
