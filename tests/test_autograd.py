@@ -129,7 +129,7 @@ def rmsnorm(about, *shape, eps=0.3):        # an eps that matters beside mean(x�
 
 
 def embedding(about, ids, V=4):
-    return case(f"embedding-{about}", lambda w: ag.embedding(w, ids), lambda t, w: w[t.tensor(ids)], (V, 3))
+    return case(f"embedding-{about}", lambda w: ag.embedding(w, ids), lambda t, w: w[t.tensor(ids.astype(int))], (V, 3))
 
 
 MASK = np.array([[0, 0, -np.inf], [-np.inf, 0, -np.inf]])
@@ -176,7 +176,7 @@ CASES = [
     case("linear-one_row", ag.linear, lambda t, x, w: x @ w.T, (3,), (2, 3)),
     case("linear-size_1", ag.linear, lambda t, x, w: x @ w.T, (1, 1), (1, 1)),
     embedding("ids_that_repeat", np.array([[1, 3, 1], [1, 0, 3]])),
-    embedding("one_id", np.array(2)),
+    embedding("one_id", np.array(2)), embedding("ids_of_a_token_cache", np.array([3, 0, 3], np.uint16)),
     embedding("vocabulary_of_1", np.array([0, 0]), V=1),
 
     softmax("rows", 2, 4), softmax("batch", 2, 1, 3), softmax("one_row", 3), softmax("width_1", 2, 1),
@@ -356,6 +356,19 @@ def test_each_input_gets_the_same_gradient_alone(case):
         assert_close([device.to_host(leaves[i].grad)], [expected[i]], np.float64)
 
 
+@for_all(CASES)
+def test_a_second_use_adds_its_gradient_to_the_first(case):
+    """Whether the two meet in one graph or come from two: nothing is overwritten."""
+    once = value_and_gradients(case.f, case.inputs(), np.float64)
+    twice = [2 * array for array in once]
+    assert_close(value_and_gradients(lambda *x: case.f(*x) + case.f(*x), case.inputs(), np.float64), twice, np.float64)
+    leaves = [Tensor(device.xp.array(x), requires_grad=True) for x in case.inputs()]
+    for _ in range(2):
+        out = case.f(*leaves)
+        out.backward(random_dout(out.shape))
+    assert_close([device.to_host(leaf.grad) for leaf in leaves], twice[1:], np.float64)
+
+
 @for_all([c for c in LARGE if c.name.split("-")[0] not in ("matmul", "linear", "linear_cross_entropy")])
 def test_same_bits_with_one_thread_and_two(case, monkeypatch):
     """A sweep's blocks and their order do not depend on the number of threads. (A single product's split does.)"""
@@ -489,10 +502,24 @@ def test_token_ids_are_checked(op):
     IDS[op]([0, 4])
     for wrong in (-1, 5):
         with pytest.raises(IndexError, match=f"token id {wrong} is outside 0 … 4"):
-            IDS[op](np.array([2, wrong]))
+            IDS[op](np.array([0, wrong]))
     for wrong in (np.array([0.0, 1.0]), np.array([True, False])):
         with pytest.raises(TypeError, match="token ids must be integers, not"):
             IDS[op](wrong)
+
+
+def test_no_token_ids_are_no_rows():
+    assert IDS["embedding"](np.zeros((2, 0), int)).shape == (2, 0, 2)
+
+
+def test_token_ids_are_checked_on_their_way_to_a_gpu_and_never_come_back():
+    """Once there they are not looked at again: that would stop the GPU. (The stand-in refuses a silent way back.)"""
+    reference("cupy")
+    from strict_cupy import strict_gpu
+    with strict_gpu():
+        with pytest.raises(IndexError, match="token id 5 is outside 0 … 4"):
+            IDS["embedding"](np.array([2, 5]))
+        assert IDS["embedding"](device.xp.asarray(np.array([2, 4]))).shape == (2, 2)
 
 
 @pytest.mark.parametrize("q, k, v", [
@@ -659,6 +686,8 @@ def test_numbers_and_arrays_take_the_dtype_of_the_tensor():
     for other in (2, 2.5, np.float64(2.5), device.xp.full((2, 3), 2.5)):
         for out in (x + other, other + x, x - other, other - x, x * other, other * x, x / other, other / x):
             assert isinstance(out, Tensor) and out.dtype == np.float32
+        for op in (ag.add, ag.sub, ag.mul, ag.div):
+            assert op(x, other).dtype == op(other, x).dtype == np.float32
     assert (5 - x).data[0, 0] == 5 - x.data[0, 0] and (5 / x).data[0, 0] == 5 / x.data[0, 0]
     assert "requires_grad=True" in repr(x) and "requires_grad" not in repr(Tensor([1.0]))
 
@@ -720,6 +749,16 @@ def test_backward_frees_the_graph_though_the_loss_is_still_held(no_collector):
     assert array() is None and loss.data.size == 1
 
 
+def test_an_array_that_no_backward_needs_goes_at_once(no_collector):
+    """A sum's backward needs neither of its inputs: the graph does not hold them."""
+    y = tensor(2, 3) * 2
+    array = weakref.ref(y.data)
+    loss = (y + 1).sum()
+    del y
+    assert array() is None
+    loss.backward()
+
+
 def peak_memory(f):
     """The most bytes that f() held at once beyond those held before: NumPy tells tracemalloc, CuPy's pool knows."""
     if device.on_gpu:
@@ -758,6 +797,16 @@ def test_no_grad_holds_no_graph():
             for _ in range(40):
                 y = y * 0.9
     assert peak_memory(run) < 8 * (4 << 16)
+
+
+def test_no_grad_losses_hold_no_gradient():
+    N, V, C = 512, 2048, 256
+    x, w, targets = tensor(N, C, dtype=np.float32), tensor(V, C, dtype=np.float32), some_ids(N, V)
+    logits = ag.linear(x, w)
+    with no_grad():
+        assert peak_memory(lambda: ag.cross_entropy(logits, targets)) < 4 * N * V / 2
+        plain = peak_memory(lambda: ag.cross_entropy(ag.linear(x, w), targets))
+        assert peak_memory(lambda: ag.linear_cross_entropy(x, w, targets)) < plain + 4 * N * C
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "and_backward"])
@@ -815,17 +864,17 @@ PLANTED = {
 }
 
 
-def test_the_check_accepts_what_is_right():
+def test_gradcheck_accepts_what_is_right():
     assert gradcheck(linear_with(lambda x, w, dout: (dout @ w, dout.T @ x)), X, W) is True
 
 
 @pytest.mark.parametrize("backward", PLANTED.values(), ids=PLANTED)
-def test_the_check_rejects(backward):
+def test_gradcheck_rejects(backward):
     with pytest.raises(AssertionError, match="backward says"):
         gradcheck(linear_with(backward), X, W)
 
 
-def test_the_check_rejects_a_softmax_whose_gradient_is_zero():
+def test_gradcheck_rejects_a_softmax_whose_gradient_is_zero():
     """The bug that a dout of ones cannot see: the rows sum to 1, so that 0 is compared with 0."""
     def softmax(x):
         return ag._result(ag.softmax(x).data, (x,), lambda dout: (0 * dout,))
@@ -834,12 +883,12 @@ def test_the_check_rejects_a_softmax_whose_gradient_is_zero():
     assert gradcheck(lambda x: softmax(x).sum(), X)
 
 
-def test_the_check_rejects_an_input_that_is_never_reached():
+def test_gradcheck_rejects_an_input_that_is_never_reached():
     with pytest.raises(AssertionError, match=r"input 1, element \(\d, \d\): backward says 0, "):
         gradcheck(lambda x, w: ag.linear(x, Tensor(w.data)), X, W)
 
 
-def test_the_check_names_the_worst_element_with_both_values():
+def test_gradcheck_names_the_worst_element_with_both_values():
     def two_wrong(x, w, dout):
         dx, dw = dout @ w, dout.T @ x
         dx[0, 3] *= 1.01
@@ -853,13 +902,13 @@ def test_the_check_names_the_worst_element_with_both_values():
     assert says == pytest.approx(-truth, rel=1e-6) and abs(truth) > 0.01
 
 
-def test_the_check_leaves_its_inputs_alone_and_takes_any_floats():
+def test_gradcheck_leaves_its_inputs_alone_and_takes_any_floats():
     x = X.astype(np.float32)
     assert gradcheck(lambda x: x * x, x) and (x == X.astype(np.float32)).all()
     assert gradcheck(lambda x: x * x, [1.0, 2.0]) and gradcheck(lambda x: x * x, 3.0)
 
 
-def test_the_check_allows_for_the_size_of_the_numbers():
+def test_gradcheck_allows_for_the_size_of_the_numbers():
     """Finite differences round: relative to a large gradient, and absolutely beside a zero one."""
     assert gradcheck(lambda x: x ** 3, 1e4 * X) and gradcheck(lambda x: (x - x) * 1e3 + x[:1].sum() * 0, X)
 

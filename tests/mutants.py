@@ -1,0 +1,271 @@
+"""Plant one bug after another in a copy of autograd.py and report those that no test caught.
+
+    python tests/mutants.py                  every mutant: some minutes on two cores
+    python tests/mutants.py softmax rope     only those in these functions
+    python tests/mutants.py --list           show them, run nothing
+
+The bugs are made from the syntax tree, so they follow the source wherever it goes: in every function each product
+loses a factor and each sum a term, signs turn, transposes vanish, gradients become 0 or 0.1 % too large, what adds
+overwrites, statements are left out, conditions are always or never true. Exit status 1 if anything survives.
+"""
+import argparse
+import ast
+import itertools
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "autograd.py"
+TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
+
+# Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
+EQUIVALENT = {
+    ("self.array = part.copy() if self.leaf else part         # perhaps shared: then not ours to change",
+     "self.array = part.copy() if True else part         # perhaps shared: then not ours to change"):
+        "a copy too many",
+    ("if extra > 0:", "if True:"): "a sum over no axes is a copy",
+    ("if extra > 0:", "if extra >= 0:"): "a sum over no axes is a copy",
+    ("if repeated:", "if True:"): "a sum over no axes is a copy",
+    ("repeated = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)",
+     "repeated = tuple(i for i, size in enumerate(shape) if size == 1)"): "a sum over one element is a copy",
+    ("future = xp.triu(xp.full((min(_QUERIES, T),) * 2, -xp.inf, dtype), 1)",
+     "future = xp.triu(xp.full(((min(_QUERIES, T),)), -xp.inf, dtype), 1)"): "triu makes a square of a row",
+    **{("heads = _SCORES // (G * min(_QUERIES, T) * S)", f"heads = _SCORES // ({fewer})"): "larger blocks"
+       for fewer in ("(G * min(_QUERIES, T))", "(S)", "(G) * S", "(min(_QUERIES, T)) * S")},
+    ("block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]",
+     "block.reshape(-1, G, n, end)[..., end - n:] += (future[:n, :n]) * 1.001"): "-inf and 0 stay",
+    ("block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]",
+     "block.reshape(-1, G, n, end)[..., -(n):] += future[:n, :n]"): "the last n of end",
+    ("losses[s] = _cross_entropy_rows(z, targets[s], z if keep else None)",
+     "losses[s] = _cross_entropy_rows(z, targets[s], z if True else None)"): "a gradient that nobody reads",
+    ("h = step * max(1.0, abs(x))", "h = step * max((1.0 * 1.001), abs(x))"): "a step 0.1 % longer",
+    ("if not excess <= worst:     # also when it is nan", "if not excess < worst:     # also when it is nan"): "a tie",
+    ("if not worst <= 1:", "if not worst < 1:"): "an error of exactly the tolerance",
+}
+
+
+class Mutant(NamedTuple):
+    function: str
+    line: int
+    change: str
+    before: str     # the line
+    after: str      # what becomes of it
+    source: str     # the whole mutated file
+
+    def __str__(self):
+        return f"autograd.py:{self.line} {self.function}: {self.change}: {self.after}"
+
+
+# ---------------------------------------------------------------- making them
+
+
+def replacements(node, parent, text):
+    """(what is done, new text) for every bug that can be planted in this place; text(node) is a node's source."""
+    match node:
+        case ast.BinOp(left=a, right=b, op=op):
+            a, b = f"({text(a)})", f"({text(b)})"
+            match op:
+                case ast.Add():
+                    yield from [("drop a term", a), ("drop a term", b), ("turn a sign", f"{a} - {b}")]
+                case ast.Sub():
+                    yield from [("drop a term", a), ("drop a term", f"-{b}"), ("turn a sign", f"{a} + {b}")]
+                case ast.Mult():
+                    yield from [("drop a factor", a), ("drop a factor", b)]
+                case ast.Div():
+                    yield from [("drop a factor", a), ("multiply instead", f"{a} * {b}")]
+                case ast.Pow():
+                    yield "drop the exponent", a
+        case ast.UnaryOp(op=ast.USub(), operand=x) if not isinstance(x, ast.Constant):
+            yield "turn a sign", text(x)
+        case ast.Constant(value=float(c)) if c and not isinstance(parent, ast.arguments):
+            yield "scale a number", f"({text(node)} * 1.001)"
+        case ast.Call(func=ast.Name(id="_t"), args=[x]):
+            yield "drop a transpose", text(x)
+        case ast.Call(func=ast.Attribute(value=x, attr="transpose" | "swapaxes")):
+            yield "drop a transpose", text(x)
+        case ast.keyword(arg="accumulate", value=ast.Constant(value=True)):
+            yield "overwrite", "accumulate=False"
+        case ast.AugAssign(target=target, op=op, value=value):
+            yield "drop a statement", "pass"
+            yield "overwrite", f"{text(target)} = {text(value)}"
+            if isinstance(op, ast.Sub):
+                yield "turn a sign", f"{text(target)} += {text(value)}"
+        case ast.Expr(value=ast.Call()):
+            yield "drop a statement", "pass"
+        case ast.BoolOp(values=values):
+            yield from [("drop a condition", text(value)) for value in values]
+        case ast.Compare(ops=[op], left=a, comparators=[b]):
+            near = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}.get(type(op))
+            if near:
+                yield "move a boundary", f"{text(a)} {near} {text(b)}"
+    if isinstance(parent, ast.If | ast.IfExp) and node is parent.test:
+        yield from [("always", "True"), ("never", "False")]
+    if is_number(node, parent):
+        yield from [("zero", f"({text(node)}) * 0"), ("scale", f"({text(node)}) * 1.001")]
+
+
+def is_number(node, parent):
+    """An array that an op hands on: returned, a slope, written into another, or given to a call that writes."""
+    if isinstance(node, ast.Lambda):
+        return False
+    match parent:
+        case ast.Tuple(parent=ast.Return() | ast.Lambda()):
+            return True
+        case ast.Lambda(args=ast.arguments(args=[])):
+            return not isinstance(node, ast.arguments)
+        case ast.Assign(targets=[ast.Subscript()]) | ast.AugAssign():
+            return node is parent.value
+        case ast.Assign(value=ast.Call(func=ast.Attribute(attr="matmul"))):
+            return node is parent.value
+        case ast.Call(parent=ast.Expr() | ast.Lambda(), func=ast.Attribute(attr="matmul")):
+            return node is parent.args[0]
+        case ast.Call(parent=ast.Expr() | ast.Lambda(), func=ast.Attribute(attr="at")):
+            return node is parent.args[-1]
+    return False
+
+
+def mutants(source):
+    """Every mutant of the file, in the order of its lines."""
+    tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+
+    def span(node):                     # in bytes, as ast counts columns
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    def text(node):
+        return source.encode()[slice(*span(node))].decode()
+
+    for parent in ast.walk(tree):
+        for child in ast.iter_child_nodes(parent):
+            child.parent = parent
+    for top in tree.body:
+        if not isinstance(top, ast.FunctionDef | ast.ClassDef):
+            continue
+        found, functions = [], {node.name for node in ast.walk(top) if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(top):
+            if hasattr(node, "lineno") and getattr(node, "id", "") not in functions and not in_message(node):
+                for change, new in replacements(node, node.parent, text):
+                    start, end = span(node)
+                    changed = (source.encode()[:start] + new.encode() + source.encode()[end:]).decode()
+                    before, after = (file.splitlines()[node.lineno - 1].strip() for file in (source, changed))
+                    found.append(Mutant(top.name, node.lineno, change, before, after, changed))
+        yield from sorted({m.source: m for m in found}.values(), key=lambda m: m.line)
+
+
+def in_message(node):
+    """Inside an error's text or a __repr__."""
+    while node := getattr(node, "parent", None):
+        if isinstance(node, ast.Raise | ast.JoinedStr) or getattr(node, "name", "") == "__repr__":
+            return True
+    return False
+
+
+# ---------------------------------------------------------------- which tests to try first
+
+
+def selection(source, function):
+    """Pytest's -k for the tests of the ops that use this function; "" (all of them) where these are many."""
+    uses = {}
+    for top in ast.parse(source).body:
+        names = {node.id for node in ast.walk(top) if isinstance(node, ast.Name)}
+        targets = top.targets if isinstance(top, ast.Assign) else [top]
+        for name in (getattr(target, "id", getattr(target, "name", None)) for target in targets):
+            uses[name] = names - {name}
+    users, before = {function}, None
+    while users != before:
+        before, users = users, users | {name for name, used in uses.items() if name and used & users}
+    ops = [name for name in users if not name.startswith("_") and name.islower()]
+    return " or ".join(sorted(ops)) if len(ops) <= 5 else ""
+
+
+# ---------------------------------------------------------------- running them
+
+
+def workplace(folder):
+    """A copy of what the tests need."""
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+        shutil.copy(file, folder)
+    return folder
+
+
+def caught(folder, *arguments, write_bytecode=False):
+    """Whether a test fails in this folder. None of pytest's plug-ins is needed, and they take seconds to load."""
+    environment = os.environ | {"NANOLLM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    if not write_bytecode:
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--assert=plain", "-p", "no:cacheprovider",
+               "tests/test_autograd.py"]
+    try:
+        run = subprocess.run([*command, *arguments], cwd=folder, env=environment, timeout=TIMEOUT,
+                             capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return True
+    if run.returncode in (3, 4):        # pytest itself broke: that proves nothing
+        raise RuntimeError(run.stdout + run.stderr)
+    return run.returncode not in (0, 5)
+
+
+def survives(mutant, folder, first):
+    (folder / "autograd.py").write_text(mutant.source, encoding="utf-8")
+    stages = [("-k", f"({first}) and not torch")] if first else []
+    return not any(caught(folder, *stage) for stage in [*stages, ("-k", "not torch"), ("-k", "torch")])
+
+
+def run(chosen, source, workers=2, report=print):
+    """The mutants that no test caught; each is reported as it is found."""
+    survivors = []
+    with tempfile.TemporaryDirectory() as parent:
+        folders = queue.Queue()
+        first = workplace(Path(parent, "0").resolve())
+        if caught(first, write_bytecode=True):
+            raise SystemExit("tests/test_autograd.py fails without any mutant: make it pass first")
+        for compiled in (first / "__pycache__").glob("autograd.*"):
+            compiled.unlink()           # a mutant may have the size and the time of the file it was made from
+        for i in range(1, workers):
+            shutil.copytree(first, Path(parent, str(i)))
+        for i in range(workers):
+            folders.put(Path(parent, str(i)).resolve())
+
+        def one(mutant):
+            folder = folders.get()
+            try:
+                if survives(mutant, folder, selection(source, mutant.function)):
+                    survivors.append(mutant)
+                    report(f"survived: {mutant}")
+            finally:
+                folders.put(folder)
+        with ThreadPoolExecutor(workers) as pool:
+            for i, _ in enumerate(pool.map(one, chosen), 1):
+                if i % 50 == 0:
+                    print(f"{i} of {len(chosen)}", file=sys.stderr, flush=True)
+    return survivors
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("functions", nargs="*", help="only mutants in these functions or classes of autograd.py")
+    parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
+    arguments = parser.parse_args()
+    source = SOURCE.read_text(encoding="utf-8")
+    chosen = [m for m in mutants(source) if (m.before, m.after) not in EQUIVALENT
+              and (not arguments.functions or m.function in arguments.functions)]
+    if arguments.list:
+        for m in chosen:
+            print(m)
+        print(f"{len(chosen)} mutants")
+        return 0
+    survivors = run(chosen, source)
+    print(f"{len(chosen)} mutants, {len(survivors)} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

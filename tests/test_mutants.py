@@ -1,0 +1,48 @@
+"""The script that plants bugs: it makes the right ones, the tests catch those, and what no test sees survives."""
+import mutants
+import pytest
+
+
+def test_every_kind_of_bug_is_made():
+    source = "def op(x, w):\n    out[s] = _t(x) * w - 0.5\n    total += out\n    return w if x > 0 else -w\n"
+    made = {(m.line, m.change, m.after) for m in mutants.mutants(source)}
+    assert {
+        (2, "drop a term", "out[s] = (_t(x) * w)"), (2, "drop a term", "out[s] = -(0.5)"),
+        (2, "turn a sign", "out[s] = (_t(x) * w) + (0.5)"), (2, "drop a factor", "out[s] = (_t(x)) - 0.5"),
+        (2, "drop a factor", "out[s] = (w) - 0.5"), (2, "drop a transpose", "out[s] = x * w - 0.5"),
+        (2, "scale a number", "out[s] = _t(x) * w - (0.5 * 1.001)"), (2, "zero", "out[s] = (_t(x) * w - 0.5) * 0"),
+        (2, "scale", "out[s] = (_t(x) * w - 0.5) * 1.001"), (3, "drop a statement", "pass"),
+        (3, "overwrite", "total = out"), (4, "always", "return w if True else -w"),
+        (4, "never", "return w if False else -w"), (4, "move a boundary", "return w if x >= 0 else -w"),
+        (4, "turn a sign", "return w if x > 0 else w"),
+    } <= made
+
+
+def test_text_of_errors_is_left_alone():
+    assert not list(mutants.mutants("def op(x):\n    raise ValueError(f'{x - 1} und {-x}')\n"))
+
+
+SOURCE = mutants.SOURCE.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return mutants.workplace(tmp_path_factory.mktemp("mutants"))
+
+
+def some(function, change):
+    return next(m for m in mutants.mutants(SOURCE) if (m.function, m.change) == (function, change))
+
+
+@pytest.mark.parametrize("function, change", [
+    ("linear", "drop a transpose"), ("softmax", "scale"), ("_add_scaled", "overwrite"), ("_project", "drop a term"),
+    ("embedding", "zero"),
+])
+def test_a_planted_bug_is_caught(function, change, folder):
+    (folder / "autograd.py").write_text(some(function, change).source, encoding="utf-8")
+    assert mutants.caught(folder, "-k", f"({mutants.selection(SOURCE, function)}) and not torch")
+
+
+def test_the_file_itself_is_not_caught(folder):
+    (folder / "autograd.py").write_text(SOURCE, encoding="utf-8")
+    assert not mutants.caught(folder, "-k", "softmax and test_gradient")
