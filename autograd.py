@@ -349,7 +349,7 @@ def embedding(w, ids):
 
 # ---------------------------------------------------------------- rows: softmax and normalisation
 
-_CACHE = 1 << 15        # elements of each array in a sweep's block: with the temporaries they fit a core's L2 cache
+_CACHE = 1 << 14        # elements of each array in a sweep's block: with the temporaries they fit a core's L2 cache
 
 
 def _sweep_rows(f, *shape):
