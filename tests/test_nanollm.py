@@ -315,12 +315,12 @@ def test_one_batch_can_be_overfitted():
     ids, targets = random_ids(config, 2, 16), random_ids(config, 2, 16, seed=2)
     m, v = xp.zeros_like(model.flat), xp.zeros_like(model.flat)
     first = float(model.loss(ids, targets).data)
-    for step in range(1, 201):
+    for step in range(1, 81):
         model.flat_grad[...] = 0
         model.loss(ids, targets).backward()
         m += 0.1 * (model.flat_grad - m)
         v += 0.01 * (model.flat_grad**2 - v)
-        model.flat -= 0.01 * (m / (1 - 0.9**step)) / (xp.sqrt(v / (1 - 0.99**step)) + 1e-8)
+        model.flat -= 0.02 * (m / (1 - 0.9**step)) / (xp.sqrt(v / (1 - 0.99**step)) + 1e-8)
     assert first > 3 and float(model.loss(ids, targets).data) < 0.01
     assert (logits_of(model, ids).argmax(-1) == targets).all()
 
@@ -359,7 +359,7 @@ def test_memory_goes_back_without_the_garbage_collector(n_kv_head):
     finally:
         tracemalloc.stop()
         gc.enable()
-    assert graph > 500_000
+    assert graph > 100_000                                          # there was something to give back
     assert after_backward < graph / 20 and left < graph / 20, (graph, after_backward, left)
 
 
@@ -528,6 +528,15 @@ def test_generated_tokens_have_the_distribution_asked_for(options):
     counts = np.bincount(next(model.generate(ids, 1, seed=5, **options)), minlength=29)
     assert (counts[p == 0] == 0).all() and (p > 0.01).sum() >= 3
     assert (abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1).all()      # 5 standard deviations
+
+
+def test_every_token_of_every_row_is_drawn_by_itself():
+    model = NanoLLM(small())
+    model.flat[...] = 0                                             # all tokens are equally likely
+    text = np.stack(list(model.generate(np.zeros((100, 1), int), 50, seed=0)), 1)
+    assert (abs(np.bincount(text.ravel(), minlength=29) - 5000 / 29) < 5 * math.sqrt(5000 / 29)).all()
+    for a, b in (text[1:], text[:-1]), (text[:, 1:], text[:, :-1]), (text[1:, 1:], text[:-1, :-1]):
+        assert abs((a == b).mean() - 1 / 29) < 5 * math.sqrt(1 / 29 / a.size)
 
 
 def test_it_yields_as_it_goes_and_stops_at_the_number_asked_for():
@@ -712,6 +721,7 @@ def test_a_folder_is_named_by_a_string_too_and_settings_are_written_along(tmp_pa
     config = json.loads((folder / "config.json").read_text())
     assert config["eos_token_id"] == 2 and config["bos_token_id"] is None
     assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000     # transformers 4 and 5
     assert (to_host(NanoLLM.load(folder).flat) == to_host(model.flat)).all()
 
 
@@ -909,7 +919,7 @@ def flippable(tmp_path_factory):
     return folder, (folder / "model.safetensors").read_bytes(), [t.shape for t in model.parameters().values()]
 
 
-@settings(quick, max_examples=400)
+@settings(quick, max_examples=250)
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=3))
 def test_flipped_bytes_load_the_same_shapes_or_are_refused(flippable, flips):
     folder, whole, shapes = flippable
