@@ -504,7 +504,6 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_pa
         run, model, optimizer, state = little_run(begin, step, step)
         run.write_best(model)
         run.write_checkpoint(model, optimizer, state, 2)
-        run.write_model(begin, model)
     old, new = (to_host(little_run(begin, step, step)[1].flat).tolist() for step in (2, 3))
     moments = []
     for call in range(1000):
@@ -515,7 +514,6 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_pa
             try:
                 run.write_best(model)
                 run.write_checkpoint(model, optimizer, state, 2)
-                run.write_model(folder, model)
                 finished = True
             except Killed:
                 finished = False
@@ -529,24 +527,23 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_pa
         assert names[-1] in ("checkpoint-2", "checkpoint-3") and 2 <= len(names) <= 3
         newest = checkpoint.newest_checkpoint(folder)
         assert weights(newest) == (old if newest.name == "checkpoint-2" else new)
-        assert weights(folder) in (old, new)
         shutil.rmtree(folder)
         if finished:
             break
-    assert finished and call > 60
+    assert finished and call > 50
     assert any(".best.old" in names and "best" not in names for names in moments)       # the narrowest place of all
     assert any(".checkpoint-3.new" in names for names in moments)
     assert any(".checkpoint-1.new" in names for names in moments)                        # half removed
 
 
 def test_a_crash_at_any_moment_of_a_run_goes_on_exactly(files, tmp_path, monkeypatch):
-    """The whole command this time, dying at 24 moments between the first and the last change of the disk."""
+    """The whole command this time, dying at 12 moments between the first and the last change of the disk."""
     flags = [*files, "--max-steps", 7, "--eval-every", 2, "--save-every", 2, "--artifact-dir"]
     tiny.run(*flags, "first")       # the text is encoded once
     with monkeypatch.context() as patch:
         count = die_at(patch, math.inf)
         tiny.run(*flags, "whole")
-    for call in np.linspace(3, count[0] - 1, 24).astype(int):
+    for call in np.linspace(3, count[0] - 1, 12).astype(int):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         with monkeypatch.context() as patch:
             die_at(patch, call)
@@ -1087,9 +1084,9 @@ def assert_transformers_agrees(transformers, folder, text):
 
 
 def test_a_finished_folder_opens_in_transformers(transformers, files, tmp_path):
-    """As does every other part of a run's folder."""
+    """And so does its best model."""
     tiny.run(*files, "--max-steps", 6, "--learning-rate", 0.05, "--artifact-dir", "run")
-    for folder in ("run", "run/best", "run/checkpoint-5"):
+    for folder in ("run", "run/best"):
         tokenizer = assert_transformers_agrees(transformers, tmp_path / folder, "the cat 却说 👍 ran , on it .\n")
         assert tokenizer.model_max_length == 8 and tokenizer.bos_token is None and tokenizer.eos_token is None
     config = json.loads((tmp_path / "run/config.json").read_text())

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -55,7 +54,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("finished")
         patch.setenv("NANOLLM_CACHE", str(root / "cache"))
-        patch.setattr(os, "fsync", lambda handle: None)
+        tiny.make_cheap(patch)
         files = make_files(root)
         code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--num-epochs", 3, "--stride", 8,
                                  "--batch-size", 17, "--eval-every", 4, "--sample-every", 8, "--prompt", "the cat",
@@ -78,6 +77,7 @@ def set_gradients(model, seed):
 @pytest.mark.parametrize(("weight_decay", "tied"), [(0.0, False), (0.3, True)])
 def test_ten_steps_have_the_losses_of_torch_and_transformers(tmp_path, weight_decay, tied):
     torch, transformers = reference("torch"), reference("transformers")
+    torch.set_num_threads(1)            # with more, such small products wait for each other on a busy machine
     model = NanoLLM(Config(50, 16, 2, 4, 2, 12, 24, tie_embeddings=tied), seed=3)
     model.flat[:model.n_matrix] *= 8            # as initialised, the attention hardly matters
     model.save(tmp_path / "model")
@@ -202,11 +202,10 @@ def test_the_command_line_takes_the_rates_of_the_schedule(files, tmp_path):
     assert column(tmp_path / "a", "learning_rate") == [learning_rate(s, 8, 0.01, 0.004, 3) for s in range(8)]
     tiny.run(*flags, "--lr-schedule", "constant", "--artifact-dir", "b")
     assert column(tmp_path / "b", "learning_rate") == [0.01] * 8
-    tiny.run(*flags, "--num-epochs", 1, "--max-steps", 400, "--batch-size", 1, "--log-every", 235,
+    tiny.run(*files, "--num-epochs", 1, "--max-steps", 400, "--batch-size", 1, "--stride", 8, "--log-every", 1,
              "--artifact-dir", "c")
-    # the epoch ends first: 235 windows; a hundredth of the steps, 2, to warm up; a tenth of the rate at last
-    assert [row["step"] for row in rows(tmp_path / "c")] == ["235"]
-    assert column(tmp_path / "c", "learning_rate") == [0.001] == [learning_rate(234, 235, 0.01, 0.001, 2)]
+    # the epoch ends first: 118 windows; a hundredth of the steps, 1, to warm up; a tenth of the rate at last
+    assert column(tmp_path / "c", "learning_rate") == [learning_rate(s, 118, 0.01, 0.001, 1) for s in range(118)]
 
 
 # ---------------------------------------------------------------- a step
@@ -428,6 +427,7 @@ def test_a_sample_begins_with_the_unseen_text_and_holds_no_broken_character(file
 
 def test_loss_png_is_drawn_with_labelled_axes(finished, monkeypatch):
     folder = finished[0]
+    draw_loss(folder)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     from matplotlib.figure import Figure
     drawn = []
