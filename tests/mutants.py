@@ -1,4 +1,4 @@
-"""Plant one bug after another in a copy of autograd.py and report those that no test caught.
+"""Plant one bug after another in a copy of autograd.py and report those that no test in test_autograd.py caught.
 
     python tests/mutants.py                  every mutant: some minutes on two cores
     python tests/mutants.py softmax rope     only those in these functions
@@ -10,6 +10,7 @@ overwrites, statements are left out, conditions are always or never true. Exit s
 """
 import argparse
 import ast
+import functools
 import itertools
 import os
 import queue
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "autograd.py"
+FILES = {"autograd.py": None, "device.py": ("add_rows", "_product")}   # and which of its functions, None: all
 TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 
 # Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
@@ -52,6 +53,7 @@ EQUIVALENT = {
 
 
 class Mutant(NamedTuple):
+    file: str
     function: str
     line: int
     change: str
@@ -60,10 +62,13 @@ class Mutant(NamedTuple):
     source: str     # the whole mutated file
 
     def __str__(self):
-        return f"autograd.py:{self.line} {self.function}: {self.change}: {self.after}"
+        return f"{self.file}:{self.line} {self.function}: {self.change}: {self.after}"
 
 
 # ---------------------------------------------------------------- making them
+
+
+OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
 
 
 def replacements(node, parent, text):
@@ -102,9 +107,8 @@ def replacements(node, parent, text):
         case ast.BoolOp(values=values):
             yield from [("drop a condition", text(value)) for value in values]
         case ast.Compare(ops=[op], left=a, comparators=[b]):
-            near = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}.get(type(op))
-            if near:
-                yield "move a boundary", f"{text(a)} {near} {text(b)}"
+            if type(op) in OTHER:
+                yield "compare otherwise", f"{text(a)} {OTHER[type(op)]} {text(b)}"
     if isinstance(parent, ast.If | ast.IfExp) and node is parent.test:
         yield from [("always", "True"), ("never", "False")]
     if is_number(node, parent):
@@ -126,13 +130,19 @@ def is_number(node, parent):
             return node is parent.value
         case ast.Call(parent=ast.Expr() | ast.Lambda(), func=ast.Attribute(attr="matmul")):
             return node is parent.args[0]
-        case ast.Call(parent=ast.Expr() | ast.Lambda(), func=ast.Attribute(attr="at")):
+        case ast.Call(parent=ast.Expr() | ast.Lambda(), func=ast.Attribute(attr="at" | "add_rows")):
             return node is parent.args[-1]
     return False
 
 
-def mutants(source):
-    """Every mutant of the file, in the order of its lines."""
+def everything():
+    """Every mutant of every file."""
+    return [m for file, only in FILES.items() for m in mutants((ROOT / file).read_text(encoding="utf-8"), file)
+            if (only is None or m.function in only) and (m.before, m.after) not in EQUIVALENT]
+
+
+def mutants(source, file="autograd.py"):
+    """Every mutant of this text, in the order of its lines."""
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]
 
@@ -155,7 +165,7 @@ def mutants(source):
                     start, end = span(node)
                     changed = (source.encode()[:start] + new.encode() + source.encode()[end:]).decode()
                     before, after = (file.splitlines()[node.lineno - 1].strip() for file in (source, changed))
-                    found.append(Mutant(top.name, node.lineno, change, before, after, changed))
+                    found.append(Mutant(file, top.name, node.lineno, change, before, after, changed))
         yield from sorted({m.source: m for m in found}.values(), key=lambda m: m.line)
 
 
@@ -170,17 +180,23 @@ def in_message(node):
 # ---------------------------------------------------------------- which tests to try first
 
 
-def selection(source, function):
-    """Pytest's -k for the tests of the ops that use this function; "" (all of them) where these are many."""
-    uses = {}
-    for top in ast.parse(source).body:
+@functools.cache
+def uses():
+    """For each name that autograd.py defines, the names that its definition mentions."""
+    found = {}
+    for top in ast.parse((ROOT / "autograd.py").read_text(encoding="utf-8")).body:
         names = {node.id for node in ast.walk(top) if isinstance(node, ast.Name)}
+        names |= {node.attr for node in ast.walk(top) if getattr(node, "attr", "") in FILES["device.py"]}
         targets = top.targets if isinstance(top, ast.Assign) else [top]
-        for name in (getattr(target, "id", getattr(target, "name", None)) for target in targets):
-            uses[name] = names - {name}
+        found |= {name: names for target in targets if (name := getattr(target, "id", getattr(target, "name", "")))}
+    return found
+
+
+def selection(function):
+    """Pytest's -k for the tests of the ops that use this function; "" (all of them) where these are many."""
     users, before = {function}, None
     while users != before:
-        before, users = users, users | {name for name, used in uses.items() if name and used & users}
+        before, users = users, users | {name for name, names in uses().items() if names & users}
     ops = [name for name in users if not name.startswith("_") and name.islower()]
     return " or ".join(sorted(ops)) if len(ops) <= 5 else ""
 
@@ -213,21 +229,28 @@ def caught(folder, *arguments, write_bytecode=False):
     return run.returncode not in (0, 5)
 
 
-def survives(mutant, folder, first):
-    (folder / "autograd.py").write_text(mutant.source, encoding="utf-8")
+def survives(mutant, folder):
+    """Whether no test fails: first those of the ops concerned, then all, last those that take PyTorch."""
+    file = folder / mutant.file
+    original = file.read_bytes()
+    file.write_text(mutant.source, encoding="utf-8")
+    first = selection(mutant.function)
     stages = [("-k", f"({first}) and not torch")] if first else []
-    return not any(caught(folder, *stage) for stage in [*stages, ("-k", "not torch"), ("-k", "torch")])
+    try:
+        return not any(caught(folder, *stage) for stage in [*stages, ("-k", "not torch"), ("-k", "torch")])
+    finally:
+        file.write_bytes(original)
 
 
-def run(chosen, source, workers=2, report=print):
-    """The mutants that no test caught; each is reported as it is found."""
+def run(chosen, workers=2):
+    """The mutants that no test caught; each is shown as it is found."""
     survivors = []
     with tempfile.TemporaryDirectory() as parent:
         folders = queue.Queue()
         first = workplace(Path(parent, "0").resolve())
         if caught(first, write_bytecode=True):
             raise SystemExit("tests/test_autograd.py fails without any mutant: make it pass first")
-        for compiled in (first / "__pycache__").glob("autograd.*"):
+        for compiled in [c for file in FILES for c in (first / "__pycache__").glob(f"{Path(file).stem}.*")]:
             compiled.unlink()           # a mutant may have the size and the time of the file it was made from
         for i in range(1, workers):
             shutil.copytree(first, Path(parent, str(i)))
@@ -237,9 +260,9 @@ def run(chosen, source, workers=2, report=print):
         def one(mutant):
             folder = folders.get()
             try:
-                if survives(mutant, folder, selection(source, mutant.function)):
+                if survives(mutant, folder):
                     survivors.append(mutant)
-                    report(f"survived: {mutant}")
+                    print(f"survived: {mutant}", flush=True)
             finally:
                 folders.put(folder)
         with ThreadPoolExecutor(workers) as pool:
@@ -254,15 +277,13 @@ def main():
     parser.add_argument("functions", nargs="*", help="only mutants in these functions or classes of autograd.py")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     arguments = parser.parse_args()
-    source = SOURCE.read_text(encoding="utf-8")
-    chosen = [m for m in mutants(source) if (m.before, m.after) not in EQUIVALENT
-              and (not arguments.functions or m.function in arguments.functions)]
+    chosen = [m for m in everything() if not arguments.functions or m.function in arguments.functions]
     if arguments.list:
         for m in chosen:
             print(m)
         print(f"{len(chosen)} mutants")
         return 0
-    survivors = run(chosen, source)
+    survivors = run(chosen)
     print(f"{len(chosen)} mutants, {len(survivors)} survived")
     return 1 if survivors else 0
 
