@@ -90,7 +90,7 @@ def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    progress = (step - warmup) / max(steps - 1 - warmup, 1)
+    progress = (step + 1 - warmup) / (steps - warmup)       # 1 at the last step
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -188,7 +188,7 @@ def test_the_rate_stays_between_its_ends_and_never_rises_after_the_warm_up(steps
     assert all(0 <= r <= peak * (1 + 1e-12) for r in rate)
     assert all(a >= b for a, b in itertools.pairwise(rate[max(warmup - 1, 0):]))
     assert all(a < b for a, b in itertools.pairwise(rate[:warmup]))
-    if schedule == "cosine" and warmup < steps - 1:
+    if schedule == "cosine" and warmup < steps:
         assert rate[-1] == low
 
 
