@@ -36,7 +36,8 @@ from safetensors.numpy import save_file
 
 import device
 from device import InputError
-from nanollm import NanoLLM, read_json, replace_file
+from files import read_json, replace_file
+from nanollm import NanoLLM
 from tokens import load_tokenizer, vocab_size
 
 try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nanollm import replace_file
+from files import replace_file
 from tokens import cache_folder
 
 SETTINGS = {"embedding_dim": 192, "n_block": 4, "n_head": 6, "hidden_dim": 512, "max_context": 128,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import device
 from autograd import no_grad
-from nanollm import replace_file
+from files import replace_file
 
 COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity", "val_bits_per_byte",
            "learning_rate", "grad_norm", "tokens_per_second", "seconds")

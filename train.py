@@ -22,8 +22,9 @@ from autograd import ACTIVATIONS, no_grad
 from cli import number
 from data import TokenDataset
 from device import InputError
+from files import read_json
 from metrics import Progress, perplexity, say
-from nanollm import Config, NanoLLM, read_json
+from nanollm import Config, NanoLLM
 from tokens import load_tokenizer, vocab_size
 
 # ---------------------------------------------------------------- the optimizer
