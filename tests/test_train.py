@@ -171,8 +171,8 @@ def test_zero_grad_and_gradient_norm():
 def test_the_schedule_rises_in_a_line_and_falls_by_half_a_cosine():
     rate = [learning_rate(step, 11, 1.0, 0.1, 4) for step in range(11)]
     assert rate[:4] == [0.25, 0.5, 0.75, 1.0]
-    np.testing.assert_allclose(rate[4:], [0.1 + 0.45 * (1 + math.cos(math.pi * i / 6)) for i in range(7)])
-    assert rate[4] == 1.0 and rate[-1] == 0.1
+    np.testing.assert_allclose(rate[4:], [0.1 + 0.45 * (1 + math.cos(math.pi * i / 7)) for i in range(1, 8)])
+    assert rate[-1] == 0.1
 
 
 def test_the_schedule_may_be_constant_after_the_warm_up():
