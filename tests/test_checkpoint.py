@@ -602,9 +602,9 @@ def test_all_is_on_the_disk_before_it_has_its_name(files, tmp_path, monkeypatch)
     tiny.run(*files, "--max-steps", 4, "--eval-every", 2, "--save-every", 2, "--artifact-dir", "run")
     assert {name for name, *_ in moved} >= {"checkpoint-0", "checkpoint-2", "checkpoint-4", "best", "model.safetensors",
                                             "config.json", "metrics.csv"}
-    for name, parent, when in moved:        # and then the folder that has the new name
+    for name, parent, when in moved:        # and then, at once, the folder that has the new name
         if name in ("checkpoint-2", "best", "config.json"):
-            assert parent in order[when:], name
+            assert order[when] == parent, name
 
 
 def test_the_rows_of_a_checkpoint_are_on_the_disk_before_it(files, tmp_path, monkeypatch):
