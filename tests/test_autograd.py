@@ -222,6 +222,9 @@ LARGE = [
     embedding("many_ids", some_ids((521,), 40), V=40),
 ]
 
+# On a GPU an embedding's gradient is summed in any order: autograd.embedding says so.
+REPRODUCIBLE = [c for c in LARGE if device.xp is np or not c.name.startswith("embedding")]
+
 
 def for_all(cases):
     return pytest.mark.parametrize("case", cases, ids=[c.name for c in cases])
@@ -542,7 +545,7 @@ def test_a_second_use_adds_its_gradient_to_the_first(case):
     assert_close([device.to_host(leaf.grad) for leaf in leaves], twice[1:], np.float64)
 
 
-@for_all([c for c in LARGE if c.name.split("-")[0] not in ("matmul", "linear", "linear_cross_entropy")])
+@for_all([c for c in REPRODUCIBLE if c.name.split("-")[0] not in ("matmul", "linear", "linear_cross_entropy")])
 def test_same_bits_with_one_thread_and_two(case, monkeypatch):
     """A sweep's blocks and their order do not depend on the number of threads. (A single product's split does.)"""
     results = []
@@ -553,10 +556,8 @@ def test_same_bits_with_one_thread_and_two(case, monkeypatch):
         np.testing.assert_array_equal(one, two)
 
 
-@for_all(LARGE)
+@for_all(REPRODUCIBLE)
 def test_same_bits_in_every_run(case):
-    if device.on_gpu and case.name.startswith("embedding"):
-        return          # atomic additions come in any order: autograd.embedding says so
     for one, two in zip(*(value_and_gradients(case.f, case.inputs(), np.float32) for _ in range(2)), strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -682,7 +683,10 @@ def test_token_ids_are_checked(op):
 
 
 def test_no_token_ids_are_no_rows():
-    assert IDS["embedding"](np.zeros((2, 0), int)).shape == (2, 0, 2)
+    w = tensor(5, 2)
+    out = ag.embedding(w, np.zeros((2, 0), int))
+    out.backward(random_dout(out.shape))
+    assert out.shape == (2, 0, 2) and (w.grad == 0).all()
 
 
 def test_token_ids_are_checked_on_their_way_to_a_gpu_and_never_come_back():
@@ -804,10 +808,11 @@ def test_no_grad_losses_hold_no_gradient():
     N, V, C = 512, 2048, 256
     x, w, targets = tensor(N, C, dtype=np.float32), tensor(V, C, dtype=np.float32), some_ids(N, V)
     logits = ag.linear(x, w)
-    with no_grad():
-        assert peak_memory(lambda: ag.cross_entropy(logits, targets)) < 4 * N * V / 2
-        plain = peak_memory(lambda: ag.cross_entropy(ag.linear(x, w), targets))
-        assert peak_memory(lambda: ag.linear_cross_entropy(x, w, targets)) < plain + 4 * N * C
+    for loss, gradients in ((lambda: ag.cross_entropy(logits, targets), N * V),
+                            (lambda: ag.linear_cross_entropy(x, w, targets), N * C + V * C)):
+        recorded = peak_memory(loss)
+        with no_grad():
+            assert peak_memory(loss) < recorded - 0.9 * 4 * gradients
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "and_backward"])
@@ -824,14 +829,12 @@ def test_attention_needs_memory_like_T_not_T_squared(backward):
     assert long < 4 * 4096 * 4096 / 2
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "and_backward"])
-def test_linear_cross_entropy_never_holds_all_logits(backward):
-    N, V, C = 1024, 1 << 15, 2
+def test_linear_cross_entropy_never_holds_all_logits():
+    N, V, C = 2048, 1 << 15, 2
 
     def run():
-        out = ag.linear_cross_entropy(tensor(N, C, dtype=np.float32), tensor(V, C, dtype=np.float32), some_ids(N, V))
-        if backward:
-            out.backward()
+        x, w = tensor(N, C, dtype=np.float32), tensor(V, C, dtype=np.float32)
+        ag.linear_cross_entropy(x, w, some_ids(N, V)).backward()
     assert peak_memory(run) < 4 * N * V * 0.75
 
 
