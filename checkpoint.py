@@ -344,8 +344,8 @@ def open_model(folder):
         raise InputError(f"{folder} is not a folder: give one that training or transformers has written")
     if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
         ready = [folder / "best"] * (folder / "best").exists() + checkpoints(folder)[::-1]
-        raise InputError(f"{folder} has no model yet, its training has not ended"
-                         + (f": use {ready[0]}" if ready else ""))
+        raise InputError(f"{folder} has no model yet, its training has not ended: "
+                         + (f"use {ready[0]}" if ready else f"go on with {resume_command(folder)}"))
     model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
     if vocab_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, the model only "

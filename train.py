@@ -387,15 +387,15 @@ def main(argv=None):
     if newest and is_over(args, state, total) and run.is_finished(newest):
         say(f"{folder} has finished, after step {state.step}; more --num-epochs or --max-steps would continue it")
         return 0
-    say(f"device     {device.reason}\n"
-        f"text       {args.text}: {len(train_set.tokens):,} tokens to train on in {len(train_set):,} windows, "
-        f"{len(val_set.tokens) if val_set else 0:,} unseen ones to validate\n"
-        f"model      {model.flat.size:,} parameters, {model.config}\n"
-        f"training   step {state.step} to {total}, "
-        f"{args.batch_size * args.grad_accum * args.seq_len:,} tokens a step\n"
-        f"folder     {folder}")
     with checkpoint.held(folder), cli.Stop() as stop, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # of numbers that are not finite: `train` counts them
+        say(f"device     {device.reason}\n"
+            f"text       {args.text}: {len(train_set.tokens):,} tokens to train on in {len(train_set):,} windows, "
+            f"{len(val_set.tokens) if val_set else 0:,} unseen ones to validate\n"
+            f"model      {model.flat.size:,} parameters, {model.config}\n"
+            f"training   step {state.step} to {total}, "
+            f"{args.batch_size * args.grad_accum * args.seq_len:,} tokens a step\n"
+            f"folder     {folder}")
         metrics.rewind(folder / "metrics.csv", state.step)
         train(model, optimizer, train_set, val_set, state, run, args, stop)
         if is_over(args, state, total):
