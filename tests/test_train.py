@@ -356,7 +356,7 @@ def test_train_loss_is_the_mean_since_the_row_before(files, tmp_path):
     each, last = [float(row["train_loss"]) for row in rows(tmp_path / "each")], 0
     for row in rows(tmp_path / "some"):
         step = int(row["step"])
-        assert float(row["train_loss"]) == pytest.approx(np.mean(each[last:step]), rel=1e-12)
+        assert float(row["train_loss"]) == pytest.approx(np.mean(each[last:step]), rel=1e-6)
         last = step
     assert [row["step"] for row in rows(tmp_path / "some")] == ["3", "5", "6", "8"]
 
