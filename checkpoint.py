@@ -14,6 +14,7 @@ with a dot, synced to the disk and renamed. Whatever a crash leaves has such a n
 away when the run goes on.
 """
 import contextlib
+import errno
 import filecmp
 import hashlib
 import itertools
@@ -65,8 +66,24 @@ def sync(path):
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:       # which says that this file system cannot sync folders
+            raise
     finally:
         os.close(handle)
+
+
+def recover(folder):
+    """Clear away what a crash, or a disk that was full, has left in a run's folder."""
+    for leftover in folder.glob(".*"):
+        if match := re.fullmatch(r"\.(best|checkpoint-\d+)\.(new|old)", leftover.name):
+            path = leftover.with_name(match[1])
+            if match[2] == "old" and not path.exists():
+                leftover.rename(path)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+        elif re.fullmatch(r"\.[a-z_]+\.(csv|png|json|safetensors)\.\d+", leftover.name):
+            leftover.unlink(missing_ok=True)
 
 
 def replace_folder(path, write):
@@ -94,24 +111,18 @@ def remove_folder(path):
     shutil.rmtree(gone)
 
 
-def recover(folder):
-    """Clear away what a crash, or a disk that was full, has left in a run's folder."""
-    for leftover in folder.glob(".*"):
-        if match := re.fullmatch(r"\.(best|checkpoint-\d+)\.(new|old)", leftover.name):
-            path = leftover.with_name(match[1])
-            if match[2] == "old" and not path.exists():
-                leftover.rename(path)
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-        elif re.fullmatch(r"\.[a-z_]+\.(csv|png|json|safetensors)\.\d+", leftover.name):
-            leftover.unlink(missing_ok=True)
-
-
 # ---------------------------------------------------------------- the folder of a run
 
 def holds_run(folder):
     """Whether anything that a run writes is in this folder."""
     return any(any(folder.glob(name)) for name in ("metrics.csv", "config.json", "model.safetensors", "checkpoint-*"))
+
+
+def checkpoints(folder):
+    """The complete checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in Path(folder).glob("checkpoint-*")
+             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    return [path for _, path in sorted(found)]
 
 
 def check_free(folder=None, default="runs/llm"):
@@ -206,6 +217,16 @@ class State:
     seconds: float = 0.0
 
 
+def _json(value):
+    return json.dumps(value, indent=2) + "\n"       # in ASCII: the name of a file need not be valid Unicode
+
+
+def versions():
+    """What computed a run, for the reader of its trainer.json."""
+    return {"python": platform.python_version(), "numpy": np.__version__, "tokenizers": tokenizers.__version__,
+            "safetensors": safetensors.__version__, "device": device.reason}
+
+
 class Run:
     """What goes into every folder of a run beside the numbers: the tokenizer, and `about`, a dict for trainer.json.
 
@@ -257,23 +278,6 @@ class Run:
         """Whether the folder holds, complete, the model of the newest checkpoint."""
         return (self.folder / "config.json").exists() and filecmp.cmp(
             self.folder / "model.safetensors", newest / "model.safetensors", shallow=False)
-
-
-def _json(value):
-    return json.dumps(value, indent=2) + "\n"       # in ASCII: the name of a file need not be valid Unicode
-
-
-def versions():
-    """What computed a run, for the reader of its trainer.json."""
-    return {"python": platform.python_version(), "numpy": np.__version__, "tokenizers": tokenizers.__version__,
-            "safetensors": safetensors.__version__, "device": device.reason}
-
-
-def checkpoints(folder):
-    """The complete checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in Path(folder).glob("checkpoint-*")
-             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def newest_checkpoint(folder):

@@ -71,6 +71,11 @@ class Stop:
             signal.signal(which, handler)
 
 
+def fail(name, problem, code=2):
+    print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
+    return code
+
+
 def run(main):
     """Exit with what main() returns. What the user can mend is one line and code 2; a bug keeps its traceback."""
     name = os.path.basename(sys.argv[0])
@@ -94,8 +99,3 @@ def run(main):
     except KeyboardInterrupt:
         code = fail(name, "interrupted", 130)
     sys.exit(code)
-
-
-def fail(name, problem, code=2):
-    print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
-    return code

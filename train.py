@@ -143,6 +143,40 @@ def is_over(args, state, total):
     return state.step >= total or (args.patience is not None and state.without_better >= args.patience)
 
 
+def report(model, train_set, val_set, state, run, args, progress, lr, norm, milestone):
+    """Show the mean loss since the last report and add a row to metrics.csv; at a milestone evaluate, too."""
+    loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
+    state.loss_sum, state.loss_count = 0.0, 0
+    row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * train_set.seq_len,
+           "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": round(progress.speed)}
+    progress.show(state.step, loss, lr, norm)
+    if milestone:
+        bits = loss / math.log(2) * len(train_set.tokens) / train_set.source_bytes
+        line = (f"epoch {state.epoch:.2f}: training loss {loss:.4f}, perplexity {perplexity(loss):,.1f}, "
+                f"{bits:.4f} bits per byte")
+        if val_set:
+            result = evaluate(model, val_set, args.batch_size)
+            row |= {f"val_{name}": result[name] for name in ("loss", "perplexity", "bits_per_byte")}
+            better = result["loss"] < (math.inf if state.best_loss is None else state.best_loss)
+            state.without_better = 0 if better else state.without_better + 1
+            line += (f"; validation loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
+                     f"{result['bits_per_byte']:.4f} bits per byte{', the best so far' if better else ''}")
+            if better:
+                state.best_loss = result["loss"]
+                run.write_best(model)
+        say(line)
+    metrics.append(run.folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
+    progress.redraw(run.folder)
+    progress.restart()
+
+
+def sample_text(model, tokenizer, prompt, dataset, seed, length=60):
+    """The prompt, by default the dataset's first words, and how the model goes on."""
+    ids = (tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else None) or dataset.tokens[:8].tolist()
+    ids += model.generate(ids, length, temperature=0.8, top_p=0.95, seed=seed)
+    return tokenizer.decode(ids).strip("\ufffd")     # characters of which a part is missing
+
+
 def train(model, optimizer, train_set, val_set, state, run, args, stop):
     """Train until all steps are done, patience ends or `stop` asks for an end; a checkpoint is then written.
 
@@ -192,40 +226,6 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
                 run.write_checkpoint(model, optimizer, state, args.keep_last)
                 progress.restart()
     metrics.draw_loss(run.folder)
-
-
-def report(model, train_set, val_set, state, run, args, progress, lr, norm, milestone):
-    """Show the mean loss since the last report and add a row to metrics.csv; at a milestone evaluate, too."""
-    loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
-    state.loss_sum, state.loss_count = 0.0, 0
-    row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * train_set.seq_len,
-           "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": round(progress.speed)}
-    progress.show(state.step, loss, lr, norm)
-    if milestone:
-        bits = loss / math.log(2) * len(train_set.tokens) / train_set.source_bytes
-        line = (f"epoch {state.epoch:.2f}: training loss {loss:.4f}, perplexity {perplexity(loss):,.1f}, "
-                f"{bits:.4f} bits per byte")
-        if val_set:
-            result = evaluate(model, val_set, args.batch_size)
-            row |= {f"val_{name}": result[name] for name in ("loss", "perplexity", "bits_per_byte")}
-            better = result["loss"] < (math.inf if state.best_loss is None else state.best_loss)
-            state.without_better = 0 if better else state.without_better + 1
-            line += (f"; validation loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
-                     f"{result['bits_per_byte']:.4f} bits per byte{', the best so far' if better else ''}")
-            if better:
-                state.best_loss = result["loss"]
-                run.write_best(model)
-        say(line)
-    metrics.append(run.folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
-    progress.redraw(run.folder)
-    progress.restart()
-
-
-def sample_text(model, tokenizer, prompt, dataset, seed, length=60):
-    """The prompt, by default the dataset's first words, and how the model goes on."""
-    ids = (tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else None) or dataset.tokens[:8].tolist()
-    ids += model.generate(ids, length, temperature=0.8, top_p=0.95, seed=seed)
-    return tokenizer.decode(ids).strip("\ufffd")     # characters of which a part is missing
 
 
 # ---------------------------------------------------------------- the command line
