@@ -14,8 +14,8 @@ from files import replace_file
 from tokens import cache_folder
 
 SETTINGS = {"embedding_dim": 192, "n_block": 4, "n_head": 6, "hidden_dim": 512, "max_context": 128,
-            "tie_embeddings": True, "batch_size": 16, "num_epochs": 100, "max_steps": 500, "learning_rate": 3e-3,
-            "beta2": 0.99, "weight_decay": 0.1, "eval_every": 125, "prompt": "The function returns"}
+            "tie_embeddings": True, "batch_size": 16, "num_epochs": 100, "max_steps": 300, "learning_rate": 3e-3,
+            "beta2": 0.99, "weight_decay": 0.1, "eval_every": 100, "prompt": "The function returns"}
 CHARACTERS = 1_500_000
 WORDS = 2048
 
