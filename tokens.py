@@ -105,6 +105,9 @@ def read_text(path, digest):
     except OSError as error:
         raise InputError(f"cannot read the text {path} ({error.strerror}): give a UTF-8 text file") from None
     except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise InputError(f"the text {path} ends inside a character, at byte {offset + error.start}: "
+                             "is it the whole file?") from None
         encoding = looks_like(error.object[error.object.rfind(b"\n", 0, error.start) + 1:])
         name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
         remedy = (f"looks like {encoding}: iconv -f {encoding} -t UTF-8 {name} > {new} converts it" if encoding

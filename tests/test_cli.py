@@ -70,7 +70,7 @@ CASES = {
     "Latin-1": ("--text latin.txt", "latin.txt", "not UTF-8 at byte 551", "iconv -f ISO-8859-1"),
     "no text at all": ("--text binary.txt", "binary.txt", "not UTF-8 at byte", "no text at all", "give a text file"),
     "a wrong byte late": ("--text late.txt", "late.txt", "not UTF-8 at byte 520000"),
-    "a character cut off": ("--text half.txt", "half.txt", "not UTF-8 at byte 8"),
+    "a character cut off": ("--text half.txt", "half.txt", "ends inside a character, at byte 8"),
     "less than one window": ("--text short.txt", "short.txt", r"\d+ tokens", "needs 9", "give more text or a smaller"),
     "no such tokenizer": ("--tokenizer none.json", "none.json", "No such file", "give a"),
     "a folder as tokenizer": ("--tokenizer folder", "folder", "directory", "give a"),
