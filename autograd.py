@@ -263,7 +263,7 @@ def reshape(x, *shape):
 def transpose(x, *axes):
     """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the inverse permutation of dout."""
     axes = axes or tuple(range(x.data.ndim))[::-1]
-    inverse = np.argsort(axes).tolist()
+    inverse = np.argsort([axis % x.data.ndim for axis in axes]).tolist()
     return _result(x.data.transpose(axes), (x,), lambda dout: (dout.transpose(inverse),))
 
 

@@ -159,6 +159,7 @@ CASES = [
     case("reshape-sizes", lambda x: x.reshape(4, 1, 6), lambda t, x: x.reshape(4, 1, 6), (2, 3, 4)),
     case("transpose-all", ag.transpose, lambda t, x: x.permute(2, 1, 0), (2, 3, 4)),
     case("transpose-axes", lambda x: x.transpose(1, 2, 0), lambda t, x: x.permute(1, 2, 0), (2, 3, 4)),
+    case("transpose-axes_from_the_end", lambda x: x.transpose(0, -1, 1), lambda t, x: x.permute(0, 2, 1), (3, 3, 3)),
     case("getitem-int", lambda x: x[1], lambda t, x: x[1], (2, 3)),
     case("getitem-slices", lambda x: x[1:, ::2], lambda t, x: x[1:, ::2], (3, 4)),
     case("getitem-backwards", lambda x: x[::-1], lambda t, x: x.flip(0), (3, 2)),
