@@ -349,7 +349,7 @@ def embedding(w, ids):
 
 # ---------------------------------------------------------------- rows: softmax and normalisation
 
-_CACHE = 1 << 14        # elements of each array in a sweep's block: with the temporaries they fit a core's L2 cache
+_CACHE = 1 << 16        # elements in a sweep's block: few enough for the cache, enough that Python is no bottleneck
 
 
 def _sweep_rows(f, *shape):
@@ -411,7 +411,7 @@ def rmsnorm(x, w, eps=1e-6):
             _project(dn, n, (dn * n).mean(-1, keepdims=True), r[s], dx[s])
             n *= dout[s]
             return n.sum(0)
-        dw = builtins.sum(_sweep_rows(block, *rows.shape))
+        dw = builtins.sum(_sweep_rows(block, *rows.shape), 0 * weight)
         return dx.reshape(shape), dw
     return _result(out.reshape(shape), (x, w), backward)
 

@@ -63,7 +63,7 @@ class Adam:
             if self.weight_decay and s.start < split:
                 p[:split - s.start] *= keep
             _adam(p, g, m, v, number(scale), number(1 - beta1), number(1 - beta2), size, root, number(self.eps))
-        device.sweep(update, self.m.size, 1 << 15)
+        device.sweep(update, self.m.size, 1 << 17)
 
     def zero_grad(self):
         """Set all gradients to 0, for backward adds to them."""
