@@ -38,7 +38,7 @@ CONFIGS = {     # steps in a turn, then the fields; every window is max_context 
     "tiny": (2, 50, 16, 2, 4, 2, 24, 16, False, 2),     # tests this program
 }
 LOSS_TOLERANCE = {"float32": 1e-5, "tf32": 2e-3}        # relative
-WEIGHT_TOLERANCE = {"float32": 1e-3, "tf32": 0.3}       # ‖ours - theirs‖ / ‖theirs - start‖, the worst tensor's
+WEIGHT_TOLERANCE = {"float32": 3e-3, "tf32": 0.3}       # ‖ours - theirs‖ / ‖theirs - start‖, the worst tensor's
 
 
 def check(equal, what):

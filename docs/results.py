@@ -63,7 +63,7 @@ def main():
     text, tokenizer = (str(Path(path).resolve()) for path in sys.argv[1:3])
     lines = run("demo", "python train.py --demo", ["--demo"])
     lines += run("shakespeare", "python train.py --text tinyshakespeare.txt --tokenizer characters.json \\\n        "
-                 + YARDSTICK.replace(" --batch", " \\\n        --batch"),
+                 + YARDSTICK.replace(" --batch", " \\\n        --batch").replace(" --beta2", " \\\n        --beta2"),
                  ["--text", text, "--tokenizer", tokenizer, *YARDSTICK.split()])
     lines.insert(-1, "\n![training and validation loss on tinyshakespeare](docs/shakespeare.png)")
     readme = ROOT / "README.md"
