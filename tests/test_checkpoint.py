@@ -229,9 +229,13 @@ def test_a_signal_while_the_text_is_encoded(files, tmp_path, monkeypatch, cache_
         def interrupted(*args, number=number, encode=encode):
             yield from encode(*args)
             os.kill(os.getpid(), number)
-        with monkeypatch.context() as patch:
-            patch.setattr(tokens, "encode_text", interrupted)
-            got, _, err = command(train.main, *SHAPE, *QUICK, *files, "--artifact-dir", "run")
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(tokens, "encode_text", interrupted)
+                got, _, err = command(train.main, *SHAPE, *QUICK, *files, "--artifact-dir", "run")
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert (got, err) == (code, line)
         assert not (tmp_path / "run").exists() and not list(cache_folder.glob("*"))
 
