@@ -916,3 +916,9 @@ def test_gradcheck_leaves_its_inputs_alone_and_takes_any_floats():
 def test_gradcheck_allows_for_the_size_of_the_numbers():
     """Finite differences round: relative to a large gradient, and absolutely beside a zero one."""
     assert gradcheck(lambda x: x ** 3, 1e4 * X) and gradcheck(lambda x: (x - x) * 1e3 + x[:1].sum() * 0, X)
+
+
+def test_rmsnorm_of_no_rows_has_a_gradient():
+    x, w = ag.Tensor(np.zeros((0, 4)), requires_grad=True), ag.Tensor(np.ones(4), requires_grad=True)
+    ag.rmsnorm(x, w).backward(device.xp.zeros((0, 4)))
+    assert x.grad.shape == (0, 4) and w.grad.shape == (4,) and not device.to_host(w.grad).any()
