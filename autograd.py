@@ -166,13 +166,26 @@ def _unbroadcast(gradient, shape):
     """The inverse of broadcasting: sum over the axes along which a value of this shape was repeated."""
     extra = gradient.ndim - len(shape)
     if extra > 0:
-        gradient = gradient.sum(axis=tuple(range(extra)))
+        gradient = _total(gradient, tuple(range(extra)))
     repeated = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)
     if repeated:
-        gradient = gradient.sum(axis=repeated, keepdims=True)
+        gradient = _total(gradient, repeated, keepdims=True)
     if gradient.shape != shape:
         raise ValueError(f"a gradient of shape {gradient.shape} reached a value of shape {shape}")
     return gradient
+
+
+def _wide(x):
+    """x itself, or float32 for an array of half precision: what is summed, divided or exponentiated is so first."""
+    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
+
+
+def _wide_dtype(x):
+    return np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
+
+
+def _total(x, axis, keepdims=False):
+    return x.sum(axis=axis, keepdims=keepdims, dtype=_wide_dtype(x)).astype(x.dtype, copy=False)
 
 
 def _result(data, parents, backward):
@@ -234,6 +247,12 @@ def power(x, p):
     return _result(data ** p, (x,), lambda dout: (dout * (p * data ** (p - 1)),))
 
 
+def cast(x, dtype):
+    """The same numbers in another floating-point type;  dx is dout in x's own."""
+    old = x.dtype
+    return x if old == dtype else _result(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))
+
+
 # ---------------------------------------------------------------- shape
 
 def sum(x, axis=None, keepdims=False):
@@ -245,7 +264,7 @@ def sum(x, axis=None, keepdims=False):
     def backward(dout):
         kept = tuple(1 if i in axes else size for i, size in enumerate(data.shape))
         return (device.xp.broadcast_to(dout.reshape(kept), data.shape),)
-    return _result(data.sum(axis=axes, keepdims=keepdims), (x,), backward)
+    return _result(_total(data, axes, keepdims), (x,), backward)
 
 
 def mean(x, axis=None, keepdims=False):
@@ -308,14 +327,18 @@ def linear(x, w):
 
     matmul with b = wᵀ, all leading axes of x being rows: dx = dout @ w, and dw = (xᵀ @ dout)ᵀ = doutᵀ @ x,
     added by the product itself to the gradient that w has so far.
+
+    Mixed precision: for x in half precision w is rounded to x's type for the product, but stays float32 itself, and
+    so does dw: an update far below w's size would be lost in half.  (Micikevicius et al. 2018, §3.1)
     """
     rows, weight, shape = _flat(x.data), w.data, x.shape
 
     def backward(dout):
         dout = _flat(dout)
-        dx = device.matmul(dout, weight).reshape(shape)
+        dx = device.matmul(dout, weight.astype(dout.dtype, copy=False)).reshape(shape)
         return dx, lambda dw: device.matmul(_t(dout), rows, out=dw, accumulate=True)
-    return _result(device.matmul(rows, _t(weight)).reshape(*shape[:-1], len(weight)), (x, w), backward)
+    out = device.matmul(rows, _t(weight.astype(rows.dtype, copy=False)))
+    return _result(out.reshape(*shape[:-1], len(weight)), (x, w), backward)
 
 
 def token_ids(ids, limit):
@@ -369,8 +392,8 @@ def softmax(x):
     p = device.xp.empty(rows.shape, x.dtype)
 
     def forward(s):
-        block = rows[s] - rows[s].max(-1, keepdims=True)
-        block = device.xp.exp(block)
+        block = _wide(rows[s])
+        block = device.xp.exp(block - block.max(-1, keepdims=True))
         p[s] = block / block.sum(-1, keepdims=True)
     _sweep_rows(forward, *rows.shape)
 
@@ -378,7 +401,8 @@ def softmax(x):
         dout, dx = _flat(dout), device.xp.empty_like(p)
 
         def block(s):
-            dx[s] = p[s] * (dout[s] - (dout[s] * p[s]).sum(-1, keepdims=True))
+            part, d = _wide(p[s]), _wide(dout[s])
+            dx[s] = part * (d - (d * part).sum(-1, keepdims=True))
         _sweep_rows(block, *p.shape)
         return (dx.reshape(shape),)
     return _result(p.reshape(shape), (x,), backward)
@@ -394,12 +418,13 @@ def rmsnorm(x, w, eps=1e-6):
     Saved: r, one number a row. n is cheaper to recompute than to keep.
     """
     rows, weight, shape = _flat(x.data), w.data, x.shape
-    r = device.xp.empty((len(rows), 1), x.dtype)
+    r = device.xp.empty((len(rows), 1), _wide_dtype(x))
     out = device.xp.empty(rows.shape, x.dtype)
 
     def forward(s):
-        r[s] = ((rows[s] * rows[s]).mean(-1, keepdims=True) + eps) ** -0.5
-        _times(rows[s], r[s], weight, out[s])
+        part = _wide(rows[s])
+        r[s] = ((part * part).mean(-1, keepdims=True) + eps) ** -0.5
+        _times(part, r[s], weight, out[s])
     _sweep_rows(forward, *rows.shape)
 
     def backward(dout):
@@ -492,12 +517,12 @@ def _fused_glu(activation):
     """The two elementwise sweeps of one GLU variant."""
     @device.fuse
     def forward(gate, up, out):
-        out[...] = activation(gate)[0] * up
+        out[...] = activation(_wide(gate))[0] * up
 
     @device.fuse
     def backward(gate, up, dout, dgate, dup):
-        a, slope = activation(gate)
-        dgate[...] = dout * up * slope()
+        a, slope = activation(_wide(gate))
+        dgate[...] = slope() * up * dout
         dup[...] = dout * a
     return forward, backward
 
@@ -550,17 +575,18 @@ def attention(q, k, v):
         dq = ds k / √D      dk = dsᵀ q / √D
     Neither s nor p is ever held whole: blocks of queries meet the keys that they may see, and backward computes p anew
     from the saved log-sum-exp of each row, L = log sum_j exp(s_j):  p = exp(s - L).  Memory grows with T, not with T².
-    (FlashAttention, Dao et al. 2022, §3.1 and appendix B.)
+    (FlashAttention, Dao et al. 2022, §3.1 and appendix B.) In half precision the products' inputs are half, s, p and
+    the sums float32.
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     if H % K or S < T or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
         raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
-    xp, G, scale, dtype = device.xp, H // K, D ** -0.5, q.dtype
+    xp, G, scale, dtype, wide = device.xp, H // K, D ** -0.5, q.dtype, _wide_dtype(q)
     qs = q.data.reshape(B * K, G, T, D)             # the G query heads that share a key/value head, together
     ks, vs = (t.data.reshape(B * K, S, D) for t in (k, v))
     out = xp.empty(qs.shape, dtype)
-    log_sum = xp.empty((B * K, G, T, 1), dtype)
-    future = xp.triu(xp.full((min(_QUERIES, T),) * 2, -xp.inf, dtype), 1)
+    log_sum = xp.empty((B * K, G, T, 1), wide)
+    future = xp.triu(xp.full((min(_QUERIES, T),) * 2, -xp.inf, wide), 1)
     heads = _SCORES // (G * min(_QUERIES, T) * S)
 
     def blocks():
@@ -569,8 +595,11 @@ def attention(q, k, v):
     def rows(x, s, t):                              # (n, G·t, D): the block's queries of a group as one matrix
         return x[s, :, t].reshape(x[s].shape[0], -1, x.shape[-1])
 
+    def scaled(s, t):
+        return (rows(qs, s, t) * scale).astype(dtype, copy=False)       # bfloat16 times a number is a float32
+
     def scores(s, t, end):                          # (n, G·t, end)
-        block = device.matmul(rows(qs, s, t) * scale, _t(ks[s, :end]))
+        block = device.matmul(scaled(s, t), _t(ks[s, :end]), dtype=wide)
         n = t.stop - t.start                        # only the last n keys can lie in the future
         block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]
         return block
@@ -582,7 +611,7 @@ def attention(q, k, v):
             p -= top
             xp.exp(p, out=p)
             total = p.sum(-1, keepdims=True)
-            result = device.matmul(p, vs[s, :end])
+            result = device.matmul(p.astype(dtype, copy=False), vs[s, :end], dtype=wide)
             result /= total
             out[s, :, t] = result.reshape(out[s, :, t].shape)
             log_sum[s, :, t] = (top + xp.log(total)).reshape(log_sum[s, :, t].shape)
@@ -590,7 +619,7 @@ def attention(q, k, v):
 
     def backward(dout):
         dout = dout.reshape(qs.shape)
-        dq, dk, dv = xp.empty(qs.shape, dtype), xp.zeros(ks.shape, dtype), xp.zeros(vs.shape, dtype)
+        dq, dk, dv = xp.empty(qs.shape, dtype), xp.zeros(ks.shape, wide), xp.zeros(vs.shape, wide)
 
         def block(s):
             for t, end in blocks():
@@ -598,16 +627,79 @@ def attention(q, k, v):
                 p -= rows(log_sum, s, t)
                 xp.exp(p, out=p)
                 do, keys = rows(dout, s, t), ks[s, :end]
-                device.matmul(_t(p), do, out=dv[s, :end], accumulate=True)
-                ds = device.matmul(do, _t(vs[s, :end]))
+                device.matmul(_t(p.astype(dtype, copy=False)), do, out=dv[s, :end], accumulate=True)
+                ds = device.matmul(do, _t(vs[s, :end]), dtype=wide)
                 ds *= p                             # p dp; then p (dp - δ)
                 p *= ds.sum(-1, keepdims=True)
                 ds -= p
-                dq[s, :, t] = (device.matmul(ds, keys) * scale).reshape(dq[s, :, t].shape)
-                device.matmul(_t(ds), rows(qs, s, t) * scale, out=dk[s, :end], accumulate=True)
+                ds = ds.astype(dtype, copy=False)
+                dq[s, :, t] = (device.matmul(ds, keys, dtype=wide) * scale).reshape(dq[s, :, t].shape)
+                device.matmul(_t(ds), scaled(s, t), out=dk[s, :end], accumulate=True)
         device.sweep(block, B * K, heads)
-        return dq.reshape(B, H, T, D), dk.reshape(B, K, S, D), dv.reshape(B, K, S, D)
+        dk, dv = (x.astype(dtype, copy=False).reshape(B, K, S, D) for x in (dk, dv))
+        return dq.reshape(B, H, T, D), dk, dv
     return _result(out.reshape(B, H, T, D), (q, k, v), backward)
+
+
+# ---------------------------------------------------------------- dropout
+
+def dropout(x, p, key):
+    """out = x * keep / (1 - p): each element becomes 0 with probability p, the rest grow so that the mean stays.
+
+    (Srivastava et al. 2014, §4)  dx = dout * keep / (1 - p): the same mask, which is not saved but drawn again, being
+    a pure function of `key`, a tuple of whole numbers from 0. So a resumed or recomputed step is the same step.
+
+    Element i's random number is the i-th of Squares (Widynski 2020, §3: four rounds, of which 32 bits are kept): no
+    generator is advanced, all numbers are computed at once and on either device alike.
+    """
+    words = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    start, odd, limit = words[0], words[1] | np.uint64(1), np.uint64(round(p * 2 ** 32))
+    scale = x.dtype.type(1 / (1 - p)) if x.dtype.itemsize > 2 else np.float32(1 / (1 - p))
+
+    def masked(x):
+        out, flat = device.xp.empty(x.shape, x.dtype), x.reshape(-1)
+
+        def block(s):
+            at = device.xp.arange(s.start, s.stop, dtype=np.uint64)
+            _drop(flat[s], at, start, odd, limit, scale, out.reshape(-1)[s])
+        device.sweep(block, flat.size, _CACHE)
+        return out
+    return _result(masked(x.data), (x,), lambda dout: (masked(dout),))
+
+
+@device.fuse
+def _drop(x, i, start, odd, limit, scale, out):
+    half = np.uint64(32)
+    y = (i + start) * odd
+    z = y + odd
+    r = y * y + y
+    r = (r >> half) | (r << half)
+    r = r * r + z
+    r = (r >> half) | (r << half)
+    r = r * r + y
+    r = (r >> half) | (r << half)
+    out[...] = x * (((r * r + z) >> half) >= limit) * scale
+
+
+# ---------------------------------------------------------------- memory for time
+
+def recompute(f, x):
+    """f(x), keeping only x of all that f's backward will need: backward runs f again, and then its backward.
+
+    One more forward pass for a memory that holds the activations of one f at a time; the gradients are the same to the
+    last bit, those of weights that f uses, too.  (Chen et al. 2016, §3.1)
+    """
+    if not recording(x):
+        return f(x)
+    with no_grad():
+        out = f(x).data
+    start = x.data
+
+    def backward(dout):
+        again = Tensor(start, requires_grad=True)
+        f(again).backward(dout)
+        return (again.grad,)
+    return _result(out, (x,), backward)
 
 
 # ---------------------------------------------------------------- loss
@@ -620,18 +712,22 @@ def cross_entropy(logits, targets):
     """
     rows, shape = _flat(logits.data), logits.shape
     targets = token_ids(targets, shape[-1]).reshape(-1)
-    dz = device.xp.empty(rows.shape, logits.dtype) if recording(logits) else None
+    dz = device.xp.empty(rows.shape, _wide_dtype(rows)) if recording(logits) else None
     losses = _cross_entropy_rows(rows, targets, dz)
-    return _result(losses.mean(), (logits,), lambda dout: ((dz * (dout / len(rows))).reshape(shape),))
+
+    def backward(dout):
+        return ((dz * (dout / len(rows))).astype(rows.dtype, copy=False).reshape(shape),)
+    return _result(losses.mean(), (logits,), backward)
 
 
 def _cross_entropy_rows(z, targets, dz=None):
     """The loss of each row of z (N, V); p - onehot goes into dz, which may be z itself, unless it is None."""
-    losses = device.xp.empty(len(z), z.dtype)
+    losses = device.xp.empty(len(z), _wide_dtype(z))
 
     def rows(s):
         at = device.xp.arange(s.stop - s.start), targets[s]
-        block = z[s] - z[s].max(-1, keepdims=True)
+        block = _wide(z[s])
+        block = block - block.max(-1, keepdims=True)
         losses[s] = -block[at]
         device.xp.exp(block, out=block)
         total = block.sum(-1, keepdims=True)
@@ -655,26 +751,34 @@ def linear_cross_entropy(x, w, targets):
         dx_block = dz @ w,      dw += dzᵀ @ x_block        (linear above)
     Backward has only to scale both with dout/N. Kept from forward to backward: dx and dw, no logits.
     (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
+
+    In half precision the logits, dx and dw are float32, only the products' inputs are half. Most of dz is near 1/V,
+    below what a float16 can hold; but all of it is within ±1, so it is rounded as 2¹⁵ dz.
     """
-    rows, weight, shape = _flat(x.data), w.data, x.shape
+    rows, weight, shape = _flat(x.data), w.data.astype(x.dtype, copy=False), x.shape
+    wide = _wide_dtype(x)
+    x_dtype, lift = x.dtype, 1 if x.dtype == wide else 2.0 ** 15
     N, V = len(rows), len(weight)
     targets = token_ids(targets, V).reshape(-1)
     keep = recording(x, w)
     if keep:
-        dx, dw = device.xp.empty(rows.shape, x.dtype), device.xp.zeros(weight.shape, w.dtype)
+        dx, dw = device.xp.empty(rows.shape, wide), device.xp.zeros(weight.shape, w.dtype)
     block = max(_LOGITS // V, 64)
-    losses, logits = device.xp.empty(N, x.dtype), device.xp.empty((min(block, N), V), x.dtype)
+    losses, logits = device.xp.empty(N, wide), device.xp.empty((min(block, N), V), wide)
     for start in range(0, N, block):
         s = slice(start, start + block)
         z = device.matmul(rows[s], _t(weight), out=logits[:len(rows[s])])
         losses[s] = _cross_entropy_rows(z, targets[s], z if keep else None)
         if keep:
+            if lift != 1:
+                z *= lift
+                z = z.astype(x_dtype)
             device.matmul(z, weight, out=dx[s])
             device.matmul(_t(z), rows[s], out=dw, accumulate=True)
 
     def backward(dout):
-        scale = dout / N
-        return (dx * scale).reshape(shape), lambda total: _add_scaled(total, dw, scale)
+        scale = dout / (N * lift)
+        return (dx * scale).astype(x_dtype, copy=False).reshape(shape), lambda total: _add_scaled(total, dw, scale)
     return _result(losses.mean(), (x, w), backward)
 
 

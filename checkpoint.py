@@ -214,6 +214,8 @@ class State:
     skipped: int = 0                    # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     updates: int = 0                    # Adam's t
+    loss_scale: float = 1.0             # float16: what the loss is multiplied by, and the steps since it changed
+    scale_age: int = 0
     seconds: float = 0.0
 
 

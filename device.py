@@ -14,8 +14,10 @@ import contextlib
 import ctypes
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -67,6 +69,23 @@ def __getattr__(name):                          # reached only while `xp` and `r
 def to_host(array):
     """The NumPy array with the same elements; waits for the GPU where the array is there."""
     return array.get() if on_gpu and isinstance(array, xp.ndarray) else np.asarray(array)
+
+
+def mark():
+    """A moment, for `seconds`: on a GPU in its own queue of work, so that nobody has to wait for it now."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = xp.cuda.Event()
+    event.record()
+    return event
+
+
+def seconds(start, end):
+    """Between two marks. Waits for the GPU to come to the second one."""
+    if not on_gpu:
+        return end - start
+    end.synchronize()
+    return xp.cuda.get_elapsed_time(start, end) / 1000
 
 
 # ---------------------------------------------------------------- memory, threads and blocks
@@ -154,14 +173,15 @@ def fuse(formula):
 
 # ---------------------------------------------------------------- the matrix product
 
-def matmul(a, b, out=None, accumulate=False):
+def matmul(a, b, out=None, accumulate=False, dtype=None):
     """a (..., m, k) @ b (..., k, n) -> (..., m, n), written into `out`, or added to it with accumulate=True.
 
-    Transposed views are not copied. Both have the same leading (batch) axes, or at most two axes have none.
+    Transposed views are not copied. Both have the same leading (batch) axes, or at most two axes have none. Half
+    precision is multiplied and summed as float32, and rounded once, unless `out` or `dtype` is float32.
     """
     shape = (*a.shape[:-1], b.shape[-1])
     if out is None:
-        out = xp.empty(shape, np.result_type(a.dtype, b.dtype))
+        out = xp.empty(shape, dtype or np.result_type(a.dtype, b.dtype))
     if out.size == 0 or a.shape[-1] == 0:
         if not accumulate:
             out[...] = 0
@@ -185,6 +205,13 @@ _TILE = 1 << 19         # elements of a product that is added to `out`: it must 
 
 def _blas(a, b, out, accumulate):
     """Split one product over the threads: by matrices, or by the rows or the columns of a single one."""
+    if a.dtype.itemsize == 2:           # the arithmetic of a GPU's tensor cores
+        a, b = a.astype(np.float32), b.astype(np.float32)
+    if out.dtype.itemsize == 2:
+        wide = out.astype(np.float32) if accumulate else np.empty(out.shape, np.float32)
+        _blas(a, b, wide, accumulate)
+        out[...] = wide
+        return
     m, n = out.shape[-2:]
     if out.size * a.shape[-1] < _SMALL or threads == 1 or getattr(_here, "busy", False):
         _product(a, b, out, accumulate)

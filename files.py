@@ -83,11 +83,6 @@ def find_tensors(folder, config):
             raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {shapes[name]}")
         if dtype not in ("F32", "F16", "BF16", "F64"):
             raise InputError(f"{path}: {name} is {dtype}; only F32, F16, BF16 and F64 are implemented")
-        if dtype == "BF16":
-            try:
-                import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's, which safetensors asks for by name)
-            except ImportError:
-                raise InputError(f"{path}: {name} is bfloat16; pip install ml_dtypes, to read it") from None
         found[name] = path
     missing = next((name for name in shapes if name not in found), None)
     if missing:

@@ -1,5 +1,6 @@
 """What a run tells: metrics.csv, loss.png, and on the terminal a bar or, elsewhere, plain lines."""
 import csv
+import itertools
 import math
 import os
 import sys
@@ -12,8 +13,10 @@ import device
 from autograd import no_grad
 from files import replace_file
 
+PHASES = "data", "forward", "backward", "optimizer"
 COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity", "val_bits_per_byte",
-           "learning_rate", "grad_norm", "tokens_per_second", "seconds")
+           "learning_rate", "grad_norm", "loss_scale", "skipped", "tokens_per_second", "flops_per_second",
+           *(f"{phase}_share" for phase in PHASES), "seconds")
 
 
 # ---------------------------------------------------------------- metrics.csv and loss.png
@@ -117,7 +120,8 @@ def say(text):
 class Progress:
     """The bar on a terminal, a line now and then elsewhere; and the clock: tokens/s, time left, seconds in all."""
 
-    def __init__(self, total, step, seconds):
+    def __init__(self, total, step, seconds, flops_per_token):
+        self.flops_per_token = flops_per_token
         self.total, self.began, self.drawn = total, time.monotonic() - seconds, time.monotonic()
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.restart()
@@ -137,6 +141,24 @@ class Progress:
         """Measure the speed from here: what came between, such as an evaluation, was no training."""
         self.tokens = self.steps = 0
         self.since = time.monotonic()
+        self.spent, self.marks = dict.fromkeys(PHASES, 0.0), [(None, device.mark())]
+
+    def phase(self, name):
+        """What has passed since the last call was this one of PHASES."""
+        self.marks.append((name, device.mark()))
+        if len(self.marks) > 5000:              # seldom, for a GPU is waited for
+            self.add_up()
+
+    def add_up(self):
+        for (_, start), (name, end) in itertools.pairwise(self.marks):
+            self.spent[name] += device.seconds(start, end)
+        del self.marks[:-1]
+
+    def shares(self):
+        """{phase: its share of the time of all phases since the last restart}"""
+        self.add_up()
+        total = max(sum(self.spent.values()), 1e-9)
+        return {f"{name}_share": round(part / total, 4) for name, part in self.spent.items()}
 
     def advance(self, tokens):
         self.tokens, self.steps = self.tokens + tokens, self.steps + 1
@@ -155,6 +177,7 @@ class Progress:
 
     def show(self, step, loss, lr, norm):
         text = f"loss {loss:.4f}  ppl {perplexity(loss):,.1f}  lr {lr:.1e}  |g| {norm:.2f}  {self.speed:,.0f} tok/s"
+        text += f"  {self.speed * self.flops_per_token / 1e9:,.1f} GFLOP/s"
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return

@@ -8,6 +8,7 @@
 (Touvron et al. 2023, §2.2: pre-normalisation, SwiGLU, rotary positions.) Shapes: B batch, T time, C embedding_dim,
 H n_head, K n_kv_head, D = C/H, F hidden_dim, V vocab_size. Weights are (out, in), under Hugging Face's names.
 """
+import functools
 import json
 import re
 from collections import namedtuple
@@ -23,11 +24,14 @@ from autograd import (
     ACTIVATIONS,
     Tensor,
     attention,
+    cast,
+    dropout,
     embedding,
     glu,
     linear,
     linear_cross_entropy,
     no_grad,
+    recompute,
     rmsnorm,
     rope,
     token_ids,
@@ -84,6 +88,18 @@ class Config:
     @property
     def head_dim(self):
         return self.embedding_dim // self.n_head
+
+    def flops_per_token(self, seq_len):
+        """Floating-point operations of training on one token of a window, forward and backward, the model's own:
+        what is done again to save memory does not count.  (PaLM, Chowdhery et al. 2022, appendix B)
+
+        A weight is multiplied and added once forward and twice backward (dx, dw): 6 N, without the embedding, which
+        is looked up. A token meets T/2 others on average, in two products of width C: 3 · 2 · 2 C T/2 a block.
+        """
+        shapes = self.shapes()
+        n = sum(int(np.prod(shape)) for shape in shapes.values()) - self.vocab_size * self.embedding_dim
+        n += self.tie_embeddings * self.vocab_size * self.embedding_dim
+        return 6 * n + 6 * self.n_block * self.embedding_dim * seq_len
 
     def to_hugging_face(self):
         """config.json of a LlamaForCausalLM (rope_theta as version 4 spells it, rope_parameters as version 5 does)."""
@@ -225,13 +241,16 @@ class NanoLLM:
     `flat` (all parameters), `flat_grad` (all gradients, never None): two 1-D arrays of which the parameters are views;
     the first `n_matrix` elements belong to matrices. dtype float64 exists for gradient checks.
 
+    `compute`: the type of activations and of the products' inputs, `flat`'s unless it is set to half precision.
+    `recompute`: set to True, training keeps each block's input alone and computes the rest again in backward.
+
     Weights start as normals of deviation 0.02; the two matrices of a block that write into h at 0.02/√(2·n_block), so
     that the sum of all 2·n_block contributions has the same size at any depth (GPT-2, Radford et al. 2019, §2.3).
     Small logits at the start mean an even guess: the first loss is near ln V.
     """
 
     def __init__(self, config, seed=0, dtype=np.float32):
-        xp, self.config = device.xp, config
+        xp, self.config, self.compute, self.recompute = device.xp, config, np.dtype(dtype), False
         shapes = config.shapes()
         ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
         self.n_matrix = int(sum(np.prod(shape) for shape in shapes.values() if len(shape) == 2))
@@ -292,7 +311,14 @@ class NanoLLM:
         out = attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, C)
         return linear(out, self.blocks[i].o)
 
-    def hidden(self, ids, cache=None):
+    def _block(self, i, drop, cache, h):
+        """Block i on h (B, T, C): what attention, then the gated linear unit, add to it."""
+        block, eps = self.blocks[i], self.config.eps
+        h = h + drop(self._attend(i, rmsnorm(h, block.norm1, eps), cache), 2 * i + 1)
+        gated = glu(linear(rmsnorm(h, block.norm2, eps), block.gate_up), activation=self.config.activation)
+        return h + drop(linear(gated, block.down), 2 * i + 2)
+
+    def hidden(self, ids, cache=None, drop=lambda h, place: h):
         """The last hidden state (B, T, C), normalised, of ids (B, T) that follow what `cache` has read.
 
         Raises IndexError for an id outside the vocabulary, ValueError for more positions than max_context.
@@ -301,22 +327,26 @@ class NanoLLM:
         end = (cache.length if cache else 0) + ids.shape[1]
         if end > self.config.max_context:
             raise ValueError(f"{end} positions are more than max_context, {self.config.max_context}")
-        eps, h = self.config.eps, embedding(self.embed, ids)
-        for i, block in enumerate(self.blocks):
-            h = h + self._attend(i, rmsnorm(h, block.norm1, eps), cache)
-            gated = glu(linear(rmsnorm(h, block.norm2, eps), block.gate_up), activation=self.config.activation)
-            h = h + linear(gated, block.down)
+        h = drop(cast(embedding(self.embed, ids), self.compute), 0)
+        for i in range(len(self.blocks)):
+            block = functools.partial(self._block, i, drop, cache)
+            h = recompute(block, h) if self.recompute else block(h)
         if cache:
             cache.length = end
-        return rmsnorm(h, self.norm, eps)
+        return rmsnorm(h, self.norm, self.config.eps)
 
     def __call__(self, ids):
         """ids (B, T) -> logits (B, T, V): position t's say what follows ids[:, :t + 1]."""
         return linear(self.hidden(ids), self.lm_head)
 
-    def loss(self, ids, targets):
-        """Mean cross-entropy in nats of targets (B, T), the ids that follow; a scalar Tensor."""
-        return linear_cross_entropy(self.hidden(ids), self.lm_head, targets)
+    def loss(self, ids, targets, p=0.0, key=()):
+        """Mean cross-entropy in nats of targets (B, T), the ids that follow; a scalar Tensor.
+
+        With p above 0 that share of the embedding, and of what each half block adds to it, is dropped; `key` (whole
+        numbers) decides which.
+        """
+        drop = {"drop": lambda h, place: dropout(h, p, (*key, place))} if p else {}
+        return linear_cross_entropy(self.hidden(ids, **drop), self.lm_head, targets)
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop_ids=(),
                  use_cache=True):
@@ -349,7 +379,7 @@ class NanoLLM:
                 start, cache = start + max(self.config.max_context // 2, 1), None
             if cache is None:
                 new = rows[:, start:]
-                cache = KVCache(self.config, len(rows), self.flat.dtype) if use_cache else None
+                cache = KVCache(self.config, len(rows), self.compute) if use_cache else None
             with no_grad():
                 last = self.hidden(new, cache)[:, -1]
                 logits = device.to_host(linear(last, self.lm_head).data)        # (B, V)

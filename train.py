@@ -13,6 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 import checkpoint
 import cli
 import demo
@@ -115,21 +117,39 @@ def evaluate(model, dataset, batch_size=8):
 
 # ---------------------------------------------------------------- the loop
 
-def gradients(model, optimizer, train_set, state, args):
-    """The loss of the next big batch, its gradients in the model, their norm, and the ids of its last part.
+def gradients(model, optimizer, train_set, state, args, progress):
+    """The loss of the next big batch, its gradients · loss_scale in the model, their norm, the ids of its last part.
 
     The big batch comes in grad_accum parts. All are of one size, so the mean of their means is the mean over all
     tokens, and backward(1 / grad_accum) has the parts' gradients add up to that mean's.
     """
     optimizer.zero_grad()
+    progress.phase("optimizer")
     loss = 0.0
     for _ in range(args.grad_accum):
         x, y = train_set.batch(state.windows, args.batch_size, args.seed)
-        part = model.loss(x, y)
-        part.backward(1 / args.grad_accum)
-        loss += float(part.data) / args.grad_accum
+        progress.phase("data")
+        part = model.loss(x, y, args.dropout, (args.seed, state.windows))
+        progress.phase("forward")
+        part.backward(state.loss_scale / args.grad_accum)
+        progress.phase("backward")
+        loss = loss + part.data / args.grad_accum
         state.windows += args.batch_size
-    return loss, gradient_norm(model), x
+    return float(loss), gradient_norm(model) / state.loss_scale, x
+
+
+def adapt_loss_scale(state, finite):
+    """Dynamic loss scaling, for float16.  (Micikevicius et al. 2018, §3.2 and §5)
+
+    Many gradients are smaller than the least float16, 6e-8, and would become 0. So backward begins not with 1 but with
+    a large loss_scale, and Adam divides by it. As large as possible without an overflow: halved after one (the step
+    is skipped), doubled after 1,000 steps without. Powers of two, which change no digit.
+    """
+    state.scale_age += 1
+    if not finite:
+        state.loss_scale, state.scale_age = max(state.loss_scale / 2, 1.0), 0
+    elif state.scale_age == 1000:
+        state.loss_scale, state.scale_age = min(state.loss_scale * 2, 2.0 ** 24), 0
 
 
 def total_steps(args, state, train_set):
@@ -148,7 +168,9 @@ def report(model, train_set, val_set, state, run, args, progress, lr, norm, mile
     loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
     state.loss_sum, state.loss_count = 0.0, 0
     row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * train_set.seq_len,
-           "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": round(progress.speed)}
+           "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "loss_scale": state.loss_scale,
+           "skipped": state.skipped, "tokens_per_second": round(progress.speed),
+           "flops_per_second": round(progress.speed * progress.flops_per_token), **progress.shares()}
     progress.show(state.step, loss, lr, norm)
     if milestone:
         bits = loss / math.log(2) * len(train_set.tokens) / train_set.source_bytes
@@ -186,21 +208,26 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
     warmup = min(100, total // 100) if args.warmup_steps is None else args.warmup_steps
     low = args.learning_rate / 10 if args.min_lr is None else args.min_lr
 
-    with Progress(total, state.step, state.seconds) as progress:
+    if args.dtype == "float16" and state.step == 0:
+        state.loss_scale = 2.0 ** 16
+    flops = model.config.flops_per_token(train_set.seq_len)
+    with Progress(total, state.step, state.seconds, flops) as progress:
         if state.step == 0:     # at once: that the disk cannot hold a checkpoint must not show after hours
             run.write_checkpoint(model, optimizer, state, args.keep_last)
         while not is_over(args, state, total) and not stop.signal:
             lr = learning_rate(state.step, total, args.learning_rate, low, warmup, args.lr_schedule)
-            loss, norm, x = gradients(model, optimizer, train_set, state, args)
+            loss, norm, x = gradients(model, optimizer, train_set, state, args, progress)
             state.step += 1
             state.epoch = state.windows / len(train_set)
-            if math.isfinite(loss + norm):
-                optimizer.step(lr, min(1.0, args.clip_norm / norm) if args.clip_norm and norm else 1.0)
+            scale = state.loss_scale
+            if finite := math.isfinite(loss + norm):
+                optimizer.step(lr, (min(1.0, args.clip_norm / norm) if args.clip_norm and norm else 1.0) / scale)
                 state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
                 state.skipped_in_a_row = 0
             else:
-                state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
-                say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, {state.skipped} so far")
+                state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + (scale == 1)
+                say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, {state.skipped} so far"
+                    + f" (loss scale {scale:.0f}, halved)" * (scale > 1))
                 if state.skipped_in_a_row == 10:
                     raise InputError(f"10 steps in a row were not finite, the first place is the "
                                      f"{metrics.diagnose(model, x)}: the checkpoints in {run.folder} are as they were, "
@@ -209,6 +236,9 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
                 V = model.config.vocab_size
                 say(f"step 0: loss {loss:.3f} before training; an even guess among {V} tokens has ln V = "
                     f"{math.log(V):.3f}, one by their frequencies alone {metrics.unigram_entropy(train_set):.3f}")
+            if args.dtype == "float16":
+                adapt_loss_scale(state, finite)
+            progress.phase("optimizer")
             progress.advance(big_batch * train_set.seq_len)
 
             def due(every):
@@ -231,7 +261,8 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
 # ---------------------------------------------------------------- the command line
 
 ARCHITECTURE = [name for name in Config.__dataclass_fields__ if name != "vocab_size"]
-FIXED = [*ARCHITECTURE, "seq_len", "stride", "val_fraction", "seed", "demo", "init_from"]   # what no resuming changes
+# what no resuming changes
+FIXED = [*ARCHITECTURE, "seq_len", "stride", "val_fraction", "seed", "demo", "init_from", "dtype"]
 
 
 def command_line():
@@ -261,6 +292,10 @@ def command_line():
     add("--num-epochs", 10, count, "passes over the training windows")
     add("--max-steps", None, count, "end after so many steps, if the epochs have not ended before")
     add("--batch-size", 4, count, "windows in a batch")
+    add("--dtype", "float32", ["float32", "float16", "bfloat16"],
+        "of activations and products; weights, sums, softmax and loss are always float32")
+    switch("--recompute", help="compute a block's activations again in backward: less memory, more time")
+    add("--dropout", 0.0, share, "the share of activations that become 0 in training")
     add("--grad-accum", 1, count, "batches whose gradients make one step")
     add("--learning-rate", 1e-4, rate, "the highest learning rate")
     add("--lr-schedule", "cosine", ["cosine", "constant"], "after the warm-up")
@@ -345,6 +380,7 @@ def make_model(args, tokenizer, newest):
         if given not in (None, has):
             raise InputError(f"--{name.replace('_', '-')} is {given}, the model in {source} has {has}: leave it out")
         setattr(args, name, has)
+    model.compute, model.recompute = np.dtype(args.dtype), args.recompute
     return model, settings
 
 

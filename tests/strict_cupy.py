@@ -24,6 +24,7 @@ import functools
 import inspect
 import re
 import sys
+import time
 import types
 import weakref
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ def _operator(name):
     setattr(ndarray, f"__{name}__", call)
 
 
-for _name in "add sub mul truediv floordiv mod pow matmul and or xor".split():
+for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
     for _prefix in ("", "r", "i"):
         _operator(_prefix + _name)
 for _name in "neg pos abs invert lt le eq ne gt ge".split():
@@ -480,6 +481,16 @@ class _Device:
         pass
 
 
+class _Event:
+    """cupy.cuda.Event: a moment in the device's work, which here is done at once."""
+
+    def record(self, stream=None):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
 class _Pool:
     """cupy.cuda.MemoryPool: counts the bytes of all device arrays; keeps the highest count, as the real one does."""
 
@@ -517,6 +528,8 @@ OWN = {  # what is not NumPy's function of the same name
     "is_available": lambda: True,
     "get_default_memory_pool": lambda: POOL,
     "cuda.Device": _Device,
+    "cuda.Event": _Event,
+    "cuda.get_elapsed_time": lambda start, end: 1000 * (end.time - start.time),
     "cuda.is_available": lambda: True,
     "cuda.device.get_cublas_handle": lambda: 1,
     "cuda.memory.OutOfMemoryError": real.cuda.memory.OutOfMemoryError,

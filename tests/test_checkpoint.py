@@ -280,7 +280,7 @@ def test_signals_are_told_without_print():
 
 FIXED = {"embedding-dim": 32, "n-block": 1, "n-head": 4, "n-kv-head": 2, "max-context": 16, "hidden-dim": 8,
          "eps": 1e-3, "rope-theta": 5.0, "activation": "relu", "tie-embeddings": None, "seq-len": 4, "stride": 3,
-         "val-fraction": 0.2, "seed": 1, "demo": None, "init-from": "best"}
+         "val-fraction": 0.2, "seed": 1, "demo": None, "init-from": "best", "dtype": "float16"}
 
 
 def test_nothing_is_left_out_of_this_list():
@@ -289,7 +289,7 @@ def test_nothing_is_left_out_of_this_list():
         "num_epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "lr_schedule", "warmup_steps",
         "min_lr", "beta1", "beta2", "weight_decay", "clip_norm", "eval_every", "save_every", "log_every",
         "sample_every", "prompt", "keep_last", "patience", "artifact_dir", "resume", "device",
-        "text", "tokenizer"}            # of which the content counts
+        "recompute", "dropout", "text", "tokenizer"}            # of which the content counts
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -816,7 +816,7 @@ def test_cells_with_nothing_to_say_are_empty(tmp_path):
     path = tmp_path / "metrics.csv"
     metrics.rewind(path, 0)
     metrics.append(path, ROW | {"train_loss": math.nan, "grad_norm": math.inf})
-    assert path.read_text().splitlines()[1] == "3,0.5,7,,,,,0.0001,,5,1.5"
+    assert path.read_text().splitlines()[1] == "3,0.5,7,,,,,0.0001,,,,5,,,,,,1.5"
 
 
 def test_a_torn_line_of_a_killed_run_does_not_stop_it(halfway):

@@ -146,13 +146,13 @@ WHOLE = ("embedding-dim n-block n-head n-kv-head max-context hidden-dim seq-len 
 WRONG = {name: ["0", "-1", "1.5", "x", "", "nan", "1e3", "10000000000"] for name in WHOLE}
 WRONG |= {name: ["-1", "1.5", "x", "", "nan", "inf"] for name in ("seed", "warmup-steps")}
 WRONG |= {name: ["0", "-1", "x", "", "nan", "inf", "1e999"] for name in ("learning-rate", "eps", "rope-theta")}
-WRONG |= {name: ["-0.1", "1", "2", "x", "", "nan", "inf"] for name in ("beta1", "beta2", "val-fraction")}
+WRONG |= {name: ["-0.1", "1", "2", "x", "", "nan", "inf"] for name in ("beta1", "beta2", "val-fraction", "dropout")}
 WRONG |= {name: ["-1", "x", "", "nan", "inf"] for name in ("min-lr", "weight-decay", "clip-norm")}
 
 
 def test_every_flag_with_a_number_is_here():
     args = vars(train.command_line().parse_args([]))
-    words = {"text", "tokenizer", "artifact_dir", "init_from", "prompt", "activation", "lr_schedule", "device"}
+    words = {"text", "tokenizer", "artifact_dir", "init_from", "prompt", "activation", "lr_schedule", "device", "dtype"}
     switches = {name for name, value in args.items() if value is False}
     assert {name.replace("-", "_") for name in WRONG} == set(args) - words - switches
 
@@ -230,7 +230,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
     make_input(tmp_path)
     real = NanoLLM.loss
 
-    def big(self, x, y):
+    def big(self, x, y, *drop):
         if x.size > 20:
             raise MemoryError("Out of memory allocating 9,999 bytes")
         return real(self, x, y)

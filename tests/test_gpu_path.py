@@ -53,6 +53,7 @@ OPS = {  # op and the shapes of its inputs
     "neg": (ag.neg, (2, 3)),
     "power": (lambda x: ag.power(x * x + 1, 0.5), (2, 3)),
     "numbers": (lambda x: 1 - (2 * x + 3) / 4, (2, 3)),
+    "cast": (lambda x: ag.cast(x, np.float64) * 3, (2, 3)),
     "sum": (lambda x: x.sum(axis=1, keepdims=True) + x.sum(axis=(0, -1)) + x.sum(), (2, 3)),
     "mean": (lambda x: ag.mean(x, axis=-1), (2, 3)),
     "reshape": (lambda x: x.reshape(3, 2), (2, 3)),
@@ -72,6 +73,8 @@ OPS = {  # op and the shapes of its inputs
     "attention": (ag.attention, (2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
     "attention, grouped, S > T": (ag.attention, (2, 6, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
     "attention in blocks": (ag.attention, (1, 2, 140, 4), (1, 1, 150, 4), (1, 1, 150, 4)),
+    "dropout": (lambda x: ag.dropout(x, 0.4, (1, 2)), (5, 3)),
+    "recompute": (lambda x, w: ag.recompute(lambda h: ag.linear(h, w), x), (2, 5, 4), (3, 4)),
     "cross_entropy": (lambda z: ag.cross_entropy(z, IDS), (2, 5, 9)),
     "linear_cross_entropy": (lambda x, w: ag.linear_cross_entropy(x, w, IDS), (2, 5, 4), (9, 4)),
 }
@@ -250,22 +253,26 @@ def test_programs_on_one_device_and_then_the_other(tmp_path, text_and_tokenizer,
 
 
 def test_fused_formulas_compile(rng):
-    """CuPy's own compiler makes a kernel for Hopper of each, which needs no card; in float32 nothing is double."""
+    """CuPy's own compiler makes a kernel of each for Ampere and Hopper, which needs no card; nothing is double."""
     reference("nvidia.cuda_nvrtc")
     import cupy
     from cupy.cuda.compiler import _NVRTCProgram
     ids = rng.integers(0, 23, (2, 13))
     with strict_gpu():
         for activation in ag.ACTIVATIONS:
-            model = nanollm.NanoLLM(dataclasses.replace(CONFIGS["plain"], activation=activation))
-            model.loss(ids[:, :-1], ids[:, 1:]).backward()
-            train.Adam(model).step()
+            for dtype in "float32", "float16", "bfloat16":
+                model = nanollm.NanoLLM(dataclasses.replace(CONFIGS["plain"], activation=activation))
+                model.compute = np.dtype(dtype)
+                model.loss(ids[:, :-1], ids[:, 1:], 0.1, (1,)).backward()
+                train.Adam(model).step()
     options = cupy._core.core.assemble_cupy_compiler_options(())
-    options += "-arch=sm_90", "-ftz=true", "--device-as-default-execution-space"
+    options += "-ftz=true", "--device-as-default-execution-space"
     compiled = set()
     for (formula, kind), source in traced.items():
-        if all(dtype == np.float32 for cls, dtype, _ in kind if cls is cp.ndarray):
-            assert _NVRTCProgram(source, f"{formula.__name__}.cu", method="cubin").compile(options)[0]
+        if not any(dtype == np.float64 for cls, dtype, _ in kind if cls is cp.ndarray):
+            for card in "sm_80", "sm_90":
+                program = _NVRTCProgram(source, f"{formula.__name__}.cu", method="cubin")
+                assert program.compile((*options, f"-arch={card}"))[0]
             assert "static_cast< double >" not in source, f"{formula.__name__} computes in float64"
             compiled.add(formula)
     modules = ag, nanollm, train

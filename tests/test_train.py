@@ -249,7 +249,7 @@ def test_the_parts_of_a_big_batch_give_its_gradient(files, tmp_path, monkeypatch
 
 def test_the_batches_are_the_stream_of_the_seed(files, tmp_path, monkeypatch):
     seen, loss = [], NanoLLM.loss
-    monkeypatch.setattr(NanoLLM, "loss", lambda self, x, y: seen.append((x, y)) or loss(self, x, y))
+    monkeypatch.setattr(NanoLLM, "loss", lambda self, x, y, *drop: seen.append((x, y)) or loss(self, x, y))
     tiny.run(*files, "--max-steps", 5, "--grad-accum", 2, "--val-fraction", 0, "--seed", 7, "--artifact-dir", "run")
     stream = TokenDataset.from_text(files[1], files[3], 8)
     for i, (x, y) in enumerate(seen):
@@ -329,7 +329,8 @@ def test_metrics_csv(finished):
     folder, files, _ = finished
     text = (folder / "metrics.csv").read_text()
     assert text.splitlines()[0] == ("step,epoch,tokens,train_loss,val_loss,val_perplexity,val_bits_per_byte,"
-                                    "learning_rate,grad_norm,tokens_per_second,seconds")
+                                    "learning_rate,grad_norm,loss_scale,skipped,tokens_per_second,flops_per_second,"
+                                    "data_share,forward_share,backward_share,optimizer_share,seconds")
     table = rows(folder)
     # 118 windows by 17: epochs end in steps 7, 14 and 21; rows every 3, evaluations every 4 and at the ends
     evaluated = [4, 7, 8, 12, 14, 16, 20, 21]
@@ -340,6 +341,11 @@ def test_metrics_csv(finished):
             assert bool(row[name]) == (step in evaluated)
         assert all(row[name] for name in row if not name.startswith("val_"))
         assert int(row["tokens"]) == step * 17 * 8 and float(row["epoch"]) == pytest.approx(step * 17 / 118, abs=1e-6)
+        shares = [float(row[f"{phase}_share"]) for phase in ("data", "forward", "backward", "optimizer")]
+        assert min(shares) > 0 and sum(shares) == pytest.approx(1, abs=1e-3)
+        flops = 6 * (2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24 + 2 * 16) + 16 + 290 * 16) + 6 * 2 * 16 * 8
+        assert int(row["flops_per_second"]) == pytest.approx(flops * float(row["tokens_per_second"]), rel=1e-3)
+        assert row["skipped"] == "0" and row["loss_scale"] == "1.0"
         if row["val_loss"]:
             assert float(row["val_perplexity"]) == pytest.approx(math.exp(float(row["val_loss"])))
     assert table[-1]["step"] == "21" and table[-1]["train_loss"] and table[-1]["val_loss"]
@@ -381,12 +387,12 @@ def test_progress_in_plain_lines(finished):
     assert len(lines) == len(rows(finished[0]))
     for line in lines:
         assert re.fullmatch(r"step \d+/21  loss \d+\.\d{4}  ppl [\d,]+\.\d  lr \d\.\de-\d+  \|g\| \d+\.\d\d  "
-                            r"[\d,]+ tok/s  [\d:]+ left", line)
+                            r"[\d,]+ tok/s  [\d,]+\.\d GFLOP/s  [\d:]+ left", line)
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with metrics.Progress(10, 4, 60.0) as progress:
+    with metrics.Progress(10, 4, 60.0, 1000) as progress:
         progress.advance(100)
         progress.show(5, 2.0, 1e-3, 0.5)
         assert 60 <= progress.seconds < 70 and progress.speed > 0
@@ -491,6 +497,7 @@ def test_the_defaults_are_the_documented_ones():
         "embedding_dim": 512, "n_block": 6, "n_head": 8, "n_kv_head": None, "max_context": 512, "hidden_dim": 2048,
         "eps": 1e-6, "rope_theta": 10000.0, "activation": "silu", "tie_embeddings": False, "seq_len": None,
         "stride": None, "val_fraction": 0.1, "num_epochs": 10, "max_steps": None, "batch_size": 4, "grad_accum": 1,
+        "dtype": "float32", "recompute": False, "dropout": 0.0,
         "learning_rate": 1e-4, "lr_schedule": "cosine", "warmup_steps": None, "min_lr": None, "beta1": 0.9,
         "beta2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0, "seed": 0, "eval_every": None, "save_every": 500,
         "keep_last": 2, "log_every": 10, "sample_every": None, "prompt": None, "patience": None, "device": None}

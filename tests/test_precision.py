@@ -1,0 +1,284 @@
+"""Half precision, dropout and recomputation: what they may change, and what they must not."""
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import tiny
+from tiny import rows
+
+import autograd
+import device
+import train
+from autograd import Tensor, dropout, gradcheck, linear, linear_cross_entropy, no_grad, recompute
+from device import to_host
+from nanollm import Config, NanoLLM
+
+UNIT = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8}       # unit roundoff
+CONFIG = Config(vocab_size=50, embedding_dim=32, n_block=3, n_head=4, n_kv_head=2, hidden_dim=40, max_context=20)
+
+
+@pytest.fixture(params=UNIT)
+def half(request):
+    return np.dtype(request.param)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.make_cheap(monkeypatch)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return tiny.make_files(tmp_path)
+
+
+def model_and_batch(rng, dtype="float32"):
+    model = NanoLLM(CONFIG, seed=1)
+    model.compute = np.dtype(dtype)
+    model.flat[:model.n_matrix] *= 4            # trained weights are larger than fresh ones
+    ids = rng.integers(0, 50, (3, 21))
+    return model, (ids[:, :-1], ids[:, 1:])
+
+
+def relative(a, b):
+    return np.linalg.norm(to_host(a).astype(np.float64) - to_host(b)) / np.linalg.norm(to_host(b))
+
+
+# ---------------------------------------------------------------- half precision
+
+@pytest.mark.parametrize("op, shapes", [(op, shapes) for op, *shapes in [
+    (autograd.softmax, (2, 3, 7)), (autograd.rmsnorm, (4, 9), (9,)), (linear, (2, 5, 8), (7, 8)),
+    (lambda x: autograd.glu(x, activation="gelu"), (5, 12)),
+    (autograd.attention, (2, 4, 5, 8), (2, 2, 9, 8), (2, 2, 9, 8)),
+    (lambda x: x.sum(axis=1), (4, 3)), (lambda x, b: x * b, (4, 3), (1, 3)),
+    (lambda z: autograd.cross_entropy(z, np.arange(4)), (4, 9)),
+    (lambda x, w: linear_cross_entropy(x, w, np.arange(4)), (4, 8), (9, 8)),
+]], ids="softmax rmsnorm linear glu attention sum mul cross_entropy linear_cross_entropy".split())
+def test_an_op_in_half_is_the_op_in_double_but_for_rounding(rng, half, op, shapes):
+    """Inputs of half precision, exact in double: what differs was rounded on the way. Weights stay float32."""
+    arrays = [rng.standard_normal(shape).astype(half) for shape in shapes]
+
+    def run(dtype, weights):
+        leaves = [Tensor(device.xp.asarray(x.astype(weights if i and x.ndim <= 2 else dtype)), requires_grad=True)
+                  for i, x in enumerate(arrays)]
+        if op.__name__ == "<lambda>" and len(shapes) == 2 and shapes[1] == (1, 3):
+            leaves[1] = Tensor(leaves[1].data.astype(dtype), requires_grad=True)
+        out = op(*leaves)
+        out.backward(device.xp.asarray(np.random.default_rng(1).standard_normal(out.shape).astype(out.dtype)))
+        return out.data, *(leaf.grad for leaf in leaves)
+    for got, true in zip(run(half, np.float32), run(np.float64, np.float64), strict=True):
+        assert relative(got, true) < 4 * UNIT[half.name]
+
+
+def test_the_gradient_in_half_is_that_of_float32_but_for_rounding(rng, half):
+    model, batch = model_and_batch(rng)
+    expected = model.loss(*batch)
+    expected.backward()
+    narrow, _ = model_and_batch(rng, half)
+    loss = narrow.loss(*batch)
+    loss.backward(2.0 ** 12)
+    assert loss.dtype == narrow.flat.dtype == narrow.flat_grad.dtype == np.float32
+    assert abs(float(loss.data) / float(expected.data) - 1) < UNIT[half.name]
+    assert 0 < relative(narrow.flat_grad / 2 ** 12, model.flat_grad) < 8 * UNIT[half.name]
+
+
+def test_activations_are_half(rng, half):
+    model, (x, _) = model_and_batch(rng, half)
+    assert model.hidden(x).dtype == half and model(x).dtype == half
+    with no_grad():
+        exact = NanoLLM(CONFIG, seed=1)
+        exact.flat[...] = model.flat
+        assert 0 < relative(model(x).data, exact(x).data) < 8 * UNIT[half.name]
+
+
+def test_a_product_in_half_is_rounded_once(rng, half):
+    """As a GPU multiplies: 4,096 ones sum up to 4,096, which is far beyond where a sum kept in half stops growing."""
+    one = device.xp.ones((2, 4096), half)
+    assert (to_host(device.matmul(one, one.T)) == 4096).all()
+    a, b = (rng.standard_normal(shape).astype(half) for shape in ((40, 300), (300, 30)))
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    a, b = device.xp.asarray(a), device.xp.asarray(b)
+    out = device.matmul(a, b)
+    assert out.dtype == half
+    np.testing.assert_allclose(to_host(out).astype(np.float64), exact, rtol=UNIT[half.name], atol=1e-5)
+    np.testing.assert_allclose(to_host(device.matmul(a, b, dtype=np.float32)), exact, rtol=1e-4, atol=1e-5)
+    sums = device.xp.ones((40, 30), np.float32)
+    np.testing.assert_allclose(to_host(device.matmul(a, b, sums, accumulate=True)), exact + 1, rtol=1e-4, atol=1e-5)
+
+
+def test_small_gradients_of_many_tokens_do_not_become_0(rng):
+    """With 60,000 tokens in the vocabulary nearly all of p - onehot is smaller than what a float16 can tell from 0."""
+    x = Tensor(device.xp.asarray(rng.standard_normal((2, 4)).astype(np.float16)), requires_grad=True)
+    w = Tensor(device.xp.asarray(1e-3 * rng.standard_normal((60_000, 4)).astype(np.float32)), requires_grad=True)
+    linear_cross_entropy(x, w, [0, 1]).backward(1024)
+    got = to_host(w.grad)
+    assert (got[2:] != 0).all()
+    x32 = Tensor(x.data.astype(np.float32))
+    w.grad = None
+    linear_cross_entropy(x32, w, [0, 1]).backward(1024)
+    assert relative(got[2:], w.grad[2:]) < 2 * UNIT["float16"]
+
+
+def test_weights_below_halfs_reach_still_move(half):
+    """An update of 1e-5 to a weight of 1 is lost in half, which is why the weights are float32."""
+    w = Tensor(device.xp.ones((3, 4), np.float32), requires_grad=True)
+    linear(Tensor(device.xp.ones((2, 4), half)), w).sum().backward()
+    assert w.grad.dtype == np.float32
+    before = float(w.data[0, 0])
+    w.data -= 1e-5 * w.grad
+    assert float(w.data[0, 0]) < before
+
+
+def test_training_in_half_comes_to_the_same_loss(files, tmp_path):
+    ends = {}
+    for dtype in ("float32", *UNIT):
+        tiny.run(*files, "--num-epochs", 3, "--batch-size", 8, "--dtype", dtype, "--artifact-dir", dtype)
+        ends[dtype] = float(rows(tmp_path / dtype)[-1]["val_loss"])
+    assert ends["float16"] != ends["float32"] != ends["bfloat16"]
+    for dtype in UNIT:
+        assert ends[dtype] == pytest.approx(ends["float32"], rel=0.01)
+
+
+def test_an_overflow_halves_the_loss_scale_and_is_survived(files, tmp_path, monkeypatch, capsys):
+    """A gradient beyond 65,504 at the first steps: they are skipped, the weights untouched, and training goes on."""
+    backward, weights = Tensor.backward, []
+
+    def steep(self, dout=None):
+        backward(self, dout if dout is None or dout < 2.0 ** 14 else dout * 2.0 ** 40)
+    monkeypatch.setattr(Tensor, "backward", steep)
+    gradients = train.gradients
+    monkeypatch.setattr(train, "gradients", lambda model, *rest: weights.append(to_host(model.flat).copy())
+                        or gradients(model, *rest))
+    tiny.run(*files, "--max-steps", 6, "--log-every", 1, "--dtype", "float16", "--artifact-dir", "run")
+    table = rows(tmp_path / "run")
+    assert [math.log2(float(row["loss_scale"])) for row in table] == [15, 14, 13, 13, 13, 13]
+    assert [row["skipped"] for row in table] == list("123333")
+    assert all((weights[i] == weights[0]).all() for i in range(4)) and (weights[4] != weights[3]).any()
+    assert "loss scale 65536, halved" in capsys.readouterr().out
+
+
+def test_the_loss_scale_grows_while_nothing_overflows():
+    state = train.checkpoint.State(loss_scale=8.0)
+    for _ in range(999):
+        train.adapt_loss_scale(state, True)
+    assert state.loss_scale == 8
+    train.adapt_loss_scale(state, True)
+    assert (state.loss_scale, state.scale_age) == (16, 0)
+    for scale in (8, 4, 2, 1, 1):
+        train.adapt_loss_scale(state, False)
+        assert state.loss_scale == scale
+
+
+def test_the_loss_scale_does_not_change_the_update(files, tmp_path, monkeypatch):
+    """Clipping and Adam see the gradient itself, whatever the scale: a power of two changes no digit."""
+    folders = []
+    for exponent in (10, 12):
+        monkeypatch.setattr(train, "adapt_loss_scale",
+                            lambda state, finite, scale=2.0 ** exponent: setattr(state, "loss_scale", scale))
+        folders.append(tmp_path / str(exponent))
+        tiny.run(*files, "--max-steps", 8, "--dtype", "float16", "--clip-norm", 0.3, "--artifact-dir", folders[-1])
+    a, b = (to_host(NanoLLM.load(folder).flat) for folder in folders)
+    np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("flags", [["--dtype", "float16"], ["--dtype", "bfloat16", "--recompute"],
+                                   ["--dropout", "0.2", "--grad-accum", "2"]], ids=" ".join)
+def test_a_resumed_run_goes_on_bit_for_bit(files, flags):
+    tiny.run(*files, *flags, "--max-steps", 7, "--lr-schedule", "constant", "--artifact-dir", "whole")
+    tiny.run(*files, *flags, "--max-steps", 4, "--lr-schedule", "constant", "--artifact-dir", "halves")
+    train.main("--resume --max-steps 7 --artifact-dir halves".split())
+    a, b = (to_host(NanoLLM.load(folder).flat) for folder in ("whole", "halves"))
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 if device.on_gpu else 0)    # see `embedding`
+    states = [train.checkpoint.read_trainer(train.Path(folder, "checkpoint-7"))[0] for folder in ("whole", "halves")]
+    assert states[0].loss_scale == states[1].loss_scale == (2.0 ** 16 if "float16" in flags else 1)
+    assert states[0].scale_age == states[1].scale_age
+
+
+# ---------------------------------------------------------------- dropout
+
+def test_gradient_of_dropout(rng):
+    assert gradcheck(lambda x: dropout(x, 0.4, (1, 2)), rng.standard_normal((5, 7)))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_that_share_and_keeps_the_mean(p):
+    n = 200_000
+    out = to_host(dropout(Tensor(device.xp.ones(n, np.float32)), p, (3,)).data)
+    assert set(np.unique(out).tolist()) == {0.0, float(np.float32(1 / (1 - p)))}
+    assert abs((out == 0).mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_masks_are_independent_and_a_function_of_the_key():
+    def kept(*key):
+        return to_host(dropout(Tensor(device.xp.ones((300, 300), np.float32)), 0.5, key).data).ravel() > 0
+    assert (kept(1, 2, 3) == kept(1, 2, 3)).all()
+    first = kept(0, 0, 0)
+    for other in (kept(1, 0, 0), kept(0, 1, 0), kept(0, 0, 1)):
+        assert abs(np.corrcoef(first, other)[0, 1]) < 5 / 300
+    for shift in (1, 2, 300, 512):
+        assert abs(np.corrcoef(first[shift:], first[:-shift])[0, 1]) < 5 / 300
+
+
+def test_each_place_of_each_step_has_its_own_mask(files, monkeypatch):
+    keys, drop = [], autograd.dropout
+    monkeypatch.setattr("nanollm.dropout", lambda x, p, key: keys.append((key, p)) or drop(x, p, key))
+    tiny.run(*files, "--max-steps", 3, "--grad-accum", 2, "--dropout", 0.3, "--seed", 5, "--artifact-dir", "run")
+    assert len(set(keys)) == len(keys) == 3 * 2 * (1 + 2 * 2) and {p for _, p in keys} == {0.3}
+    assert {key[0] for key, _ in keys} == {5}
+
+
+def test_nothing_is_dropped_in_evaluation(rng):
+    model, batch = model_and_batch(rng)
+    dropped = {float(model.loss(*batch, 0.5, (step,)).data) for step in range(3)}
+    with no_grad():
+        assert len(dropped) == 3 and float(model.loss(*batch).data) not in dropped
+
+
+# ---------------------------------------------------------------- recomputation
+
+@pytest.mark.parametrize("dtype", ["float32", *UNIT])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_recomputed_gradients_are_the_same_to_the_last_bit(rng, dtype, p):
+    model, batch = model_and_batch(rng, dtype)
+    kept, again = [], []
+    for results in (kept, again):
+        model.recompute = results is again
+        for step in range(2):                   # the second adds to the first one's
+            loss = model.loss(*batch, p, (step,))
+            loss.backward(64)
+            if device.on_gpu:                   # which adds up the embedding's gradient in no fixed order
+                model.embed.grad[...] = 0
+            results += [to_host(loss.data), to_host(model.flat_grad).copy()]
+        model.flat_grad[...] = 0
+    assert all((a == b).all() for a, b in zip(kept, again, strict=True))
+
+
+def test_recompute_needs_less_memory(rng, monkeypatch):
+    """Six blocks: of all but one only the input is kept."""
+    config = Config(vocab_size=8, embedding_dim=16, n_block=6, n_head=2, hidden_dim=64, max_context=64)
+    model, ids = NanoLLM(config), rng.integers(0, 8, (16, 65))
+
+    def held(again):
+        model.recompute = again
+        tracemalloc.start()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        after_forward = tracemalloc.get_traced_memory()[0]
+        loss.backward()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return after_forward, peak
+    if device.xp is np:
+        held(False)
+        (forward, peak), (forward_again, peak_again) = held(False), held(True)
+        assert forward_again < 0.25 * forward and peak_again < 0.5 * peak
+
+
+def test_recompute_without_gradients_only_computes(rng):
+    x = Tensor(device.xp.asarray(rng.standard_normal(3)))
+    with no_grad():
+        assert not recompute(lambda x: x * 2, x).requires_grad
+    w = Tensor(device.xp.ones(3), requires_grad=True)
+    recompute(lambda x: x * w, x).sum().backward()      # x needs no gradient, but w does
+    np.testing.assert_array_equal(to_host(w.grad), to_host(x.data))
