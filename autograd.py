@@ -18,6 +18,7 @@ dx is dLoss/dx and has x's shape. Two rules give most derivations below:
 (14.0, [2.0, 4.0, 6.0])
 """
 import builtins
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -377,7 +378,7 @@ _CACHE = 1 << 16        # elements in a sweep's block: few enough for the cache,
 
 def _sweep_rows(f, *shape):
     """Sweep over `shape[0]` rows of shape[1:] elements, as many at a time as stay in the cache."""
-    return device.sweep(f, shape[0], _CACHE // max(int(np.prod(shape[1:])), 1))
+    return device.sweep(f, shape[0], _CACHE // max(math.prod(shape[1:]), 1))
 
 
 def softmax(x):
@@ -454,11 +455,13 @@ def _project(dn, n, along, r, out):
 # ---------------------------------------------------------------- position
 
 def rope(x, cos, sin):
-    """Rotate each pair (x_i, x_{i+D/2}) at position t by the angle t·θ_i.  x (..., T, D); cos, sin (T, D/2).
+    """Rotate each pair (x_i, x_{i+D/2}) at position t by the angle t·θ_i.  x (..., T, D); cos, sin (T, D), of every angle
+    twice: for x_i and for x_{i+D/2}.
 
     (RoFormer, Su et al. 2021, §3.2.2; the pairing of halves is that of Hugging Face's Llama.)
         out₁ = x₁ cos - x₂ sin
         out₂ = x₂ cos + x₁ sin        a rotation, so q_t · k_s depends on the positions only through t - s
+    or out = x cos + (x turned by 90°) sin, for both halves at once.
     Its matrix is orthogonal: the backward pass is its transpose, the rotation by the opposite angle.
     The result is contiguous whatever view x was: attention wants each head's rows together.
     """
@@ -466,27 +469,29 @@ def rope(x, cos, sin):
 
 
 def _rotate(x, cos, sin):
-    out = device.xp.empty(x.shape, x.dtype)
-    half = x.shape[-1] // 2
+    xp, half = device.xp, x.shape[-1] // 2
+    out = xp.empty(x.shape, x.dtype)
 
     def block(s):
-        part, c, n = x[..., s, :], cos[s], sin[s]
-        _turn(part[..., :half], part[..., half:], c, n, out[..., s, :half], out[..., s, half:])
+        part = xp.ascontiguousarray(x[..., s, :])       # its elements are met three times
+        turned = xp.empty_like(part)                    # by 90°: (-x₂, x₁)
+        xp.negative(part[..., half:], out=turned[..., :half])
+        turned[..., half:] = part[..., :half]
+        _turn(part, turned, cos[s], sin[s], out[..., s, :])
     _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
     return out
 
 
 @device.fuse
-def _turn(x1, x2, cos, sin, out1, out2):
-    out1[...] = x1 * cos - x2 * sin
-    out2[...] = x2 * cos + x1 * sin
+def _turn(x, turned, cos, sin, out):
+    out[...] = x * cos + turned * sin
 
 
 # ---------------------------------------------------------------- gated linear units
 # An activation returns its value and a function that gives its slope there, since both share the costly part.
 
 def _sigmoid(x):
-    return 1 / (1 + device.xp.exp(-device.xp.maximum(x, -80)))      # exp(80) fits a float32; exp(90) does not
+    return 1 / (1 + device.xp.exp(-x))      # where exp overflows, 1 / infinity is the right 0
 
 
 def silu(x):

@@ -13,9 +13,9 @@ Always write `device.xp`, never `from device import xp`: the device is chosen wh
 import contextlib
 import ctypes
 import os
+import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
@@ -103,9 +103,23 @@ _keep_freed_memory()
 
 threads = int(os.environ.get("NANOLLM_THREADS", 0)) or (
     len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-_pool = ThreadPoolExecutor(max(threads - 1, 1), thread_name_prefix="sweep")
+_jobs = queue.SimpleQueue()                     # of (a share of a sweep, the queue that waits for its end)
 _here = threading.local()                       # .busy: this thread is already inside a sweep
 _one_blas_thread = threadpool_limits(1, user_api="blas")     # the rows are split here, once, for every kind of work
+
+
+def _worker():
+    _here.busy = True
+    while True:
+        share, ended = _jobs.get()
+        try:
+            ended.put(share())
+        except BaseException as problem:        # for whoever waits to raise
+            ended.put(problem)
+
+
+for _ in range(max(threads - 1, 1)):            # a third of the hand-over time of concurrent.futures
+    threading.Thread(target=_worker, name="sweep", daemon=True).start()
 
 
 def sweep(f, n, block):
@@ -116,26 +130,27 @@ def sweep(f, n, block):
     Python's lock while it computes). The slices do not depend on the number of threads, the results stand in
     their order: the arithmetic is the same on every run.
     """
-    block = n if on_gpu else max(int(block), 1)
+    count = 1 if on_gpu else -(-n // max(int(block), 1))
+    count += count > 1 and count % 2            # an even number, and of one size: the threads end together
+    block = -(-n // max(count, 1))
     slices = [slice(i, min(i + block, n)) for i in range(0, n, block)] if n else []
     workers = min(threads, len(slices))
     if workers <= 1 or getattr(_here, "busy", False):
         return [f(rows) for rows in slices]
-    results = [None] * len(slices)
+    results, left, ended = [None] * len(slices), iter(enumerate(slices)), queue.SimpleQueue()
 
-    def share(first):
-        _here.busy = True
-        try:
-            for i in range(first, len(slices), workers):
-                results[i] = f(slices[i])
-        finally:
-            _here.busy = False
+    def share():
+        for i, rows in left:                    # whoever is free takes the next
+            results[i] = f(rows)
 
-    others = [_pool.submit(share, first) for first in range(1, workers)]
+    for _ in range(workers - 1):
+        _jobs.put((share, ended))
+    _here.busy = True
     try:
-        share(0)
+        share()
     finally:                                    # even after an error nobody may still be writing
-        problems = [other.exception() for other in others]
+        _here.busy = False
+        problems = [ended.get() for _ in range(workers - 1)]
     for problem in filter(None, problems):
         raise problem
     return results
@@ -157,13 +172,15 @@ def fuse(formula):
 
     On a GPU CuPy compiles it into one kernel: one pass over memory instead of one for each operator.
     On a CPU it runs as it stands; call it on the rows of a `sweep`, so that its passes stay in the cache.
+    An overflow to infinity is no error in it, on either.
     """
     kernel = None
 
     def call(*arrays):
         nonlocal kernel
         if not on_gpu:
-            return formula(*arrays)
+            with np.errstate(over="ignore"):
+                return formula(*arrays)
         kernel = kernel or xp.fuse(formula)
         return kernel(*arrays)
 

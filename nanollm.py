@@ -276,7 +276,7 @@ class NanoLLM:
                        for at in (f"model.layers.{i}." for i in range(config.n_block))]
         # angle of pair i at position t: t · θ^(-2i/D), from one turn in 2π positions to one in nearly 2πθ
         D = config.head_dim
-        angles = np.outer(np.arange(config.max_context), config.rope_theta ** (-np.arange(0, D, 2) / D))
+        angles = np.outer(np.arange(config.max_context), np.tile(config.rope_theta ** (-np.arange(0, D, 2) / D), 2))
         self.cos, self.sin = (xp.asarray(table.astype(dtype)) for table in (np.cos(angles), np.sin(angles)))
 
     def _view(self, start, end, shape):

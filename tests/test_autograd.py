@@ -50,7 +50,7 @@ def some_ids(shape, limit):
 def angles(T, half):
     """cos and sin of any angles (not of any model's), float64."""
     angle = np.random.default_rng(3).uniform(-3, 3, (T, half))
-    return np.cos(angle), np.sin(angle)
+    return np.tile(np.cos(angle), 2), np.tile(np.sin(angle), 2)
 
 
 def elementwise():
@@ -74,7 +74,7 @@ def rope(T, half):
         return ag.rope(x, *(device.xp.asarray(a, x.dtype) for a in angles(T, half)))
 
     def theirs(t, x):
-        cos, sin = (t.tensor(a, dtype=x.dtype).repeat(1, 2) for a in angles(T, half))
+        cos, sin = (t.tensor(a, dtype=x.dtype) for a in angles(T, half))
         return x * cos + t.cat([-x[..., half:], x[..., :half]], -1) * sin
     return ours, theirs
 

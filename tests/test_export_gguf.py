@@ -86,7 +86,8 @@ def test_turning_neighbours_of_interleaved_rows_is_turning_halves_of_the_origina
     H, D, C, T = 3, 8, 5, 4
     w, h = rng.standard_normal((H * D, C)), rng.standard_normal((T, C))
     angles = np.outer(np.arange(T), 100.0 ** (-np.arange(0, D, 2) / D))
-    ours = rope(Tensor((h @ w.T).reshape(T, H, D).swapaxes(0, 1)), np.cos(angles), np.sin(angles))
+    twice = np.tile(angles, 2)
+    ours = rope(Tensor((h @ w.T).reshape(T, H, D).swapaxes(0, 1)), np.cos(twice), np.sin(twice))
 
     theirs = (h @ export_gguf.interleave(w, H).T).reshape(T, H, D // 2, 2).swapaxes(0, 1)
     turned = (theirs[..., 0] + 1j * theirs[..., 1]) * np.exp(1j * angles)       # pairs (2i, 2i + 1), as llama.cpp
