@@ -418,13 +418,13 @@ def rmsnorm(x, w, eps=1e-6):
         dw   = sum over rows of dout * n                        # w is broadcast over the rows
     Saved: r, one number a row. n is cheaper to recompute than to keep.
     """
-    rows, weight, shape = _flat(x.data), w.data, x.shape
+    rows, weight, shape, C = _flat(x.data), w.data, x.shape, x.shape[-1]
     r = device.xp.empty((len(rows), 1), _wide_dtype(x))
     out = device.xp.empty(rows.shape, x.dtype)
 
     def forward(s):
         part = _wide(rows[s])
-        r[s] = ((part * part).mean(-1, keepdims=True) + eps) ** -0.5
+        r[s] = ((part * part).sum(-1, keepdims=True) / C + eps) ** -0.5
         _times(part, r[s], weight, out[s])
     _sweep_rows(forward, *rows.shape)
 
@@ -434,7 +434,7 @@ def rmsnorm(x, w, eps=1e-6):
         def block(s):
             n = rows[s] * r[s]
             dn = dout[s] * weight
-            _project(dn, n, (dn * n).mean(-1, keepdims=True), r[s], dx[s])
+            _project(dn, n, (dn * n).sum(-1, keepdims=True) / C, r[s], dx[s])
             n *= dout[s]
             return n.sum(0)
         dw = builtins.sum(_sweep_rows(block, *rows.shape), 0 * weight)

@@ -130,10 +130,11 @@ def sweep(f, n, block):
     Python's lock while it computes). The slices do not depend on the number of threads, the results stand in
     their order: the arithmetic is the same on every run.
     """
-    count = 1 if on_gpu else -(-n // max(int(block), 1))
-    count += count > 1 and count % 2            # an even number, and of one size: the threads end together
-    block = -(-n // max(count, 1))
-    slices = [slice(i, min(i + block, n)) for i in range(0, n, block)] if n else []
+    if on_gpu or n <= block:
+        return [f(slice(0, n))] if n else []
+    count = -(-n // max(int(block), 1))
+    block = -(-n // (count + count % 2))        # an even number of one size: the threads end together
+    slices = [slice(i, min(i + block, n)) for i in range(0, n, block)]
     workers = min(threads, len(slices))
     if workers <= 1 or getattr(_here, "busy", False):
         return [f(rows) for rows in slices]
