@@ -93,12 +93,12 @@ class Config:
         """Floating-point operations of training on one token of a window, forward and backward, the model's own:
         what is done again to save memory does not count.  (PaLM, Chowdhery et al. 2022, appendix B)
 
-        A weight is multiplied and added once forward and twice backward (dx, dw): 6 N, without the embedding, which
-        is looked up. A token meets T/2 others on average, in two products of width C: 3 · 2 · 2 C T/2 a block.
+        Each of a matrix's N weights is multiplied and added once forward and twice backward (dx, dw): 6 N. An embedding
+        is looked up, unless it is the lm_head, too. A token meets T/2 others on average, in two products of width C: 6 C T
+        a block.
         """
-        shapes = self.shapes()
-        n = sum(int(np.prod(shape)) for shape in shapes.values()) - self.vocab_size * self.embedding_dim
-        n += self.tie_embeddings * self.vocab_size * self.embedding_dim
+        n = sum(shape[0] * shape[1] for shape in self.shapes().values() if len(shape) == 2)
+        n -= (not self.tie_embeddings) * self.vocab_size * self.embedding_dim
         return 6 * n + 6 * self.n_block * self.embedding_dim * seq_len
 
     def to_hugging_face(self):

@@ -294,6 +294,7 @@ def command_line():
     add("--batch-size", 4, count, "windows in a batch")
     add("--dtype", "float32", ["float32", "float16", "bfloat16"],
         "of activations and products; weights, sums, softmax and loss are always float32")
+    switch("--tf32", help="GPU: round the inputs of float32 products to 10 bits of mantissa, which is far quicker")
     switch("--recompute", help="compute a block's activations again in backward: less memory, more time")
     add("--dropout", 0.0, share, "the share of activations that become 0 in training")
     add("--grad-accum", 1, count, "batches whose gradients make one step")
@@ -392,6 +393,7 @@ def main(argv=None):
     args, newest, state, about = parse(argv)
     if args.device:
         device.use(args.device)
+    device.tf32 = args.tf32
     tokenizer = load_tokenizer(args.tokenizer)
     for name, value in file_hashes(args).items() if newest else ():
         if about["hashes"].get(name) != value:

@@ -23,6 +23,7 @@ class Side:
 
     def __init__(self, c, args, folder, compiled=False):
         self.c, self.seed, self.gpu, self.tf32 = c, args.seed, args.device == "gpu", args.dtype == "tf32"
+        self.dtype = "float32" if self.tf32 else args.dtype
         self.wait = lambda: None                    # a GPU is waited for
         self.load(folder, args.threads, compiled)
 
@@ -71,14 +72,19 @@ class Nanollm(Side):
         fields = {name: value for name, value in self.c.items() if name != "batch_size"}
         self.model = NanoLLM.load(folder) if folder else NanoLLM(Config(**fields), seed=self.seed)
         self.adam, self.save = train.Adam(self.model, **ADAM), self.model.save
+        self.model.compute, self.loss_scale = np.dtype(self.dtype), 2.0 ** 16 if self.dtype == "float16" else 1.0
+
+    def flops_per_token(self):
+        return self.model.config.flops_per_token(self.c["max_context"])
 
     def loss(self, ids, targets):
         return self.model.loss(ids, targets).data
 
     def step(self, ids, targets):
         self.adam.zero_grad()
-        self.model.loss(ids, targets).backward()
-        self.adam.step(scale=CLIP_NORM / max(self.gradient_norm(self.model), CLIP_NORM))
+        self.model.loss(ids, targets).backward(self.loss_scale)
+        norm = self.gradient_norm(self.model) / self.loss_scale
+        self.adam.step(scale=CLIP_NORM / max(norm, CLIP_NORM) / self.loss_scale)
 
     def generate(self, prompt, count):
         return timed(lambda: list(self.model.generate(prompt, count, temperature=0)))
@@ -102,14 +108,18 @@ class PyTorch(Side):
                                              Path(folder, "model.safetensors"))
         self.parameters, self.model = list(model.parameters()), torch.compile(model) if compiled else model
         self.adam = torch.optim.Adam(self.parameters, fused=True, **ADAM)
+        self.scaler = torch.amp.GradScaler(self.where, enabled=self.dtype == "float16")
 
     def loss(self, ids, targets):
-        return self.model(*(self.torch.from_numpy(a).to(self.where) for a in (ids, targets)))
+        with self.torch.autocast(self.where, getattr(self.torch, self.dtype), enabled=self.dtype != "float32"):
+            return self.model(*(self.torch.from_numpy(a).to(self.where) for a in (ids, targets)))
 
     def step(self, ids, targets):
-        self.loss(ids, targets).backward()
+        self.scaler.scale(self.loss(ids, targets)).backward()
+        self.scaler.unscale_(self.adam)
         self.torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM, foreach=True)
-        self.adam.step()
+        self.scaler.step(self.adam)
+        self.scaler.update()
         self.adam.zero_grad()
 
 
@@ -157,12 +167,13 @@ class Gemm:
         torch.set_num_threads(args.threads)
         torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
         self.torch, self.gpu = torch, args.device == "gpu"
+        self.dtype = torch.float32 if args.dtype == "tf32" else getattr(torch, args.dtype)
 
     def rates(self):
-        """{library: FLOP/s of the quickest of ten large float32 products}, with all threads."""
+        """{library: FLOP/s of the quickest of ten large products of this dtype}, with all threads."""
         n = 8192 if self.gpu else 2048
-        a = self.torch.rand(n, n, device="cuda" if self.gpu else "cpu")
+        a = self.torch.rand(n, n, device="cuda" if self.gpu else "cpu", dtype=self.dtype)
         products = {"torch": lambda: (a @ a, self.gpu and self.torch.cuda.synchronize())}
-        if not self.gpu:
+        if not self.gpu and self.dtype == self.torch.float32:
             products["numpy"] = lambda: a.numpy() @ a.numpy()
         return {name: 2 * n ** 3 / min(timed(product)[0] for _ in range(10)) for name, product in products.items()}

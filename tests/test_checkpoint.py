@@ -289,7 +289,7 @@ def test_nothing_is_left_out_of_this_list():
         "num_epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "lr_schedule", "warmup_steps",
         "min_lr", "beta1", "beta2", "weight_decay", "clip_norm", "eval_every", "save_every", "log_every",
         "sample_every", "prompt", "keep_last", "patience", "artifact_dir", "resume", "device",
-        "recompute", "dropout", "text", "tokenizer"}            # of which the content counts
+        "recompute", "dropout", "tf32", "text", "tokenizer"}            # of which the content counts
 
 
 @pytest.mark.parametrize("name", FIXED)

@@ -343,7 +343,7 @@ def test_metrics_csv(finished):
         assert int(row["tokens"]) == step * 17 * 8 and float(row["epoch"]) == pytest.approx(step * 17 / 118, abs=1e-6)
         shares = [float(row[f"{phase}_share"]) for phase in ("data", "forward", "backward", "optimizer")]
         assert min(shares) > 0 and sum(shares) == pytest.approx(1, abs=1e-3)
-        flops = 6 * (2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24 + 2 * 16) + 16 + 290 * 16) + 6 * 2 * 16 * 8
+        flops = 6 * (2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24) + 290 * 16) + 6 * 2 * 16 * 8
         assert int(row["flops_per_second"]) == pytest.approx(flops * float(row["tokens_per_second"]), rel=1e-3)
         assert row["skipped"] == "0" and row["loss_scale"] == "1.0"
         if row["val_loss"]:
@@ -497,7 +497,7 @@ def test_the_defaults_are_the_documented_ones():
         "embedding_dim": 512, "n_block": 6, "n_head": 8, "n_kv_head": None, "max_context": 512, "hidden_dim": 2048,
         "eps": 1e-6, "rope_theta": 10000.0, "activation": "silu", "tie_embeddings": False, "seq_len": None,
         "stride": None, "val_fraction": 0.1, "num_epochs": 10, "max_steps": None, "batch_size": 4, "grad_accum": 1,
-        "dtype": "float32", "recompute": False, "dropout": 0.0,
+        "dtype": "float32", "tf32": False, "recompute": False, "dropout": 0.0,
         "learning_rate": 1e-4, "lr_schedule": "cosine", "warmup_steps": None, "min_lr": None, "beta1": 0.9,
         "beta2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0, "seed": 0, "eval_every": None, "save_every": 500,
         "keep_last": 2, "log_every": 10, "sample_every": None, "prompt": None, "patience": None, "device": None}
