@@ -23,9 +23,10 @@ when the loss is computed and when backward reaches the last block; from there o
 one of a few moments (`moments`), each of which needs some arrays besides: gradients on their way, a product's float32
 copies (half precision on a CPU), the logits.
 
-Not in it: encoding a text that is not in the token cache yet, before training (bounded: a million characters at a
-time), Python's own objects, and what an allocator cannot give out again between arrays that live on, some per cent.
-A GPU's context and libraries are no part of its free memory, and so of no plan.
+Not in it: encoding a text that is not in the token cache yet (before training, a million characters at a time: 130 MB
+for one that comes character by character), attention's mask of 64 KB a block, Python's own objects, BLAS's buffers, and
+what an allocator cannot give out again between arrays that live on, some per cent. A GPU's context and libraries are
+no part of its free memory, and so of no plan.
 """
 import bisect
 import contextlib
@@ -114,6 +115,7 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
 
     B windows of T tokens, activations of `size` bytes an element. The moments at which a step's memory can be at its
     peak, in the order in which they come; those in a block are the last block's, for whose backward the others wait.
+    From attention on there is less and less.
     """
     C, F, V, kv = config.embedding_dim, config.hidden_dim, config.vocab_size, config.n_kv_head * config.head_dim
     N, table, half = B * T, kept_by_a_block(config, B, size), size == 2
@@ -153,9 +155,7 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
             "dgate, dup": N * size * 2 * F, "dout": h, "dx": h, "temporary": swept(N * C, 3, 4)},
         "backward of attention": until("attention") | {
             "dout, twice": 2 * h, "dq, dk, dv": h + N * WIDE * 2 * kv,
-            "temporary": swept(B * config.n_kv_head * group, 3, 3, max(autograd._SCORES // group, 1) * group)},
-        "backward of linear q, k, v": until("linear q, k, v") | {
-            "dq, dk, dv": N * size * (C + 2 * kv), "dx": h, "temporary": linear_backward(N, C, C + 2 * kv, size)}}
+            "temporary": swept(B * config.n_kv_head * group, 3, 3, max(autograd._SCORES // group, 1) * group)}}
 
 
 # ---------------------------------------------------------------- the process and the device
