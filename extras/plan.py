@@ -23,7 +23,7 @@ when the loss is computed and when backward reaches the last block; from there o
 one of a few moments (`moments`), each of which needs some arrays besides: gradients on their way, a product's float32
 copies (half precision on a CPU), the logits.
 
-Not in it: encoding a text that is not in the token cache yet (before training, a million characters at a time: 130 MB
+Not in it: encoding a text that is not in the token cache yet (before training, a million characters at a time: 140 MB
 for one that comes character by character), attention's mask of 64 KB a block, Python's own objects, BLAS's buffers, and
 what an allocator cannot give out again between arrays that live on, some per cent. A GPU's context and libraries are
 no part of its free memory, and so of no plan.
@@ -127,16 +127,16 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
     kept = below + (h if recompute else block) + h + WIDE * N                   # the last norm's input and 1/rms
     loss = {"dx": WIDE * N * C, "dw": WIDE * V * C}
     result = {
-        "loss": {"kept": kept, "hidden state": h, "logits": WIDE * rows * V, **loss,
+        "loss": {"activations": kept, "hidden state": h, "logits": WIDE * rows * V, **loss,
                  "temporary": (2 * V * C if half else 0) + max(
                      product(rows, C, V, size, "float32"), swept(rows * V, 1, 1),
                      rounded + product(rows, V, C, size, "float32"), rounded + product(V, rows, C, size, "sum"))},
-        "its backward": {"kept": kept, **loss, "dx / N": WIDE * N * C + (h if half else 0)}}
+        "its backward": {"activations": kept, **loss, "dx / N": WIDE * N * C + (h if half else 0)}}
 
     def until(op):
         """The first rows of the table, through those of `op`: backward lets go of the last ones first."""
         last = max(i for i, row in enumerate(table) if row[0] == op)
-        return {"kept": below + N * sum(width for *_, width in table[:last + 1]), "dh": h,
+        return {"activations": below + N * sum(width for *_, width in table[:last + 1]), "dh": h,
                 "the block's output": h if recompute else 0}
 
     # What an op keeps, and its dout, outlive its backward by one: until the next op has made its gradients.
@@ -242,9 +242,9 @@ def report(config, args):
         table((f"alive at the peak, the {peak}", "MB"),
               *((name, mb(value)) for name, value in (fixed | now[peak]).items() if value),
               ("total", mb(needed(B)))),
-        table(("moment of a step", "alive besides what is kept, MB", "kept", "in all"), *(
-            (name, ", ".join(f"{part} {mb(value)}" for part, value in parts.items() if value and part != "kept"),
-             mb(parts["kept"]), mb(sum(fixed.values()) + sum(parts.values()))) for name, parts in now.items()))]
+        table(("moment of a step", "alive besides the activations kept, MB", "these", "in all"), *(
+            (name, ", ".join(f"{part} {mb(value)}" for part, value in parts.items() if value and part != "activations"),
+             mb(parts["activations"]), mb(sum(fixed.values()) + sum(parts.values()))) for name, parts in now.items()))]
     lines.append(f"--batch-size {B} takes {mb(needed(B))} MB.")
     if room is None:
         lines.append(where)
