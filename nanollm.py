@@ -148,6 +148,16 @@ class Config:
             raise InputError(f"head_dim {hf['head_dim']} is not hidden_size/num_attention_heads; not implemented")
         return config
 
+    @classmethod
+    def load(cls, folder):
+        """The Config of a Hugging Face folder. Raises InputError naming the file."""
+        path = file_in(Path(folder), "config.json")
+        hf = read_json(path)
+        try:
+            return cls.from_hugging_face(hf)
+        except InputError as problem:
+            raise InputError(f"{path}: {problem}") from None
+
     def shapes(self):
         """Every parameter's Hugging Face name and shape, in the order of the flat buffer.
 
@@ -408,11 +418,7 @@ class NanoLLM:
         with it; nothing in a file is ever executed.
         """
         folder = Path(folder)
-        hf = read_json(file_in(folder, "config.json"))
-        try:
-            config = Config.from_hugging_face(hf)
-        except InputError as problem:
-            raise InputError(f"{folder / 'config.json'}: {problem}") from None
+        config = Config.load(folder)
         found = find_tensors(folder, config)
         model = cls(config, seed=None)
         for name, tensor in model._parameters.items():

@@ -318,12 +318,11 @@ def command_line():
     return parser
 
 
-def parse(argv):
-    """(arguments, newest checkpoint or None, its State, its `about`): all that can be checked without the data.
-
-    On a resumed run what the command line does not say is as it was. Raises InputError.
+def read_flags(argv, parser):
+    """(arguments, newest checkpoint or None, its State, its `about`): what the flags say, and what they leave open as
+    --resume, --demo or --init-from has it. Raises InputError.
     """
-    parser, state, about, newest = command_line(), checkpoint.State(), {}, None
+    state, about, newest = checkpoint.State(), {}, None
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume:
@@ -352,6 +351,12 @@ def parse(argv):
         parser.set_defaults(**dict.fromkeys(ARCHITECTURE))      # None: as in that folder
         args = parser.parse_args(argv)
         args.tokenizer = args.tokenizer or str(Path(args.init_from, "tokenizer.json"))
+    return args, newest, state, about
+
+
+def parse(argv):
+    """`read_flags`, and all that can be checked without the data. Raises InputError."""
+    args, newest, state, about = read_flags(argv, command_line())
     if not args.demo and not (args.text and args.tokenizer):
         raise InputError("--text FILE and --tokenizer FILE are needed (or --demo, which needs no files)")
     if args.min_lr is not None and args.min_lr > args.learning_rate:
@@ -363,24 +368,42 @@ def parse(argv):
     return args, newest, state, about
 
 
-def make_model(args, tokenizer, newest):
-    """(model, the entries of config.json that came with it): from a checkpoint, from --init-from, or fresh."""
-    source, settings, size = newest or args.init_from, {}, vocab_size(tokenizer)
+def make_config(args, tokenizer, source):
+    """The Config of the model in the folder `source`, or without one (None) the flags'; args then lack nothing.
+
+    tokenizer None stands for the demo's, which need not have been made yet. Raises InputError.
+    """
+    size = vocab_size(tokenizer) if tokenizer else demo.WORDS
     if source:
-        model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
-        settings = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
-        V, theirs = model.config.vocab_size, Path(source, "tokenizer.json")
+        config = Config.load(source)
+        V, theirs = config.vocab_size, Path(source, "tokenizer.json")
         same = load_tokenizer(theirs).get_vocab() == tokenizer.get_vocab() if theirs.exists() else size == V
         if not same or size > V:
             raise InputError(f"{args.tokenizer} ({size} tokens) has not the vocabulary with which the model in "
                              f"{source} ({V}) was trained: use its own tokenizer")
     else:
-        model = NanoLLM(Config(size, **{name: getattr(args, name) for name in ARCHITECTURE}), args.seed)
+        config = Config(size, **{name: getattr(args, name) for name in ARCHITECTURE})
     for name in ARCHITECTURE:
-        given, has = getattr(args, name), getattr(model.config, name)
+        given, has = getattr(args, name), getattr(config, name)
         if given not in (None, has):
             raise InputError(f"--{name.replace('_', '-')} is {given}, the model in {source} has {has}: leave it out")
         setattr(args, name, has)
+    args.seq_len = args.seq_len or args.max_context
+    args.stride = args.stride or max(args.seq_len // 2, 1)
+    if args.seq_len > args.max_context:
+        raise InputError(f"--seq-len {args.seq_len} is more than the longest context, --max-context {args.max_context}")
+    return config
+
+
+def make_model(args, tokenizer, newest):
+    """(model, the entries of config.json that came with it): from a checkpoint, from --init-from, or fresh."""
+    source, settings = newest or args.init_from, {}
+    config = make_config(args, tokenizer, source)
+    if source:
+        model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
+        settings = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
+    else:
+        model = NanoLLM(config, args.seed)
     model.compute, model.recompute = np.dtype(args.dtype), args.recompute
     return model, settings
 
@@ -400,10 +423,6 @@ def main(argv=None):
             raise InputError(f"--resume: {getattr(args, name)} is not the {name} that this run began with: "
                              f"give the original with --{name}, or begin a new run")
     model, settings = make_model(args, tokenizer, newest)
-    args.seq_len = args.seq_len or args.max_context
-    args.stride = args.stride or max(args.seq_len // 2, 1)
-    if args.seq_len > args.max_context:
-        raise InputError(f"--seq-len {args.seq_len} is more than the longest context, --max-context {args.max_context}")
     train_set, val_set = TokenDataset.from_text(args.text, args.tokenizer, args.seq_len, args.stride).split(
         args.val_fraction)
     if args.batch_size * args.grad_accum > len(train_set):

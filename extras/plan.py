@@ -1,0 +1,275 @@
+"""What a training would take, before it is begun:  python -m extras.plan, with the flags of train.py
+
+Parameters, FLOPs, memory and the largest batch that fits, from the shapes alone: nothing is trained, no text is read.
+
+The memory is found by walking through a step as nanollm.py and autograd.py make it. Forward, every op keeps what its
+backward will need. Elements for each token of the batch, in one block of the model:
+
+    rmsnorm              its input h      C       and 1/rms, 1 float32
+    linear q, k, v       its input        C
+    rope                 nothing: the opposite turn undoes it
+    attention            q, k, v          C + 2 K D   (v may be a view, and then holds all that its product made)
+                         log-sum-exp      H, float32
+    linear o             its input        C
+    add, dropout         nothing: dout is passed on; the mask is drawn anew
+    rmsnorm              its input h      C       and 1/rms, 1 float32
+    linear gate, up      its input        C
+    glu                  gate, up         2 F
+    linear down          its input        F
+                                          6 C + 2 K D + 3 F  elements of --dtype, and 2 + H float32
+
+With --recompute a block keeps its input alone, C, and the table is for one block at a time. All that is kept is alive
+when the loss is computed and when backward reaches the last block; from there on it only gets less. So the peak is at
+one of a few moments (`moments`), each of which needs some arrays besides: gradients on their way, a product's float32
+copies (half precision on a CPU), the logits.
+
+Not in it: encoding a text that is not in the token cache yet (before training, a million characters at a time: 140 MB
+for one that comes character by character), attention's mask of 64 KB a block, Python's own objects, BLAS's buffers, and
+what an allocator cannot give out again between arrays that live on, some per cent. A GPU's context and libraries are
+no part of its free memory, and so of no plan.
+"""
+import bisect
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import autograd
+import cli
+import device
+import metrics
+import train
+from device import InputError
+from tokens import load_tokenizer
+
+WIDE = 4                # bytes of a float32
+LARGEST_BATCH = 10**9   # that train.py takes
+
+
+# ---------------------------------------------------------------- parameters
+
+def parameters(config):
+    """{part of the model: its parameters}, as in Config.shapes; a tied lm_head has none of its own."""
+    parts = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "gated linear unit", "lm_head": "lm_head"}
+    count = dict.fromkeys([*parts.values(), "norms"], 0)
+    for name, shape in config.shapes().items():
+        part = next((part for word, part in parts.items() if f".{word}." in f".{name}"), "norms")
+        count[part] += int(np.prod(shape))
+    return count
+
+
+# ---------------------------------------------------------------- what is kept for backward
+
+def kept_by_a_block(config, B, size):
+    """[(op, what it keeps for its backward, bytes a token)] of one block, for B windows and `size` bytes an element."""
+    C, F, kv = config.embedding_dim, config.hidden_dim, config.n_kv_head * config.head_dim
+    is_view = B == 1 or config.n_kv_head == 1       # reshaping v, a slice of q, k, v, to (B K, T, D) copies nothing
+    return [("rmsnorm", "its input h", size * C), ("rmsnorm", "1/rms", WIDE),
+            ("linear q, k, v", "its input", size * C),
+            ("attention", "q", size * C), ("attention", "k", size * kv),
+            ("attention", "v", size * (C + 2 * kv if is_view else kv)),
+            ("attention", "log-sum-exp", WIDE * config.n_head),
+            ("linear o", "its input", size * C),
+            ("second rmsnorm", "its input h", size * C), ("second rmsnorm", "1/rms", WIDE),
+            ("linear gate, up", "its input", size * C),
+            ("glu", "gate, up", size * 2 * F),
+            ("linear down", "its input", size * F)]
+
+
+# ---------------------------------------------------------------- what comes and goes
+
+def product(m, k, n, size, into=None):
+    """Bytes that device.matmul of (m, k) by (k, n) takes and gives back, its inputs and its result not counted.
+
+    into: None for a result of `size`, "float32", or "sum" for a float32 array that the product is added to.
+    """
+    if device.on_gpu:
+        return 0
+    copies = WIDE * (m * k + k * n + (m * n if into is None else 0)) if size == 2 else 0
+    if into == "sum":       # a block of the rows in each thread, of one thread all of them
+        rows = m if device.threads == 1 or m < min(n, 128) else min(
+            m, device.threads * min(-(-m // device.threads), max(device._TILE // n, 128)))
+        copies += WIDE * rows * n
+    return copies
+
+
+def linear_backward(N, C, F, size):
+    """Bytes that the backward of linear, (N, C) -> (N, F), takes and gives back: for dx, and then for dw."""
+    half = 2 * F * C if size == 2 else 0        # w, rounded
+    return max(half + product(N, F, C, size), product(F, N, C, size, "sum"))
+
+
+def swept(elements, on_gpu, on_cpu, block=autograd._CACHE):
+    """Bytes of an op's float32 temporaries: so many arrays of all `elements` on a GPU, where a fused formula has none,
+    and on a CPU so many of a block of a sweep, in each thread.
+    """
+    return WIDE * (on_gpu * elements if device.on_gpu else on_cpu * min(elements, device.threads * block))
+
+
+def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
+    """{moment: {what is alive then, weights, their gradients and Adam's moments not counted: bytes}} of a step.
+
+    B windows of T tokens, activations of `size` bytes an element. The moments at which a step's memory can be at its
+    peak, in the order in which they come; those in a block are the last block's, for whose backward the others wait.
+    From attention on there is less and less.
+    """
+    C, F, V, kv = config.embedding_dim, config.hidden_dim, config.vocab_size, config.n_kv_head * config.head_dim
+    N, table, half = B * T, kept_by_a_block(config, B, size), size == 2
+    h, block = N * size * C, N * sum(width for *_, width in table)
+    below = 16 * N + (config.n_block - 1) * (h if recompute else block)         # x and y, and what other blocks keep
+
+    rows = min(N, max(autograd._LOGITS // V, 64))       # that have their logits at the same time
+    rounded = 2 * rows * V if half else 0
+    kept = below + (h if recompute else block) + h + WIDE * N                   # the last norm's input and 1/rms
+    loss = {"dx": WIDE * N * C, "dw": WIDE * V * C}
+    result = {
+        "loss": {"activations": kept, "hidden state": h, "logits": WIDE * rows * V, **loss,
+                 "temporary": (2 * V * C if half else 0) + max(
+                     product(rows, C, V, size, "float32"), swept(rows * V, 1, 1),
+                     rounded + product(rows, V, C, size, "float32"), rounded + product(V, rows, C, size, "sum"))},
+        "its backward": {"activations": kept, **loss, "dx / N": WIDE * N * C + (h if half else 0)}}
+
+    def until(op):
+        """The first rows of the table, through those of `op`: backward lets go of the last ones first."""
+        last = max(i for i, row in enumerate(table) if row[0] == op)
+        return {"activations": below + N * sum(width for *_, width in table[:last + 1]), "dh": h,
+                "the block's output": h if recompute else 0}
+
+    # What an op keeps, and its dout, outlive its backward by one: until the next op has made its gradients.
+    group = config.n_head // config.n_kv_head * min(autograd._QUERIES, T) * T   # scores of a key/value head
+    dropped = h if dropout else 0
+    if dropout:
+        result["backward of dropout"] = until("linear down") | {
+            "dropped": h, "temporary": swept(N * C, 2, 12)}             # 64-bit integers
+    return result | {
+        "backward of glu": until("linear down") | {
+            "dropped": dropped, "dglu": N * size * F, "dgate, dup": N * size * 2 * F,
+            "temporary": swept(N * F, 0, 5)},
+        "backward of linear gate, up": until("linear gate, up") | {
+            "dgate, dup": N * size * 2 * F, "dx": h, "temporary": linear_backward(N, C, 2 * F, size)},
+        "backward of second rmsnorm": until("linear gate, up") | {
+            "dgate, dup": N * size * 2 * F, "dout": h, "dx": h, "temporary": swept(N * C, 3, 4)},
+        "backward of attention": until("attention") | {
+            "dout, twice": 2 * h, "dq, dk, dv": h + N * WIDE * 2 * kv,
+            "temporary": swept(B * config.n_kv_head * group, 3, 3, max(autograd._SCORES // group, 1) * group)}}
+
+
+# ---------------------------------------------------------------- the process and the device
+
+def resident():
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(ImportError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
+def fixed_share():
+    """Bytes that a training process holds beside its arrays: Python and the libraries, measured in this process, which
+    has imported what train.py does, after drawing a loss.png, as that loads Matplotlib. On a GPU the arrays are alone.
+    """
+    if device.on_gpu:
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        metrics.draw_loss(Path(folder))
+    return resident()
+
+
+def available():
+    """(bytes that a training could take now, or None, and how that is known). What this process holds is counted, as
+    it goes back.
+    """
+    if device.on_gpu:
+        return device.xp.cuda.runtime.memGetInfo()[0], "free on the card, says memGetInfo"
+    with contextlib.suppress(OSError):
+        if found := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(found[1]) * 1024 + resident(), "available, says /proc/meminfo"
+    with contextlib.suppress(AttributeError, ValueError, OSError):      # Windows has no sysconf
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of memory in all, says sysconf"
+    return None, "this system does not tell how much memory there is"
+
+
+# ---------------------------------------------------------------- the report
+
+def largest_batch(needed, room):
+    """The largest batch size B for which needed(B), bytes that never fall as B grows, is at most `room`; 0 if none."""
+    return bisect.bisect_right(range(1, LARGEST_BATCH + 1), room, key=needed)
+
+
+def table(*rows):
+    """A Markdown table, aligned; the first row is its head, columns that end with a number stand at the right."""
+    rows = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
+    columns = [(max(map(len, column)), column[-1][:1].isdigit()) for column in zip(*rows, strict=True)]
+    rule = "|".join("-" * (width + 1) + ("-:"[right]) for width, right in columns)
+    lines = [" | ".join(cell.rjust(width) if right else cell.ljust(width)
+                        for cell, (width, right) in zip(row, columns, strict=True)) for row in rows]
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:]), ""])
+
+
+def mb(value):
+    return f"{value / 1e6:,.1f}"
+
+
+def report(config, args):
+    """What `main` prints; args: train.py's, complete (train.make_config)."""
+    B, T, size = args.batch_size, args.seq_len, np.dtype(args.dtype).itemsize
+    tokens, per_token, kept = B * args.grad_accum * T, config.flops_per_token(T), kept_by_a_block(config, B, size)
+    count, share, (room, where) = parameters(config), fixed_share(), available()
+    n = sum(count.values())
+    fixed = {"weights": WIDE * n, "gradients": WIDE * n, "Adam's moments": 2 * WIDE * n,
+             "Python and libraries": share}
+
+    def step(B):
+        return moments(config, B, T, size, args.recompute, args.dropout)
+
+    def needed(B):
+        return sum(fixed.values()) + max(sum(parts.values()) for parts in step(B).values())
+
+    now = step(B)
+    peak = max(now, key=lambda name: sum(now[name].values()))
+    block = "the block at work" if args.recompute else "each block"
+    lines = [
+        table(("parameters", "number"), *count.items(), ("total", n)),
+        table(("computation", "FLOPs"), ("a token", per_token), (f"a step of {tokens:,} tokens", per_token * tokens)),
+        table((f"{block} keeps for backward", "", "bytes a token"), *kept,
+              ("in all", "", sum(width for *_, width in kept))),
+        table((f"alive at the peak, the {peak}", "MB"),
+              *((name, mb(value)) for name, value in (fixed | now[peak]).items() if value),
+              ("total", mb(needed(B)))),
+        table(("moment of a step", "alive besides the activations kept, MB", "these", "in all"), *(
+            (name, ", ".join(f"{part} {mb(value)}" for part, value in parts.items() if value and part != "activations"),
+             mb(parts["activations"]), mb(sum(fixed.values()) + sum(parts.values()))) for name, parts in now.items()))]
+    lines.append(f"--batch-size {B} takes {mb(needed(B))} MB.")
+    if room is None:
+        lines.append(where)
+    else:
+        most = largest_batch(needed, room)
+        lines.append(f"The largest that fits is {most:,}: {mb(needed(most))} of {mb(room)} MB {where}." if most else
+                     f"Not even 1 fits: {mb(needed(1))} of {mb(room)} MB {where}. Lower --seq-len, use --recompute, or "
+                     "make the model smaller.")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = train.command_line()
+    parser.prog = "plan"
+    parser.description = "What training with these flags of train.py's would take: parameters, FLOPs, memory."
+    args, newest, *_ = train.read_flags(argv, parser)
+    if not (args.tokenizer or args.demo):
+        raise InputError("--tokenizer FILE is needed, for the size of its vocabulary (or --demo, which has its own)")
+    if args.device:
+        device.use(args.device)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    config = train.make_config(args, tokenizer, newest or args.init_from)
+    print(f"device  {device.reason}\nmodel   {config}\n\n{report(config, args)}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
