@@ -167,13 +167,13 @@ class Gemm:
         torch.set_num_threads(args.threads)
         torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
         self.torch, self.gpu = torch, args.device == "gpu"
-        self.dtype = torch.float32 if args.dtype == "tf32" else getattr(torch, args.dtype)
+        self.dtype = getattr(torch, args.dtype) if self.gpu and args.dtype != "tf32" else torch.float32
 
     def rates(self):
-        """{library: FLOP/s of the quickest of ten large products of this dtype}, with all threads."""
+        """{library: FLOP/s of the quickest of ten large products, on a GPU of this dtype}, with all threads."""
         n = 8192 if self.gpu else 2048
         a = self.torch.rand(n, n, device="cuda" if self.gpu else "cpu", dtype=self.dtype)
         products = {"torch": lambda: (a @ a, self.gpu and self.torch.cuda.synchronize())}
-        if not self.gpu and self.dtype == self.torch.float32:
+        if not self.gpu:
             products["numpy"] = lambda: a.numpy() @ a.numpy()
         return {name: 2 * n ** 3 / min(timed(product)[0] for _ in range(10)) for name, product in products.items()}
