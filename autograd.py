@@ -659,7 +659,7 @@ def dropout(x, p, key):
     """
     words = np.random.SeedSequence(key).generate_state(2, np.uint64)
     start, odd, limit = words[0], words[1] | np.uint64(1), np.uint64(round(p * 2 ** 32))
-    scale = x.dtype.type(1 / (1 - p)) if x.dtype.itemsize > 2 else np.float32(1 / (1 - p))
+    scale = _wide_dtype(x).type(1 / (1 - p))        # typed: a fused kernel must not become float64
 
     def masked(x):
         out, flat = device.xp.empty(x.shape, x.dtype), x.reshape(-1)

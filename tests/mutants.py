@@ -1,4 +1,4 @@
-"""Plant one bug after another in a copy of autograd.py and report those that no test in test_autograd.py caught.
+"""Plant one bug after another in a copy of autograd.py and report those that no test of its gradients caught.
 
     python tests/mutants.py                  every mutant: some minutes on two cores
     python tests/mutants.py softmax rope     only those in these functions
@@ -34,8 +34,8 @@ EQUIVALENT = {
     ("if repeated:", "if True:"): "a sum over no axes is a copy",
     ("repeated = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, size in enumerate(shape) if size == 1)"): "a sum over one element is a copy",
-    ("future = xp.triu(xp.full((min(_QUERIES, T),) * 2, -xp.inf, dtype), 1)",
-     "future = xp.triu(xp.full(((min(_QUERIES, T),)), -xp.inf, dtype), 1)"): "triu makes a square of a row",
+    ("future = xp.triu(xp.full((min(_QUERIES, T),) * 2, -xp.inf, wide), 1)",
+     "future = xp.triu(xp.full(((min(_QUERIES, T),)), -xp.inf, wide), 1)"): "triu makes a square of a row",
     **{("heads = _SCORES // (G * min(_QUERIES, T) * S)", f"heads = _SCORES // ({fewer})"): "larger blocks"
        for fewer in ("(G * min(_QUERIES, T))", "(S)", "(G) * S", "(min(_QUERIES, T)) * S")},
     ("block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]",
@@ -220,7 +220,7 @@ def caught(folder, *arguments, write_bytecode=False):
     if not write_bytecode:
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--assert=plain", "-p", "no:cacheprovider",
-               "tests/test_autograd.py"]
+               "tests/test_autograd.py", "tests/test_precision.py"]
     try:
         run = subprocess.run([*command, *arguments], cwd=folder, env=environment, timeout=TIMEOUT,
                              capture_output=True, text=True)
@@ -251,7 +251,7 @@ def run(chosen, workers=2):
         folders = queue.Queue()
         first = workplace(Path(parent, "0").resolve())
         if caught(first, write_bytecode=True):
-            raise SystemExit("tests/test_autograd.py fails without any mutant: make it pass first")
+            raise SystemExit("the tests fail without any mutant: make them pass first")
         for compiled in [c for file in FILES for c in (first / "__pycache__").glob(f"{Path(file).stem}.*")]:
             compiled.unlink()           # a mutant may have the size and the time of the file it was made from
         for i in range(1, workers):

@@ -84,6 +84,30 @@ def test_the_gradient_in_half_is_that_of_float32_but_for_rounding(rng, half):
     assert 0 < relative(narrow.flat_grad / 2 ** 12, model.flat_grad) < 8 * UNIT[half.name]
 
 
+def test_what_half_cannot_hold_on_the_way_is_float32(half):
+    """Sums over 5,000 elements stop growing in half; the square of 300 is beyond float16."""
+    def value(op, *arrays):
+        return to_host(op(*(Tensor(device.xp.asarray(a)) for a in arrays)).data).astype(np.float64)
+    zeros = np.zeros((1, 5000), half)
+    assert value(autograd.softmax, zeros).sum() == pytest.approx(1, rel=UNIT[half.name])
+    assert value(lambda z: autograd.cross_entropy(z, [7]), zeros) == pytest.approx(math.log(5000), rel=1e-6)
+    large = np.full((1, 5000), 300, half)
+    np.testing.assert_allclose(value(autograd.rmsnorm, large, np.ones(5000, np.float32)), 1, rtol=UNIT[half.name])
+    assert value(lambda x: x.sum(axis=1) * 0.01, np.ones((1, 5000), half)) == pytest.approx(50, rel=2 * UNIT[half.name])
+    slopes = Tensor(device.xp.asarray(np.full((1, 2), -9, half)), requires_grad=True)
+    autograd.glu(slopes).sum().backward()           # 1 + x (1 - σ) in half would have three digits
+    true = Tensor(device.xp.asarray(np.full((1, 2), -9.0)), requires_grad=True)
+    autograd.glu(true).sum().backward()
+    np.testing.assert_allclose(to_host(slopes.grad).astype(np.float64), to_host(true.grad), rtol=2 * UNIT[half.name])
+
+
+def test_gradient_of_cast(half):
+    x = Tensor(device.xp.asarray(np.arange(4, dtype=np.float32)), requires_grad=True)
+    assert autograd.cast(x, np.float32) is x
+    (autograd.cast(x, half) * 3).sum().backward()
+    assert x.grad.dtype == np.float32 and (to_host(x.grad) == 3).all()
+
+
 def test_activations_are_half(rng, half):
     model, (x, _) = model_and_batch(rng, half)
     assert model.hidden(x).dtype == half and model(x).dtype == half
