@@ -762,7 +762,7 @@ def linear_cross_entropy(x, w, targets):
     """
     rows, weight, shape = _flat(x.data), w.data.astype(x.dtype, copy=False), x.shape
     wide = _wide_dtype(x)
-    x_dtype, lift = x.dtype, 1 if x.dtype == wide else 2.0 ** 15
+    x_dtype, lift = x.dtype, 2.0 ** 15 if x.dtype != wide else 1
     N, V = len(rows), len(weight)
     targets = token_ids(targets, V).reshape(-1)
     keep = recording(x, w)
@@ -775,7 +775,7 @@ def linear_cross_entropy(x, w, targets):
         z = device.matmul(rows[s], _t(weight), out=logits[:len(rows[s])])
         losses[s] = _cross_entropy_rows(z, targets[s], z if keep else None)
         if keep:
-            if lift != 1:
+            if x_dtype != wide:
                 z *= lift
                 z = z.astype(x_dtype)
             device.matmul(z, weight, out=dx[s])
