@@ -1,0 +1,91 @@
+"""Fill in what README.md and README.zh.md count or quote:  python docs/tables.py [--check]
+
+Lines of each file, the place of each op and how many tests it has, and the comparison with PyTorch out of
+docs/speed.json (which benchmarks/speed.py --json wrote). Words are the authors', numbers are the script's. With --check
+nothing is written; exit status 1 says that something is out of date.
+"""
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "README.md", ROOT / "README.zh.md"
+
+
+def lines_of(text):
+    """| [`name.py`](name.py) | 123 | …: the second cell of each row about a file."""
+    def count(match):
+        return f"{match[1]}{len((ROOT / match[2]).read_text(encoding='utf-8').splitlines())} |"
+    return re.sub(r"(?m)^(\| \[`([\w/]+\.py)`\]\([^)]+\) \| )\d* ?\|", count, text)
+
+
+def places():
+    """{op: the line of autograd.py at which it is defined}"""
+    tree = ast.parse((ROOT / "autograd.py").read_text(encoding="utf-8"))
+    return {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def tests():
+    """The ids of all tests of the ops, "…test_gradient[softmax-batch]", one a line."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", "-p", "no:cacheprovider",
+               "tests/test_autograd.py", "tests/test_precision.py"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def ops_of(text):
+    """| `name`, `name` | forward | backward | where | tests |: the last two cells of each row about ops."""
+    known, ids = places(), tests()
+
+    def fill(match):
+        names = re.findall(r"`(\w+)`", match[2])
+        if not set(names) <= known.keys():
+            return match[0]
+        where = ", ".join(f"[{known[name]}](autograd.py#L{known[name]})" for name in names)
+        either = "|".join(names)
+        count = len(re.findall(rf"\[(?:float\d\d-)?(?:{either})\b", ids) or re.findall(rf"::test_\w*(?:{either})", ids))
+        return f"{match[1]} {where} | {count} |"
+    return re.sub(r"(?m)^(\| ((?:`\w+`(?:, )?)+) \|[^|\n]*\|[^|\n]*\|)[^|\n]*\|[^|\n]*\|$", fill, text)
+
+
+def speed():
+    """The comparison with PyTorch and transformers, as a table, and how it was measured."""
+    file = ROOT / "docs" / "speed.json"
+    rows = []
+    for run in json.loads(file.read_text(encoding="utf-8")):
+        about = run["header"]
+        rows += [f"`{about['command']}`  ",
+                 f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; seed {about['seed']}; "
+                 f"commit {about['commit']}; " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + "", "",
+                 "| | nanollm | beside | | nanollm's time / the other's (range) | peak MB |", "|---|---|---|---|---|---|"]
+        for row in run["rows"]:
+            memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
+            rows.append(f"| {row['what']} | {row['nanollm']:,.4g} {row['unit']} | {row['against']} "
+                        f"| {row['other']:,.4g} | **{row['ratio'][0]:.2f}** ({row['ratio'][1]:.2f}–{row['ratio'][2]:.2f}) "
+                        f"| {memory} |")
+        rows.append("")
+    return "\n".join(rows)
+
+
+def filled(text):
+    text = ops_of(lines_of(text))
+    return re.sub(r"(?s)(<!-- speed: written by docs/tables.py -->\n).*?(<!-- /speed -->)",
+                  lambda match: f"{match[1]}{speed()}{match[2]}", text)
+
+
+def main():
+    stale = [page for page in PAGES if page.exists() and filled(page.read_text(encoding="utf-8")) != page.read_text(
+        encoding="utf-8")]
+    if "--check" in sys.argv:
+        for page in stale:
+            print(f"{page.name} is out of date: python docs/tables.py", file=sys.stderr)
+        return bool(stale)
+    for page in stale:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
