@@ -18,6 +18,7 @@ dx is dLoss/dx and has x's shape. Two rules give most derivations below:
 (14.0, [2.0, 4.0, 6.0])
 """
 import builtins
+import functools
 import math
 from contextlib import contextmanager
 
@@ -283,14 +284,17 @@ def reshape(x, *shape):
 def transpose(x, *axes):
     """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the inverse permutation of dout."""
     axes = axes or tuple(range(x.data.ndim))[::-1]
-    inverse = np.argsort([axis % x.data.ndim for axis in axes]).tolist()
+    inverse = sorted(range(len(axes)), key=lambda i: axes[i] % x.data.ndim)
     return _result(x.data.transpose(axes), (x,), lambda dout: (dout.transpose(inverse),))
+
+
+_INDEX = int, slice, type(Ellipsis)
 
 
 def getitem(x, index):
     """out = x[index] for ints and slices, which meet no element twice;  dx is dout there and 0 elsewhere."""
     for part in index if isinstance(index, tuple) else (index,):
-        if not isinstance(part, int | slice | type(Ellipsis)) or isinstance(part, bool):
+        if not isinstance(part, _INDEX) or isinstance(part, bool):
             raise TypeError(f"a tensor is indexed by ints and slices, not by {type(part).__name__} (rows: embedding)")
 
     def backward(dout):
@@ -562,6 +566,12 @@ def glu(gate, up=None, activation="silu"):
 
 # ---------------------------------------------------------------- attention
 
+@functools.lru_cache(4)
+def _future(xp, n, dtype):
+    """(n, n): -inf where a key lies in the future of a query, above the diagonal, and 0 elsewhere."""
+    return xp.triu(xp.full((n, n), -xp.inf, dtype), 1)
+
+
 _QUERIES = 128          # queries in a block
 _SCORES = 1 << 16       # elements of a block of scores on a CPU: several passes go over it, in the cache
 
@@ -591,7 +601,7 @@ def attention(q, k, v):
     ks, vs = (t.data.reshape(B * K, S, D) for t in (k, v))
     out = xp.empty(qs.shape, dtype)
     log_sum = xp.empty((B * K, G, T, 1), wide)
-    future = xp.triu(xp.full((min(_QUERIES, T),) * 2, -xp.inf, wide), 1)
+    future = _future(xp, min(_QUERIES, T), wide)
     heads = _SCORES // (G * min(_QUERIES, T) * S)
 
     def blocks():

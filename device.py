@@ -218,6 +218,7 @@ def _product(a, b, out, accumulate):
 
 
 _SMALL = 1 << 21        # multiplications below which handing work to a thread costs more than it gains
+_FEW = 6                # rows: a product of fewer takes as long as of so many, it waits for the weights from memory
 _TILE = 1 << 19         # elements of a product that is added to `out`: it must still be in the cache then
 
 
@@ -231,7 +232,7 @@ def _blas(a, b, out, accumulate):
         out[...] = wide
         return
     m, n = out.shape[-2:]
-    if out.size * a.shape[-1] < _SMALL or threads == 1 or getattr(_here, "busy", False):
+    if out.size // m * max(m, _FEW) * a.shape[-1] < _SMALL or threads == 1 or getattr(_here, "busy", False):
         _product(a, b, out, accumulate)
     elif out.ndim > 2:
         sweep(lambda s: _product(a[s], b[s], out[s], accumulate), len(out), -(-len(out) // threads))

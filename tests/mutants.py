@@ -36,8 +36,6 @@ EQUIVALENT = {
     ("if repeated:", "if True:"): "a sum over no axes is a copy",
     ("repeated = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, size in enumerate(shape) if size == 1)"): "a sum over one element is a copy",
-    ("future = xp.triu(xp.full((min(_QUERIES, T),) * 2, -xp.inf, wide), 1)",
-     "future = xp.triu(xp.full(((min(_QUERIES, T),)), -xp.inf, wide), 1)"): "triu makes a square of a row",
     **{("heads = _SCORES // (G * min(_QUERIES, T) * S)", f"heads = _SCORES // ({fewer})"): "larger blocks"
        for fewer in ("(G * min(_QUERIES, T))", "(S)", "(G) * S", "(min(_QUERIES, T)) * S")},
     ("block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]",
