@@ -1,0 +1,152 @@
+"""The annotated book, docs/index.html: it loses nothing of the sources, and a real browser finds nothing wrong."""
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from docs import page
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLANTED = '<a href="#nowhere">x</a><div style="width: 500px">x</div><script>console.error("planted")</script>'
+HARNESS = """<iframe src="page.html" width="390" height="800"></iframe>
+<iframe src="planted.html" width="390" height="800"></iframe>
+<script>
+onload = () => document.body.textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+  const window = frame.contentWindow, page = frame.contentDocument, ids = [...page.querySelectorAll("[id]")];
+  window.scrollTo(0, page.getElementById("autograd.gradcheck").offsetTop);
+  window.look();
+  return {
+    width: page.documentElement.scrollWidth, bar: page.querySelector("nav span").textContent,
+    links: page.links.length, twice: ids.length - new Set(ids.map(x => x.id)).size,
+    broken: [...page.links].filter(x => x.href != page.URL + x.hash || !page.getElementById(x.hash.slice(1)))
+      .map(x => x.getAttribute("href")),
+    loaded: window.performance.getEntriesByType("resource").map(x => x.name)};
+}));
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What the browser says of the page, and of one with three planted defects, in a frame of a phone's width."""
+    if BROWSER is None:
+        pytest.skip("no chromium to look at the page with")
+    folder, text = tmp_path_factory.mktemp("page"), page.page()
+    (folder / "page.html").write_text(text, encoding="utf-8")
+    (folder / "planted.html").write_text(text.replace("</main>", PLANTED + "</main>"), encoding="utf-8")
+    (folder / "harness.html").write_text(HARNESS, encoding="utf-8")
+    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
+             "--disable-component-update --disable-dev-shm-usage --hide-scrollbars --allow-file-access-from-files "
+             "--enable-logging=stderr --dump-dom").split()
+    run = subprocess.run([BROWSER, *flags, f"--user-data-dir={folder / 'profile'}", (folder / "harness.html").as_uri()],
+                         capture_output=True, text=True, timeout=60, check=True, env=os.environ | {"HOME": str(folder)})
+    good, bad = json.loads(html.unescape(re.search("<body>(.*)</body>", run.stdout, re.DOTALL)[1]))
+    console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    good["console"] = [line for line in console if "planted.html" not in line]
+    bad["console"] = [line for line in console if "planted.html" in line]
+    return good, bad
+
+
+def test_a_browser_finds_nothing_wrong(seen):
+    good, _ = seen
+    assert good.pop("links") > 500
+    assert good == {"width": 390, "bar": "gradcheck", "twice": 0, "broken": [], "loaded": [], "console": []}
+
+
+def test_a_browser_would_find_a_wide_page_a_broken_link_and_an_error(seen):
+    _, bad = seen
+    assert bad["width"] > 390 and bad["broken"] == ["#nowhere"]
+    assert len(bad["console"]) == 1 and "planted" in bad["console"][0]
+
+
+def text_of(markup):
+    return html.unescape(re.sub("<[^>]*>", "", markup))
+
+
+@pytest.mark.parametrize("file", page.FILES)
+def test_no_line_and_no_word_of_a_file_is_lost(file):
+    chapter = page.Chapter(file)
+    shown = chapter.html([row.anchor for row in chapter.rows if row.level < 3])
+    pairs = re.findall('<pre class="g">(.*?)</pre><pre class="s" tabindex="0">(.*?)</pre>', shown, re.DOTALL)
+    code = {int(n): line for numbers, lines in pairs
+            for n, line in zip(numbers.split(), text_of(lines).split("\n"), strict=True)}
+    assert list(code) == sorted(code) and all(chapter.lines[n - 1] == line for n, line in code.items())
+    assert {n for n, line in enumerate(chapter.lines, 1) if line} <= code.keys() | chapter.hidden
+
+    rest = '<h[123].*?</h[123]>|<(span|a) class="at".*?</(span|a)>|(?s:<div class="c">.*?</section>)|<[^>]*>'
+    words = re.findall("[a-z]{3,}", html.unescape(re.sub(rest, " ", shown)))
+    said = [word for row in chapter.rows for word in re.findall("[a-z]{3,}", row.doc)]
+    assert [word for word in words if word != "sum"] == [word for word in said if word != "sum"]
+
+
+@pytest.mark.parametrize(("formula", "expected"), [
+    ("x_{i+D/2}", "<i>x</i><sub><i>i</i>+<i>D</i>/2</sub>"),
+    ("θ^(-2i/D)", "<i>θ</i><sup>−2<i>i</i>/<i>D</i></sup>"),
+    ("x**(p-1)", "<i>x</i><sup><i>p</i>−1</sup>"),
+    ("dw = doutᵀ @ x", "<i>dw</i> = <i>dout</i><sup><i>T</i></sup> @ <i>x</i>"),
+    ("log sum_j exp(s_j) >= 1e-5", "log ∑<sub><i>j</i></sub> exp(<i>s</i><sub><i>j</i></sub>) ≥ 1e−5"),
+    ("a'(x) < b's", "<i>a</i>′(<i>x</i>) &lt; <i>b</i>’s"),
+])
+def test_formulas(formula, expected):
+    assert page.typeset(formula, {"out"}) == expected
+
+
+def test_columns_stay_aligned_and_remarks_go_below(chapter):
+    grid = chapter.formulas(["    dx_i = r dn_i        # a remark", "         = r · n_i"], set())
+    assert re.sub("</?[iu]>|</?su[bp]>", "", grid) == (
+        '<div class="f" style="grid-template-columns:auto auto 1fr">'
+        '<div><div style="grid-column:1/2"><span>dxi</span></div>'
+        '<div style="grid-column:2/-1"><span>= r dni</span></div><div class="n">a remark</div></div>'
+        '<div><div style="grid-column:2/-1"><span>= r · ni</span></div></div></div>')
+
+
+ONE = '''"""About it."""
+
+
+@cached
+def double(x):
+    """out = 2 x, see `half`."""
+    return f"{x!r:{'>'}3} and {double}"
+
+
+def half(x, double=2):
+    return other(double, half=x) or x.half or half(x)
+'''
+
+
+@pytest.fixture
+def chapter(tmp_path, monkeypatch):
+    (tmp_path / "one.py").write_text(ONE)
+    (tmp_path / "two.py").write_text("from one import half\n\nfour = half(8)\n")
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "FILES", ("one.py", "two.py"))
+    return page.Chapter("one.py")
+
+
+def test_a_name_links_to_what_it_means(chapter):
+    assert "double" not in re.findall('<a href="#one.(.*?)">', chapter.code[11])        # its parameter
+    assert chapter.code[11].count('<a href="#one.half">') == 1                          # no keyword, no attribute
+    assert '<s>f"{x!r:{\'&gt;\'}3} and {double}"</s>' in chapter.code[7]
+    assert [row.line for row in chapter.rows] == [1, 4, 10]
+    assert '<a href="#one.half"><code>half</code></a>' in chapter.prose(chapter.rows[1])
+    assert page.Chapter("two.py").code[3] == '<u id="two.four">four</u> = <a href="#one.half">half</a>(8)'
+
+
+def test_check_fails_for_an_old_page_and_writing_mends_it(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for file in (*page.FILES, "docs/page.css", "docs/page.js"):
+        shutil.copy(page.ROOT / file, tmp_path / file)
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    for arguments, fails in (["--check"], True), ([], False), (["--check"], False):
+        monkeypatch.setattr(page.sys, "argv", ["page.py", *arguments])
+        if fails:
+            with pytest.raises(SystemExit, match=r"run python docs/page\.py"):
+                page.main()
+        else:
+            page.main()
+    (tmp_path / "data.py").write_text((tmp_path / "data.py").read_text() + "# more\n")
+    with pytest.raises(SystemExit):
+        page.main()
