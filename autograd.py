@@ -330,7 +330,7 @@ def matmul(a, b):
 def linear(x, w):
     """out = x @ wᵀ, x (..., C), w (F, C) as PyTorch and Hugging Face store it -> (..., F).
 
-    matmul with b = wᵀ, all leading axes of x being rows: dx = dout @ w, and dw = (xᵀ @ dout)ᵀ = doutᵀ @ x,
+    `matmul` with b = wᵀ, all leading axes of x being rows: dx = dout @ w, and dw = (xᵀ @ dout)ᵀ = doutᵀ @ x,
     added by the product itself to the gradient that w has so far.
 
     Mixed precision: for x in half precision w is rounded to x's type for the product, but stays float32 itself, and
@@ -347,7 +347,7 @@ def linear(x, w):
 
 
 def token_ids(ids, limit):
-    """ids as an integer array on the device. A GPU wraps a wrong index around silently, so host ids are checked here.
+    """`ids` as an integer array on the device. A GPU wraps a wrong index around silently, so host ids are checked here.
 
     Raises TypeError for numbers that are not integers and IndexError for one outside 0 … limit-1.
     """
@@ -459,14 +459,15 @@ def _project(dn, n, along, r, out):
 # ---------------------------------------------------------------- position
 
 def rope(x, cos, sin):
-    """Rotate each pair (x_i, x_{i+D/2}) at position t by the angle t·θ_i.  x (..., T, D); cos, sin (T, D), of every angle
-    twice: for x_i and for x_{i+D/2}.
+    """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t·θ_i.
 
-    (RoFormer, Su et al. 2021, §3.2.2; the pairing of halves is that of Hugging Face's Llama.)
+    `cos` and `sin` (T, D) hold each angle twice, for x_i and for x_{i+D/2}. The halves x₁ and x₂ of a row become
+
         out₁ = x₁ cos - x₂ sin
         out₂ = x₂ cos + x₁ sin        a rotation, so q_t · k_s depends on the positions only through t - s
-    or out = x cos + (x turned by 90°) sin, for both halves at once.
-    Its matrix is orthogonal: the backward pass is its transpose, the rotation by the opposite angle.
+
+    or, for both at once, out = x cos + (-x₂, x₁) sin. Its matrix is orthogonal: the backward pass is its transpose, the
+    rotation by the opposite angle. (RoFormer, Su et al. 2021, §3.2.2; to pair the halves is Hugging Face's way.)
     The result is contiguous whatever view x was: attention wants each head's rows together.
     """
     return _result(_rotate(x.data, cos, sin), (x,), lambda dout: (_rotate(dout, cos, -sin),))
@@ -541,7 +542,7 @@ _GLU = {name: _fused_glu(activation) for name, activation in ACTIVATIONS.items()
 
 
 def glu(gate, up=None, activation="silu"):
-    """out = a(gate) * up, elementwise, a one of ACTIVATIONS; "silu" is SwiGLU.  (Shazeer 2020, §2)
+    """out = a(gate) * up, elementwise, with the activation a(·) from ACTIVATIONS; "silu": SwiGLU.  (Shazeer 2020, §2)
 
     dgate = dout * up * a'(gate),  dup = dout * a(gate): the product rule.
     Without `up`, gate (..., 2F) holds both side by side, as one matrix product leaves them, and so will its gradient.
@@ -661,8 +662,8 @@ def attention(q, k, v):
 def dropout(x, p, key):
     """out = x * keep / (1 - p): each element becomes 0 with probability p, the rest grow so that the mean stays.
 
-    (Srivastava et al. 2014, §4)  dx = dout * keep / (1 - p): the same mask, which is not saved but drawn again, being
-    a pure function of `key`, a tuple of whole numbers from 0. So a resumed or recomputed step is the same step.
+    dx = dout * keep / (1 - p): the same mask, which is not saved but drawn again, being a pure function of `key`, a
+    tuple of whole numbers from 0. So a resumed or recomputed step is the same step. (Srivastava et al. 2014, §4)
 
     Element i's random number is the i-th of Squares (Widynski 2020, §3: four rounds, of which 32 bits are kept): no
     generator is advanced, all numbers are computed at once and on either device alike.

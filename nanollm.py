@@ -94,8 +94,8 @@ class Config:
         what is done again to save memory does not count.  (PaLM, Chowdhery et al. 2022, appendix B)
 
         Each of a matrix's N weights is multiplied and added once forward and twice backward (dx, dw): 6 N. An embedding
-        is looked up, unless it is the lm_head, too. A token meets T/2 others on average, in two products of width C: 6 C T
-        a block.
+        is looked up, unless it is the lm_head, too. A token meets T/2 others on average, in two products of width C:
+        6 C T a block.
         """
         n = sum(shape[0] * shape[1] for shape in self.shapes().values() if len(shape) == 2)
         n -= (not self.tie_embeddings) * self.vocab_size * self.embedding_dim
@@ -192,10 +192,9 @@ def check_sampling(temperature, top_k, top_p):
 
 
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
-    """softmax(logits / temperature), (B, V) -> float64 (B, V), of which only the likeliest tokens may stay:
-
-    the top_k largest; of these the fewest that hold a share top_p of the probability (nucleus sampling, Holtzman
-    et al. 2020, §3.1). The rest gets 0. temperature 0 leaves the largest alone.
+    """softmax(logits / temperature), (B, V) -> float64 (B, V), of which only the likeliest tokens may stay: the top_k
+    largest; of these the fewest that hold a share top_p of the probability (nucleus sampling, Holtzman et al. 2020,
+    §3.1). The rest gets 0. `temperature` 0 leaves the largest alone.
     """
     z = np.asarray(logits, np.float64)
     if temperature == 0:
@@ -249,7 +248,7 @@ class NanoLLM:
     """The transformer of this Config with fresh weights, a pure function of the seed (None: left for `load` to fill).
 
     `flat` (all parameters), `flat_grad` (all gradients, never None): two 1-D arrays of which the parameters are views;
-    the first `n_matrix` elements belong to matrices. dtype float64 exists for gradient checks.
+    the first `n_matrix` elements belong to matrices. `dtype` float64 exists for gradient checks.
 
     `compute`: the type of activations and of the products' inputs, `flat`'s unless it is set to half precision.
     `recompute`: set to True, training keeps each block's input alone and computes the rest again in backward.
@@ -362,7 +361,7 @@ class NanoLLM:
                  use_cache=True):
         """Yield up to max_new_tokens ids that continue `ids`: an int each for 1-D ids, an array (B,) for (B, T).
 
-        temperature 0 is greedy; for top_k and top_p see `sample`. A stop id ends its row and is still yielded; a
+        `temperature` 0 is greedy; for top_k and top_p see `sample`. A stop id ends its row and is still yielded; a
         batch ends when all its rows have, until then an ended row repeats its stop id.
         The context holds max_context tokens. When one more comes, its oldest half is dropped and the rest is read
         again, with and without the cache: the positions of what is kept change, so no cached key would be right.
@@ -414,7 +413,7 @@ class NanoLLM:
     def load(cls, folder):
         """The model of a Hugging Face folder (config.json with model.safetensors, or its shards), Llama type only.
 
-        float16 and bfloat16 weights are widened to float32. Raises InputError naming the file and what is wrong
+        `float16` and `bfloat16` weights are widened to float32. Raises InputError naming the file and what is wrong
         with it; nothing in a file is ever executed.
         """
         folder = Path(folder)

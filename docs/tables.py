@@ -45,7 +45,8 @@ def ops_of(text):
             return match[0]
         where = ", ".join(f"[{known[name]}](autograd.py#L{known[name]})" for name in names)
         either = "|".join(names)
-        count = len(re.findall(rf"\[(?:float\d\d-)?(?:{either})\b", ids) or re.findall(rf"::test_\w*(?:{either})", ids))
+        count = len(re.findall(rf"\[(?:float\d\d-)?(?:{either})\b", ids)
+                    or re.findall(rf"::test_\w*(?:{either})", ids))
         return f"{match[1]} {where} | {count} |"
     return re.sub(r"(?m)^(\| ((?:`\w+`(?:, )?)+) \|[^|\n]*\|[^|\n]*\|)[^|\n]*\|[^|\n]*\|$", fill, text)
 
@@ -57,14 +58,15 @@ def speed():
     for run in json.loads(file.read_text(encoding="utf-8")):
         about = run["header"]
         rows += [f"`{about['command']}`  ",
-                 f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; seed {about['seed']}; "
-                 f"commit {about['commit']}; " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + "", "",
+                 f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; "
+                 f"seed {about['seed']}; commit {about['commit']}; "
+                 + ", ".join(f"{name} {version}" for name, version in about["versions"].items()), "",
                  "| | nanollm | beside | | nanollm's time / the other's (range) | peak MB |", "|---|---|---|---|---|---|"]
         for row in run["rows"]:
             memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
+            median, low, high = row["ratio"]
             rows.append(f"| {row['what']} | {row['nanollm']:,.4g} {row['unit']} | {row['against']} "
-                        f"| {row['other']:,.4g} | **{row['ratio'][0]:.2f}** ({row['ratio'][1]:.2f}–{row['ratio'][2]:.2f}) "
-                        f"| {memory} |")
+                        f"| {row['other']:,.4g} | **{median:.2f}** ({low:.2f}–{high:.2f}) | {memory} |")
         rows.append("")
     return "\n".join(rows)
 
