@@ -61,7 +61,8 @@ def speed():
                  f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; "
                  f"seed {about['seed']}; commit {about['commit']}; "
                  + ", ".join(f"{name} {version}" for name, version in about["versions"].items()), "",
-                 "| | nanollm | beside | | nanollm's time / the other's (range) | peak MB |", "|---|---|---|---|---|---|"]
+                 "| | nanollm | beside | | nanollm's time / the other's (range) | peak MB |",
+                 "|---|---|---|---|---|---|"]
         for row in run["rows"]:
             memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
             median, low, high = row["ratio"]

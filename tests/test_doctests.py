@@ -16,9 +16,12 @@ def test_examples(module):
     assert results.attempted and not results.failed
 
 
-def test_the_readme_example_prints_what_its_comments_say(capsys):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "CONTRIBUTING.md"])
+def test_the_example_of_a_page_prints_what_its_comments_say(page, capsys):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     exec(example, {})
-    said = [line.split("# ")[1].split(";")[0].strip() for line in example.splitlines() if line.startswith("print")]
+    said = [line.split("# ")[1].split(";")[0].strip() for line in example.splitlines()
+            if line.strip().startswith("print")]
     assert said and capsys.readouterr().out.splitlines() == said
+    assert len(example.splitlines()) < 30
