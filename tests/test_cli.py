@@ -347,6 +347,14 @@ OTHERS = [
     (evaluate.main, "fine --text short.txt --seq-len 9", "--seq-len 9 is more than the model's longest context, 8"),
     (evaluate.main, "fine --text short.txt", r"short.txt has \d tokens, and one window needs 9"),
     (evaluate.main, "fine --text text.txt --batch-size 0", "--batch-size: must be a whole number of at least 1"),
+    (evaluate.main, "fine --text text.txt --stride 0", "--stride: must be a whole number of at least 1"),
+    (evaluate.main, "fine --text text.txt --stride 9", "--stride 9 is more than a window, 8 tokens"),
+    (evaluate.main, "fine --text text.txt --seq-len 4 --stride 5", "--stride 5 is more than a window, 4 tokens"),
+    (evaluate.main, "none --text none.txt --figure loss.pdf", "--figure loss.pdf: .*ends in .png"),
+    (evaluate.main, "none --text none.txt --figure nowhere/a.png", "nowhere/a.png .No such file.*name another"),
+    (evaluate.main, "none --text none.txt --figure text.txt/a.png", "text.txt/a.png .Not a directory"),
+    (evaluate.main, f"none --text none.txt --figure {'x' * 251}.png", "File name too long"),
+    (evaluate.main, "none --text none.txt --figure \udcff.png", "--figure: must be UTF-8"),
 ]
 
 
