@@ -341,6 +341,10 @@ OTHERS = [
     (generate.main, "model --max-new-tokens 0", "--max-new-tokens: must be a whole number of at least 1"),
     (generate.main, "model --seed -1", "--seed: must be a whole number of at least 0"),
     (generate.main, "model --prompt \udcff", "--prompt: must be UTF-8"),
+    (generate.main, "model --stop \udcff", "--stop: must be UTF-8"),
+    (generate.main, "model --stop a --stop=", "--stop: an empty text .*at least one character"),
+    (generate.main, "model --num-samples 0", "--num-samples: must be a whole number of at least 1 and at most 1000"),
+    (generate.main, "model --num-samples 1001", "--num-samples: must be a whole number of at least 1 and at most 1000"),
     (evaluate.main, "model", "required: --text"), (evaluate.main, "none --text text.txt", "none is not a folder"),
     (evaluate.main, "fine --text none.txt", "none.txt .*No such file"),
     (evaluate.main, "fine --text empty.txt", "empty.txt is empty"),
@@ -415,7 +419,7 @@ def test_any_flags_train_or_say_why_not(place, flags):
             assert not run.exists()
 
 
-WORDS = st.sampled_from("prompt max-new-tokens temperature top-k top-p seed".split())
+WORDS = st.sampled_from("prompt max-new-tokens temperature top-k top-p seed stop num-samples".split())
 
 
 @given(st.lists(st.tuples(WORDS, VALUES), max_size=4))

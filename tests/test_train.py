@@ -1,5 +1,6 @@
 """Training: the optimizer, the schedule, what is measured and shown; and what generate.py and evaluate.py print."""
 
+import io
 import itertools
 import json
 import math
@@ -644,11 +645,11 @@ def test_generate_prints_only_text(finished):
 
 
 def test_generate_s_flags_reach_the_model(finished, monkeypatch):
-    seen = []
-    monkeypatch.setattr(NanoLLM, "generate", lambda self, ids, *rest: seen.append(rest) or iter([]))
+    seen, word = [], load_tokenizer(finished[0] / "tokenizer.json").encode("a").ids
+    monkeypatch.setattr(NanoLLM, "generate", lambda self, ids, *rest: seen.append((ids.tolist(), *rest)) or iter([]))
     command(generate.main, finished[0], "--prompt", "a", "--max-new-tokens", 5, "--temperature", 0, "--top-k", 7,
             "--top-p", 0.5, "--seed", 9)
-    assert seen == [(5, 0.0, 7, 0.5, 9, [])]
+    assert seen == [([word], 5, 0.0, 7, 0.5, 9, [])]
 
 
 def test_text_without_a_prompt_needs_a_bos_token(finished):
@@ -670,9 +671,9 @@ def test_bos_begins_and_eos_ends_a_text(with_bos, monkeypatch):
     word = load_tokenizer(with_bos / "tokenizer.json").encode("a").ids[0]
 
     def scripted(self, ids, count, *rest):
-        prompts.append(list(ids))
+        prompts.extend(ids.tolist())
         assert rest[-1] == [1, 2]
-        return iter([word, word, 2])
+        return iter([np.array([token]) for token in (word, word, 2, word)])
     monkeypatch.setattr(NanoLLM, "generate", scripted)
     assert command(generate.main, with_bos) == (0, "aa\n", "")
     assert command(generate.main, with_bos, "--prompt", "aa") == (0, "aaaa\n", "")
@@ -687,6 +688,102 @@ def test_bos_and_eos_must_be_ids_of_the_model(with_bos, bad):
     (with_bos / "config.json").write_text(json.dumps(config | {"eos_token_id": 999 if bad == 290 else bad}))
     code, out, err = command(generate.main, with_bos)
     assert (code, out) == (2, "") and "config.json" in err and "token id" in err
+
+
+# ---------------------------------------------------------------- stop strings, several samples, speed
+
+def cut_at(text, stops, start):
+    """The definition: letter by letter, until a stop string is complete; of two complete at once the longer counts."""
+    for end in range(start, len(text) + 1):
+        ended = [stop for stop in stops if text[start:end].endswith(stop)]
+        if ended:
+            return text[:end - max(map(len, ended))]
+    return text
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=9), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+       st.integers(0, 6))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_text_ends_before_a_stop_string_however_it_comes(pieces, stops, start):
+    text, taken = "".join(pieces), []
+    start = min(start, len(text))
+    shown, expected = "", cut_at(text, stops, start)
+    for piece in generate.until_stop((taken.append(p) or p for p in pieces), stops, start):
+        shown += piece
+        assert expected.startswith(shown)
+        if len(taken) < len(pieces):            # nothing waits but what may begin a stop
+            waits = "".join(taken)[len(shown):]
+            assert not waits or any(stop.startswith(waits) for stop in stops) or shown == expected
+    assert shown == expected
+    if expected != text:                        # and no piece is asked for that is not needed
+        assert not any(stop in "".join(taken[:-1])[start:] for stop in stops)
+
+
+def test_a_stop_string_spans_tokens_and_is_not_looked_for_in_the_prompt(with_bos, monkeypatch):
+    tokenizer, read = load_tokenizer(with_bos / "tokenizer.json"), []
+    ids = tokenizer.encode("the cat却. the mat", add_special_tokens=False).ids
+
+    def scripted(self, prompt, count, *rest):
+        for token in ids:
+            read.append(token)
+            yield np.array([token])
+    monkeypatch.setattr(NanoLLM, "generate", scripted)
+    whole = "the cat却. the mat"
+    for stops, end in (["t却"], "the ca"), (["x", "却. t"], "the cat"), (["却. tx"], whole), (["at", "the m"], "the c"):
+        read.clear()
+        flags = [word for stop in stops for word in ("--stop", stop)]
+        assert command(generate.main, with_bos, "--prompt", "t却 at the m", *flags) == (0, f"t却 at the m{end}\n", "")
+        assert (len(read) < len(ids)) == (end != whole)
+
+
+def test_samples_are_the_rows_of_one_batch(finished):
+    folder = finished[0]
+    model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
+    flags = [folder, "--prompt", "the 却", "--max-new-tokens", 40, "--seed", 3, "--temperature", 1]     # of 8 at a time
+    code, out, err = command(generate.main, *flags, "--num-samples", 3)
+    ids = np.tile(tokenizer.encode("the 却").ids, (3, 1))
+    rows = np.stack(list(model.generate(ids, 40, top_p=0.95, seed=3)), 1)
+    texts = [tokenizer.decode([*ids[0], *row]).rstrip("\ufffd") for row in rows]
+    assert (code, err) == (0, "") and len(set(texts)) == 3 and out == "\n---\n".join(texts) + "\n"
+    assert command(generate.main, *flags, "--num-samples", 3)[1] == out
+    assert command(generate.main, *flags[:-3], 4, *flags[-2:], "--num-samples", 3)[1] != out
+    stop = next(text for text in (" the", " a", "o", "t") if any(text in whole[5:] for whole in texts))
+    cut = [cut_at(text, [stop], 5) for text in texts]
+    assert command(generate.main, *flags, "--num-samples", 3, "--stop", stop)[1] == "\n---\n".join(cut) + "\n"
+
+
+def test_each_sample_ends_by_itself(with_bos, monkeypatch):
+    a, b, c = (load_tokenizer(with_bos / "tokenizer.json").encode(letter).ids[0] for letter in "abc")
+    steps, read = np.array([[a, b, c, a], [2, b, a, a], [2, c, b, b], [2, a, c, c], [2, b, 1, b], [2, b, 1, b]]), []
+    monkeypatch.setattr(NanoLLM, "generate", lambda *_: (read.append(step) or step for step in steps))
+    code, out, err = command(generate.main, with_bos, "--num-samples", 4, "--stop", "bca", "--prompt", "x")
+    assert (code, err) == (0, "") and out == "xa\n---\nxb\n---\nxcabc\n---\nxaabcbb\n" and len(read) == 6
+    read.clear()
+    out = command(generate.main, with_bos, "--num-samples", 3, "--stop", "bc")[1]
+    assert out == "a\n---\nb\n---\nca\n" and len(read) == 4     # all three have ended: nothing more is written
+
+
+@pytest.mark.parametrize("samples, count, numbers", [(1, 40, ("3 prompt tokens", "40 new")), (2, 5, ("10 new",)),
+                                                     (2, 1, ("2 new",))])
+def test_the_speed_is_told_on_a_terminal_only(finished, monkeypatch, samples, count, numbers):
+    flags = [finished[0], "--prompt", "the cat sat", "--seed", 1, "--max-new-tokens", count, "--num-samples", samples]
+    _, out, err = command(generate.main, *flags)
+    assert err == ""
+    terminal = type("Terminal", (io.TextIOWrapper,), {"isatty": lambda self: True})
+    monkeypatch.setattr(tiny.io, "TextIOWrapper", terminal)
+    again = command(generate.main, *flags)
+    assert again[:2] == (0, out) and again[2].count("\n") == 1 and all(words in again[2] for words in numbers)
+    assert ("tokens/s" in again[2]) == (count > 1)
+
+
+def test_a_text_may_be_four_times_as_long_as_the_context(finished):
+    model, tokenizer = NanoLLM.load(finished[0]), load_tokenizer(finished[0] / "tokenizer.json")
+    prompt = "the cat sat on the mat. a dog ran to the cat! who ran?"
+    ids, T = tokenizer.encode(prompt).ids, model.config.max_context
+    assert len(ids) > T
+    new = list(model.generate(ids, 4 * T, temperature=0))
+    out = command(generate.main, finished[0], "--prompt", prompt, "--max-new-tokens", 4 * T, "--temperature", 0)[1]
+    assert len(new) == 4 * T == 32 and out == tokenizer.decode(ids + new).rstrip("\ufffd") + "\n"
 
 
 # ---------------------------------------------------------------- evaluate.py
