@@ -446,7 +446,7 @@ def test_generation_reads_the_context_by_the_rule_with_and_without_cache(seen_lo
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_cached_or_not_alone_or_in_a_batch_the_logits_are_the_same(n_kv_head, monkeypatch):
     """Over four times the context, of which the oldest half is dropped again and again; what is sampled is given."""
-    model, rows, steps = lively(small(n_kv_head=n_kv_head)), 3, 4 * 16
+    model, rows, steps = lively(small(n_kv_head=n_kv_head, max_context=8)), 2, 4 * 8
     ids, text = random_ids(model.config, rows, 5), random_ids(model.config, rows, steps, seed=2)
 
     def logits(rows, use_cache):

@@ -293,11 +293,11 @@ def test_evaluate_scores_every_target_once(files, batch_size):
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / val.source_bytes, rel=1e-5)
 
 
-@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("stride", [1, 3])
 def test_evaluate_slides_its_window(finished, stride):
     """Each target by itself, as it stands in its window: one of 8 tokens that ends at a multiple of the stride."""
     folder, files, _ = finished
-    _, val = TokenDataset.from_text(files[1], files[3], 8, 3).split(0.05)
+    _, val = TokenDataset.from_text(files[1], files[3], 8, 3).split(0.03)
     val.stride, model = stride, NanoLLM.load(folder)
     ids, nats, hits = np.asarray(val.tokens).astype(np.int64), [], []
     for t in range(1, len(ids)):
@@ -703,7 +703,7 @@ def cut_at(text, stops, start):
 
 @given(st.lists(st.text("ab", max_size=4), max_size=9), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
        st.integers(0, 6))
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_text_ends_before_a_stop_string_however_it_comes(pieces, stops, start):
     text, taken = "".join(pieces), []
     start = min(start, len(text))
