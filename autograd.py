@@ -736,8 +736,10 @@ def cross_entropy(logits, targets):
     return _result(losses.mean(), (logits,), backward)
 
 
-def _cross_entropy_rows(z, targets, dz=None):
-    """The loss of each row of z (N, V); p - onehot goes into dz, which may be z itself, unless it is None."""
+def _cross_entropy_rows(z, targets, dz=None, ranks=None):
+    """The loss of each row of z (N, V). Unless they are None, p - onehot goes into dz, which may be z itself, and into
+    ranks how many other logits are not below the target's (so a tie, or a NaN, is no success).
+    """
     losses = device.xp.empty(len(z), _wide_dtype(z))
 
     def rows(s):
@@ -745,6 +747,8 @@ def _cross_entropy_rows(z, targets, dz=None):
         block = _wide(z[s])
         block = block - block.max(-1, keepdims=True)
         losses[s] = -block[at]
+        if ranks is not None:
+            ranks[s] = block.shape[1] - 1 - (block < block[at][:, None]).sum(-1, dtype=np.uint32)
         device.xp.exp(block, out=block)
         total = block.sum(-1, keepdims=True)
         losses[s] += device.xp.log(total[:, 0])
@@ -756,6 +760,16 @@ def _cross_entropy_rows(z, targets, dz=None):
 
 
 _LOGITS = 1 << 24       # elements of a block of logits: 64 MB in float32
+
+
+def _logit_blocks(rows, weight):
+    """Yield (slice, rows[slice] @ weightᵀ) block by block, never all logits at once; each stands until the next."""
+    N, V = len(rows), len(weight)
+    block = max(_LOGITS // V, 64)
+    logits = device.xp.empty((min(block, N), V), _wide_dtype(rows))
+    for start in range(0, N, block):
+        s = slice(start, start + block)
+        yield s, device.matmul(rows[s], _t(weight), out=logits[:len(rows[s])])
 
 
 def linear_cross_entropy(x, w, targets):
@@ -779,11 +793,8 @@ def linear_cross_entropy(x, w, targets):
     keep = recording(x, w)
     if keep:
         dx, dw = device.xp.empty(rows.shape, wide), device.xp.zeros(weight.shape, w.dtype)
-    block = max(_LOGITS // V, 64)
-    losses, logits = device.xp.empty(N, wide), device.xp.empty((min(block, N), V), wide)
-    for start in range(0, N, block):
-        s = slice(start, start + block)
-        z = device.matmul(rows[s], _t(weight), out=logits[:len(rows[s])])
+    losses = device.xp.empty(N, wide)
+    for s, z in _logit_blocks(rows, weight):
         losses[s] = _cross_entropy_rows(z, targets[s], z if keep else None)
         if keep:
             if x_dtype != wide:
@@ -796,6 +807,20 @@ def linear_cross_entropy(x, w, targets):
         scale = dout / (N * lift)
         return (dx * scale).astype(x_dtype, copy=False).reshape(shape), lambda total: _add_scaled(total, dw, scale)
     return _result(losses.mean(), (x, w), backward)
+
+
+def token_losses(x, w, targets, ranked=False):
+    """What linear_cross_entropy takes the mean of: the loss of each target in nats; and, if `ranked`, its rank among
+    all logits, 0 for the largest, else None.  x (..., C), w (V, C), targets (...) -> two arrays (...), no gradient.
+    """
+    rows, weight, shape = _flat(x.data), w.data.astype(x.dtype, copy=False), x.shape[:-1]
+    targets = token_ids(targets, len(weight)).reshape(-1)
+    losses, ranks = device.xp.empty(len(rows), _wide_dtype(x)), None
+    if ranked:
+        ranks = device.xp.empty(len(rows), np.int64)
+    for s, z in _logit_blocks(rows, weight):
+        losses[s] = _cross_entropy_rows(z, targets[s], ranks=ranks[s] if ranked else None)
+    return losses.reshape(shape), ranks.reshape(shape) if ranked else None
 
 
 def _add_scaled(total, x, scale):

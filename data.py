@@ -82,15 +82,18 @@ class TokenDataset:
                                             for e in range(epoch[0], epoch[-1] + 1)]))
 
     def in_order(self, size):
-        """Yield x and y so that every id but the first is a target exactly once: (B, T) each, windows that do
-        not overlap, and (1, rest) each for what is left at the end.
+        """Yield x, y, new: the windows in their order, (B, T) each, at last (1, a rest), and how many targets at the
+        end of each row no earlier window had, stride or fewer (in the first window all): every id but the first is a
+        new target exactly once, with at least seq_len - stride ids of context before it, or all there are.
         """
-        n, T = self.last - self.first - 1, self.seq_len
-        whole = n // T * T
-        for a, b in itertools.pairwise([*range(0, whole, size * T), whole, n]):
+        n, T, step = self.last - self.first - 1, self.seq_len, self.stride
+        whole = (n - T) // step + 1
+        for a, b in itertools.pairwise([0, *range(int(step < T), whole, size), whole]):
             if a < b:
-                run = self.tokens[a:b + 1].astype(np.int64)
-                yield run[:-1].reshape(-1, min(T, b - a)), run[1:].reshape(-1, min(T, b - a))
+                yield *self.windows(np.arange(a, b)), step if a else T
+        if left := (n - T) % step:
+            rest = self.tokens[whole * step:].astype(np.int64)[None]
+            yield rest[:, :-1], rest[:, 1:], left
 
     def split(self, val_fraction):
         """(train, val): the head of the ids and their tail, val_fraction of them, divided before windows are cut:

@@ -1,9 +1,20 @@
-"""How well a model predicts a text:  python evaluate.py FOLDER --text FILE [--json]"""
+"""How well a model predicts a text:  python evaluate.py FOLDER --text FILE [--stride N] [--figure PNG] [--json]
+
+The text is cut into windows, and every token of it but the first is predicted once, from what stands before it in its
+window. By default windows do not overlap, as where train.py validates: the least work, but the first tokens of each
+window are predicted from next to nothing. With --stride N the next window begins N tokens later and only its last N
+tokens count: each is predicted from at least seq-len - N others, which shows better what the model can do and costs
+seq-len / N times as much.
+"""
 import json
+import time
 from pathlib import Path
+
+import numpy as np
 
 import cli
 import device
+import figure
 from checkpoint import open_model
 from cli import number
 from data import TokenDataset
@@ -11,30 +22,74 @@ from device import InputError
 from train import evaluate
 
 
+class Scores:
+    """What `evaluate` lets see of single tokens, in memory that does not grow with the text.
+
+    Attributes: hits, {k: how many targets were among the k likeliest tokens}; count, total and squares (seq_len,): the
+    number, sum and sum of squares of the losses at each position of a window; first: the losses of the first targets.
+    """
+    def __init__(self, seq_len):
+        self.hits, self.first = {1: 0, 5: 0}, np.zeros(0)
+        self.count, self.total, self.squares = np.zeros((3, seq_len))
+
+    def see(self, start, losses, ranks):
+        for k in self.hits:
+            self.hits[k] += int((ranks < k).sum())
+        losses = losses.astype(np.float64)
+        if len(self.first) < figure.TOKENS:
+            self.first = np.append(self.first, losses)[:figure.TOKENS]
+        at = slice(start, start + losses.shape[1])
+        self.count[at] += len(losses)
+        self.total[at] += losses.sum(0)
+        self.squares[at] += (losses ** 2).sum(0)
+
+
 def main(argv=None):
-    parser = cli.Parser(prog="evaluate.py", description="Loss, perplexity and bits per byte of a model on a text.")
+    parser = cli.Parser(prog="evaluate.py", description="Loss, perplexity, bits per byte and accuracy of a model on a "
+                        "text, of which every token but the first is predicted once.")
     parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
     parser.add_argument("--text", metavar="FILE", required=True, help="a UTF-8 text that the model was not trained on")
     parser.add("--seq-len", None, number(int, 1), "tokens in a window; by default as many as the model can take")
+    parser.add("--stride", None, number(int, 1), "tokens between the starts of two windows, of which only the last "
+               "STRIDE count: fewer give each token more context and take longer; by default seq-len: no overlap")
     parser.add("--batch-size", 8, number(int, 1), "windows at once")
+    parser.add_argument("--figure", metavar="PNG", type=cli.text,
+                        help="draw the loss by position and, token by token, the beginning of the text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_device()
     args = parser.parse_args(argv)
     if args.device:
         device.use(args.device)
-    model, *_ = open_model(args.folder)
+    if args.figure is not None:
+        figure.check_path(args.figure)
+    model, tokenizer, *_ = open_model(args.folder)
     longest = model.config.max_context
-    if (args.seq_len or 0) > longest:
-        raise InputError(f"--seq-len {args.seq_len} is more than the model's longest context, {longest}")
-    dataset = TokenDataset.from_text(args.text, Path(args.folder) / "tokenizer.json", args.seq_len or longest)
-    result = evaluate(model, dataset, args.batch_size)
+    seq_len = args.seq_len or longest
+    stride = args.stride or seq_len
+    if seq_len > longest:
+        raise InputError(f"--seq-len {seq_len} is more than the model's longest context, {longest}")
+    if stride > seq_len:
+        raise InputError(f"--stride {stride} is more than a window, {seq_len} tokens: those between would be skipped")
+    dataset = TokenDataset.from_text(args.text, Path(args.folder) / "tokenizer.json", seq_len, stride)
+    scores = Scores(seq_len)
+    began = time.perf_counter()
+    result = evaluate(model, dataset, args.batch_size, scores.see)
+    seconds = time.perf_counter() - began
+    result |= {f"top{k}_accuracy": hits / result["tokens"] for k, hits in scores.hits.items()}
+    result |= {"seq_len": seq_len, "stride": stride, "tokens_per_second": round(result["tokens"] / seconds, 1)}
     if args.json:
         print(json.dumps(result))
     else:
         print(f"loss           {result['loss']:.4f} nats per token\n"
               f"perplexity     {result['perplexity']:,.2f}\n"
               f"bits per byte  {result['bits_per_byte']:.4f}\n"
-              f"tokens         {result['tokens']:,} predicted, of {result['bytes']:,} bytes")
+              f"accuracy       {result['top1_accuracy']:.2%} of the tokens were the likeliest, "
+              f"{result['top5_accuracy']:.2%} among the five likeliest\n"
+              f"tokens         {result['tokens']:,} predicted, of {result['bytes']:,} bytes, in windows of {seq_len}, "
+              f"{stride} apart\n"
+              f"speed          {result['tokens_per_second']:,.0f} tokens/s")
+    if args.figure is not None:
+        figure.draw(Path(args.figure), scores, tokenizer, dataset.tokens[:figure.TOKENS + 1].tolist(), result)
     return 0
 
 

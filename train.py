@@ -20,7 +20,7 @@ import cli
 import demo
 import device
 import metrics
-from autograd import ACTIVATIONS, no_grad
+from autograd import ACTIVATIONS, no_grad, token_losses
 from cli import number
 from data import TokenDataset
 from device import InputError
@@ -99,17 +99,25 @@ def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
 
 # ---------------------------------------------------------------- the measure of success
 
-def evaluate(model, dataset, batch_size=8):
+def evaluate(model, dataset, batch_size=8, see=None):
     """The loss on a text: {loss, perplexity, bits_per_byte, tokens, bytes}; every token but the first is a target once.
 
     loss is the mean cross-entropy in nats a token, perplexity its exponential: as unsure as an even choice among so
     many words. bits_per_byte, total nats / ln 2 / source bytes, does not depend on how the tokenizer cuts the text.
+    A dataset whose stride is below its seq_len gives each target more context, at more cost: its windows overlap.
+
+    see(start, losses, ranks), if given, gets each batch's losses and ranks, (B, n): those of the targets at positions
+    start … start + n - 1 of B windows; a rank is the number of tokens that the model thought no less likely.
     """
     nats, count = 0.0, 0
     with no_grad():
-        for x, y in dataset.in_order(batch_size):
-            nats += float(model.loss(x, y).data) * y.size
-            count += y.size
+        for x, y, new in dataset.in_order(batch_size):
+            start = x.shape[1] - new
+            losses, ranks = token_losses(model.hidden(x)[:, start:], model.lm_head, y[:, start:], see is not None)
+            losses = device.to_host(losses)
+            nats, count = nats + float(losses.sum(dtype=np.float64)), count + losses.size
+            if see:
+                see(start, losses, device.to_host(ranks))
     loss = nats / count
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": nats / math.log(2) / dataset.source_bytes,
             "tokens": count, "bytes": dataset.source_bytes}

@@ -590,6 +590,28 @@ def test_linear_cross_entropy_in_several_blocks_equals_the_plain_loss(N, V, C, d
                  value_and_gradients(lambda x, w: ag.cross_entropy(ag.linear(x, w), targets), inputs, dtype), dtype)
 
 
+@pytest.mark.parametrize("N, V, C", [((1,), 5, 3), ((2, 100), 7, 2), ((3, 107), 1, 1), ((129,), 203, 17)])
+def test_token_losses_are_those_of_each_target_and_its_rank(N, V, C, dtype, monkeypatch):
+    monkeypatch.setattr(ag, "_LOGITS", 1)
+    rng, targets = np.random.default_rng(0), some_ids(N, V)
+    x, w = (Tensor(device.xp.asarray(rng.standard_normal(shape), dtype), True) for shape in ((*N, C), (V, C)))
+    z = device.to_host(ag.linear(x, w).data).astype(np.float64)
+    at = np.take_along_axis(z, targets[..., None], -1)
+    losses, ranks = (device.to_host(array) for array in ag.token_losses(x, w, targets, ranked=True))
+    assert losses.shape == ranks.shape == N and losses.dtype == dtype and ranks.dtype == np.int64
+    assert_close([losses], [np.log(np.exp(z - at).sum(-1))], dtype)
+    assert (ranks == (z > at).sum(-1)).all()
+    alone, none = ag.token_losses(x, w, targets)
+    assert none is None and (device.to_host(alone) == losses).all() and x.grad is None
+
+
+def test_a_tie_and_a_nan_are_no_success():
+    eye = Tensor(device.xp.eye(4))
+    for z, rank in (([1, 1, 1, 1], 3), ([2, 1, 1, 0], 2), ([0, 1, 0, 0], 0), ([1, np.nan, 0, 0], 3)):
+        _, ranks = ag.token_losses(Tensor(device.xp.asarray([z], float)), eye, [1], ranked=True)
+        assert device.to_host(ranks).tolist() == [rank]
+
+
 def test_cross_entropy_is_minus_the_log_of_the_softmax(rng, dtype):
     z, targets = Tensor(device.xp.asarray(rng.standard_normal((5, 7)), dtype)), some_ids(5, 7)
     p = device.to_host(ag.softmax(z).data)
@@ -667,7 +689,9 @@ def test_rope_is_a_rotation(rng):
 IDS = {"embedding": lambda ids: ag.embedding(Tensor(device.xp.zeros((5, 2))), ids),
        "cross_entropy": lambda ids: ag.cross_entropy(Tensor(device.xp.zeros((2, 5))), ids),
        "linear_cross_entropy": lambda ids: ag.linear_cross_entropy(Tensor(device.xp.zeros((2, 3))),
-                                                                   Tensor(device.xp.zeros((5, 3))), ids)}
+                                                                   Tensor(device.xp.zeros((5, 3))), ids),
+       "token_losses": lambda ids: ag.token_losses(Tensor(device.xp.zeros((2, 3))),
+                                                   Tensor(device.xp.zeros((5, 3))), ids)}
 
 
 @pytest.mark.parametrize("op", IDS)
@@ -836,6 +860,7 @@ def test_linear_cross_entropy_never_holds_all_logits():
     def run():
         x, w = tensor(N, C, dtype=np.float32), tensor(V, C, dtype=np.float32)
         ag.linear_cross_entropy(x, w, some_ids(N, V)).backward()
+        ag.token_losses(x, w, some_ids(N, V), ranked=True)
     assert peak_memory(run) < 4 * N * V * 0.75
 
 

@@ -341,12 +341,24 @@ OTHERS = [
     (generate.main, "model --max-new-tokens 0", "--max-new-tokens: must be a whole number of at least 1"),
     (generate.main, "model --seed -1", "--seed: must be a whole number of at least 0"),
     (generate.main, "model --prompt \udcff", "--prompt: must be UTF-8"),
+    (generate.main, "model --stop \udcff", "--stop: must be UTF-8"),
+    (generate.main, "model --stop a --stop=", "--stop: an empty text .*at least one character"),
+    (generate.main, "model --num-samples 0", "--num-samples: must be a whole number of at least 1 and at most 1000"),
+    (generate.main, "model --num-samples 1001", "--num-samples: must be a whole number of at least 1 and at most 1000"),
     (evaluate.main, "model", "required: --text"), (evaluate.main, "none --text text.txt", "none is not a folder"),
     (evaluate.main, "fine --text none.txt", "none.txt .*No such file"),
     (evaluate.main, "fine --text empty.txt", "empty.txt is empty"),
     (evaluate.main, "fine --text short.txt --seq-len 9", "--seq-len 9 is more than the model's longest context, 8"),
     (evaluate.main, "fine --text short.txt", r"short.txt has \d tokens, and one window needs 9"),
     (evaluate.main, "fine --text text.txt --batch-size 0", "--batch-size: must be a whole number of at least 1"),
+    (evaluate.main, "fine --text text.txt --stride 0", "--stride: must be a whole number of at least 1"),
+    (evaluate.main, "fine --text text.txt --stride 9", "--stride 9 is more than a window, 8 tokens"),
+    (evaluate.main, "fine --text text.txt --seq-len 4 --stride 5", "--stride 5 is more than a window, 4 tokens"),
+    (evaluate.main, "none --text none.txt --figure loss.pdf", "--figure loss.pdf: .*ends in .png"),
+    (evaluate.main, "none --text none.txt --figure nowhere/a.png", "nowhere/a.png .No such file.*name another"),
+    (evaluate.main, "none --text none.txt --figure text.txt/a.png", "text.txt/a.png .Not a directory"),
+    (evaluate.main, f"none --text none.txt --figure {'x' * 251}.png", "File name too long"),
+    (evaluate.main, "none --text none.txt --figure \udcff.png", "--figure: must be UTF-8"),
 ]
 
 
@@ -407,7 +419,7 @@ def test_any_flags_train_or_say_why_not(place, flags):
             assert not run.exists()
 
 
-WORDS = st.sampled_from("prompt max-new-tokens temperature top-k top-p seed".split())
+WORDS = st.sampled_from("prompt max-new-tokens temperature top-k top-p seed stop num-samples".split())
 
 
 @given(st.lists(st.tuples(WORDS, VALUES), max_size=4))

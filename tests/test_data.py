@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -376,10 +376,29 @@ def test_parts_share_no_token_and_validation_scores_each_target_once(size, fract
     assert max(y.max() for _, y in train) < min(x.min() for x, _ in val)
     starts = [int(x[0]) for x, _ in val]
     assert all(b - a == seq_len for a, b in itertools.pairwise(starts[:-1]))
-    pairs = [(int(a), int(b)) for x, y in val.in_order(batch) for a, b in zip(x.ravel(), y.ravel(), strict=True)]
+    in_order = list(val.in_order(batch))
+    pairs = [(int(a), int(b)) for x, y, _ in in_order for a, b in zip(x.ravel(), y.ravel(), strict=True)]
     assert pairs == [(t, t + 1) for t in range(n - n_val, n - 1)]
-    assert all(x.shape == y.shape and x.shape[0] <= batch and x.shape[1] <= seq_len for x, y in val.in_order(batch))
-    assert [x.shape[1] for x, _ in val.in_order(batch)][:-1] == [seq_len] * (len(list(val.in_order(batch))) - 1)
+    assert all(x.shape == y.shape and x.shape[0] <= batch and x.shape[1] == new <= seq_len for x, y, new in in_order)
+    assert [x.shape[1] for x, _, _ in in_order][:-1] == [seq_len] * (len(in_order) - 1)
+
+
+@given(size=sizes, batch=st.integers(1, 5))
+@example((30, 8, 8), 2)
+@example((9, 8, 3), 2)
+def test_in_order_every_id_but_the_first_is_a_new_target_once_behind_enough_context(size, batch):
+    n, seq_len, stride = size
+    scored, starts = [], []
+    for x, y, new in TokenDataset(Ids(n), 0, n, seq_len, stride).in_order(batch):
+        assert x.shape == y.shape and 1 <= len(x) <= batch and x.dtype == y.dtype == np.int64
+        assert (y == x + 1).all() and (np.diff(x, axis=1) == 1).all() and 1 <= new <= x.shape[1] <= seq_len
+        for row in y.tolist():
+            scored += row[-new:]
+            starts.append(row[0] - 1)
+            assert all(target - starts[-1] >= min(target, seq_len - stride + 1) for target in row[-new:])
+        assert len(x) == 1 or x.shape[1] == seq_len
+    assert scored == list(range(1, n))
+    assert starts == list(range(0, len(starts) * stride, stride))
 
 
 def test_no_validation_part_if_the_fraction_is_0(make):

@@ -443,6 +443,26 @@ def test_generation_reads_the_context_by_the_rule_with_and_without_cache(seen_lo
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_cached_or_not_alone_or_in_a_batch_the_logits_are_the_same(n_kv_head, monkeypatch):
+    """Over four times the context, of which the oldest half is dropped again and again; what is sampled is given."""
+    model, rows, steps = lively(small(n_kv_head=n_kv_head, max_context=8)), 2, 4 * 8
+    ids, text = random_ids(model.config, rows, 5), random_ids(model.config, rows, steps, seed=2)
+
+    def logits(rows, use_cache):
+        seen = []
+        monkeypatch.setattr(nanollm, "sample", lambda z, *_: seen.append(np.array(z)) or text[rows, len(seen) - 1])
+        new = np.stack(list(model.generate(ids[rows], steps, use_cache=use_cache)), 1)
+        assert (new == text[rows]).all()
+        return np.stack(seen, 1)                                    # (B, steps, V)
+    batch = logits(slice(None), True)
+    assert batch.shape == (rows, steps, 29) and batch.std() > 0.1
+    np.testing.assert_allclose(logits(slice(None), False), batch, atol=1e-4)
+    for use_cache in (True, False):
+        for i in range(rows):
+            np.testing.assert_allclose(logits(slice(i, i + 1), use_cache), batch[i:i + 1], atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3}, {"seed": 3, "top_k": 5, "temperature": 0.7},
                                      {"seed": 3, "top_p": 0.8}])
 def test_the_cache_changes_nothing(options):

@@ -1,5 +1,6 @@
 """Training: the optimizer, the schedule, what is measured and shown; and what generate.py and evaluate.py print."""
 
+import io
 import itertools
 import json
 import math
@@ -290,6 +291,31 @@ def test_evaluate_scores_every_target_once(files, batch_size):
     assert result["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / val.source_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_evaluate_slides_its_window(finished, stride):
+    """Each target by itself, as it stands in its window: one of 8 tokens that ends at a multiple of the stride."""
+    folder, files, _ = finished
+    _, val = TokenDataset.from_text(files[1], files[3], 8, 3).split(0.03)
+    val.stride, model = stride, NanoLLM.load(folder)
+    ids, nats, hits = np.asarray(val.tokens).astype(np.int64), [], []
+    for t in range(1, len(ids)):
+        start = max(0, -(-(t - 8) // stride) * stride)
+        scores = log_softmax(to_host(model(ids[None, start:t]).data)[0, -1].astype(np.float64))
+        nats.append(-scores[ids[t]])
+        hits.append([(scores > scores[ids[t]]).sum() < k for k in (1, 5)])
+    scores = evaluate.Scores(8)
+    result = train.evaluate(model, val, 2, scores.see)
+    assert result["tokens"] == len(ids) - 1 == scores.count.sum() and result["bytes"] == val.source_bytes
+    assert result["loss"] == pytest.approx(np.mean(nats), rel=1e-5) == train.evaluate(model, val, 7)["loss"]
+    assert list(scores.hits.values()) == np.sum(hits, 0).tolist() and scores.hits[1] < scores.hits[5]
+    np.testing.assert_allclose(scores.first, nats, rtol=1e-4, atol=1e-5)
+    at = np.array([t - max(0, -(-(t - 8) // stride) * stride) - 1 for t in range(1, len(ids))])
+    for i in range(8):
+        here = np.array(nats)[at == i]
+        assert (scores.count[i], scores.total[i], scores.squares[i]) == pytest.approx(
+            (here.size, here.sum(), (here ** 2).sum()), rel=1e-4)
 
 
 def test_evaluate_leaves_the_gradients_and_the_weights_alone(files):
@@ -619,11 +645,11 @@ def test_generate_prints_only_text(finished):
 
 
 def test_generate_s_flags_reach_the_model(finished, monkeypatch):
-    seen = []
-    monkeypatch.setattr(NanoLLM, "generate", lambda self, ids, *rest: seen.append(rest) or iter([]))
+    seen, word = [], load_tokenizer(finished[0] / "tokenizer.json").encode("a").ids
+    monkeypatch.setattr(NanoLLM, "generate", lambda self, ids, *rest: seen.append((ids.tolist(), *rest)) or iter([]))
     command(generate.main, finished[0], "--prompt", "a", "--max-new-tokens", 5, "--temperature", 0, "--top-k", 7,
             "--top-p", 0.5, "--seed", 9)
-    assert seen == [(5, 0.0, 7, 0.5, 9, [])]
+    assert seen == [([word], 5, 0.0, 7, 0.5, 9, [])]
 
 
 def test_text_without_a_prompt_needs_a_bos_token(finished):
@@ -645,9 +671,9 @@ def test_bos_begins_and_eos_ends_a_text(with_bos, monkeypatch):
     word = load_tokenizer(with_bos / "tokenizer.json").encode("a").ids[0]
 
     def scripted(self, ids, count, *rest):
-        prompts.append(list(ids))
+        prompts.extend(ids.tolist())
         assert rest[-1] == [1, 2]
-        return iter([word, word, 2])
+        return iter([np.array([token]) for token in (word, word, 2, word)])
     monkeypatch.setattr(NanoLLM, "generate", scripted)
     assert command(generate.main, with_bos) == (0, "aa\n", "")
     assert command(generate.main, with_bos, "--prompt", "aa") == (0, "aaaa\n", "")
@@ -664,22 +690,130 @@ def test_bos_and_eos_must_be_ids_of_the_model(with_bos, bad):
     assert (code, out) == (2, "") and "config.json" in err and "token id" in err
 
 
+# ---------------------------------------------------------------- stop strings, several samples, speed
+
+def cut_at(text, stops, start):
+    """The definition: letter by letter, until a stop string is complete; of two complete at once the longer counts."""
+    for end in range(start, len(text) + 1):
+        ended = [stop for stop in stops if text[start:end].endswith(stop)]
+        if ended:
+            return text[:end - max(map(len, ended))]
+    return text
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=9), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+       st.integers(0, 6))
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_text_ends_before_a_stop_string_however_it_comes(pieces, stops, start):
+    text, taken = "".join(pieces), []
+    start = min(start, len(text))
+    shown, expected = "", cut_at(text, stops, start)
+    for piece in generate.until_stop((taken.append(p) or p for p in pieces), stops, start):
+        shown += piece
+        assert expected.startswith(shown)
+        if len(taken) < len(pieces):            # nothing waits but what may begin a stop
+            waits = "".join(taken)[len(shown):]
+            assert not waits or any(stop.startswith(waits) for stop in stops) or shown == expected
+    assert shown == expected
+    if expected != text:                        # and no piece is asked for that is not needed
+        assert not any(stop in "".join(taken[:-1])[start:] for stop in stops)
+
+
+def test_a_stop_string_spans_tokens_and_is_not_looked_for_in_the_prompt(with_bos, monkeypatch):
+    tokenizer, read = load_tokenizer(with_bos / "tokenizer.json"), []
+    ids = tokenizer.encode("the cat却. the mat", add_special_tokens=False).ids
+
+    def scripted(self, prompt, count, *rest):
+        for token in ids:
+            read.append(token)
+            yield np.array([token])
+    monkeypatch.setattr(NanoLLM, "generate", scripted)
+    whole = "the cat却. the mat"
+    for stops, end in (["t却"], "the ca"), (["x", "却. t"], "the cat"), (["却. tx"], whole), (["at", "the m"], "the c"):
+        read.clear()
+        flags = [word for stop in stops for word in ("--stop", stop)]
+        assert command(generate.main, with_bos, "--prompt", "t却 at the m", *flags) == (0, f"t却 at the m{end}\n", "")
+        assert (len(read) < len(ids)) == (end != whole)
+
+
+def test_samples_are_the_rows_of_one_batch(finished):
+    folder = finished[0]
+    model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
+    flags = [folder, "--prompt", "the 却", "--max-new-tokens", 40, "--seed", 3, "--temperature", 1]     # of 8 at a time
+    code, out, err = command(generate.main, *flags, "--num-samples", 3)
+    ids = np.tile(tokenizer.encode("the 却").ids, (3, 1))
+    rows = np.stack(list(model.generate(ids, 40, top_p=0.95, seed=3)), 1)
+    texts = [tokenizer.decode([*ids[0], *row]).rstrip("\ufffd") for row in rows]
+    assert (code, err) == (0, "") and len(set(texts)) == 3 and out == "\n---\n".join(texts) + "\n"
+    assert command(generate.main, *flags, "--num-samples", 3)[1] == out
+    assert command(generate.main, *flags[:-3], 4, *flags[-2:], "--num-samples", 3)[1] != out
+    stop = next(text for text in (" the", " a", "o", "t") if any(text in whole[5:] for whole in texts))
+    cut = [cut_at(text, [stop], 5) for text in texts]
+    assert command(generate.main, *flags, "--num-samples", 3, "--stop", stop)[1] == "\n---\n".join(cut) + "\n"
+
+
+def test_each_sample_ends_by_itself(with_bos, monkeypatch):
+    a, b, c = (load_tokenizer(with_bos / "tokenizer.json").encode(letter).ids[0] for letter in "abc")
+    steps, read = np.array([[a, b, c, a], [2, b, a, a], [2, c, b, b], [2, a, c, c], [2, b, 1, b], [2, b, 1, b]]), []
+    monkeypatch.setattr(NanoLLM, "generate", lambda *_: (read.append(step) or step for step in steps))
+    code, out, err = command(generate.main, with_bos, "--num-samples", 4, "--stop", "bca", "--prompt", "x")
+    assert (code, err) == (0, "") and out == "xa\n---\nxb\n---\nxcabc\n---\nxaabcbb\n" and len(read) == 6
+    read.clear()
+    out = command(generate.main, with_bos, "--num-samples", 3, "--stop", "bc")[1]
+    assert out == "a\n---\nb\n---\nca\n" and len(read) == 4     # all three have ended: nothing more is written
+
+
+@pytest.mark.parametrize("samples, count, numbers", [(1, 40, ("3 prompt tokens", "40 new")), (2, 5, ("10 new",)),
+                                                     (2, 1, ("2 new",))])
+def test_the_speed_is_told_on_a_terminal_only(finished, monkeypatch, samples, count, numbers):
+    flags = [finished[0], "--prompt", "the cat sat", "--seed", 1, "--max-new-tokens", count, "--num-samples", samples]
+    _, out, err = command(generate.main, *flags)
+    assert err == ""
+    terminal = type("Terminal", (io.TextIOWrapper,), {"isatty": lambda self: True})
+    monkeypatch.setattr(tiny.io, "TextIOWrapper", terminal)
+    again = command(generate.main, *flags)
+    assert again[:2] == (0, out) and again[2].count("\n") == 1 and all(words in again[2] for words in numbers)
+    assert ("tokens/s" in again[2]) == (count > 1)
+
+
+def test_a_text_may_be_four_times_as_long_as_the_context(finished):
+    model, tokenizer = NanoLLM.load(finished[0]), load_tokenizer(finished[0] / "tokenizer.json")
+    prompt = "the cat sat on the mat. a dog ran to the cat! who ran?"
+    ids, T = tokenizer.encode(prompt).ids, model.config.max_context
+    assert len(ids) > T
+    new = list(model.generate(ids, 4 * T, temperature=0))
+    out = command(generate.main, finished[0], "--prompt", prompt, "--max-new-tokens", 4 * T, "--temperature", 0)[1]
+    assert len(new) == 4 * T == 32 and out == tokenizer.decode(ids + new).rstrip("\ufffd") + "\n"
+
+
 # ---------------------------------------------------------------- evaluate.py
 
 def test_evaluate_prints_json_or_words(finished, tmp_path):
     folder, files, _ = finished
     text = make_text(tmp_path / "other.txt", seed=1)
-    dataset = TokenDataset.from_text(text, files[3], 8)
-    expected = train.evaluate(NanoLLM.load(folder), dataset)
-    code, out, err = command(evaluate.main, folder, "--text", text, "--json")
-    assert (code, err) == (0, "") and json.loads(out) == expected
-    assert set(expected) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
-    code, out, err = command(evaluate.main, folder, "--text", text)
-    assert (code, err) == (0, "")
-    assert f"{expected['loss']:.4f} nats" in out and f"{expected['perplexity']:,.2f}" in out
-    assert f"{expected['bits_per_byte']:.4f}" in out and f"{expected['tokens']:,} predicted" in out
-    short = json.loads(command(evaluate.main, folder, "--text", text, "--json", "--seq-len", 2, "--batch-size", 3)[1])
-    assert short["tokens"] == expected["tokens"] and short["loss"] != expected["loss"]
+
+    def as_json(*flags):
+        code, out, err = command(evaluate.main, folder, "--text", text, "--json", *flags)
+        assert (code, err) == (0, "")
+        return json.loads(out)
+    for flags, stride in ((), 8), (("--stride", 3), 3):
+        scores = evaluate.Scores(8)
+        dataset = TokenDataset.from_text(text, files[3], 8, stride)
+        expected = train.evaluate(NanoLLM.load(folder), dataset, 8, scores.see)
+        assert set(expected) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
+        expected |= {f"top{k}_accuracy": scores.hits[k] / expected["tokens"] for k in (1, 5)}
+        got = as_json(*flags)
+        assert got.pop("tokens_per_second") > 0 and got == expected | {"seq_len": 8, "stride": stride}
+        code, out, err = command(evaluate.main, folder, "--text", text, *flags)
+        assert (code, err) == (0, "")
+        for name, form, words in (
+                ("loss", ".4f", " nats"), ("perplexity", ",.2f", "\n"), ("bits_per_byte", ".4f", "\n"),
+                ("top1_accuracy", ".2%", " of the tokens"), ("top5_accuracy", ".2%", " among the five"),
+                ("tokens", ",", " predicted"), ("bytes", ",", f" bytes, in windows of 8, {stride} apart")):
+            assert f" {expected[name]:{form}}{words}" in out
+        assert out.endswith(" tokens/s\n")
+    short = as_json("--seq-len", 2, "--batch-size", 3)
+    assert short["tokens"] == expected["tokens"] and short["loss"] != expected["loss"] and short["stride"] == 2
     code, out, err = command(evaluate.main, folder, "--text", text, "--seq-len", 9)
     assert (code, out) == (2, "") and "--seq-len 9" in err
 

@@ -1,0 +1,186 @@
+"""The picture of an evaluation: the loss by position in the context; below it the text, coloured token by token."""
+import itertools
+import math
+import operator
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from device import InputError
+from files import replace_file
+from generate import stream_text
+from tokens import vocab_size
+
+TOKENS = 1000                                   # at most so many are shown
+COLUMNS, ROWS = 84, 26                          # of the text, in characters of
+FONT, SIZE = "DejaVu Sans Mono", 9              # which comes with matplotlib; in points
+ASIDE = {"\n": "↵", "\t": "⇥", "\r": "←"}       # stand for characters that have no look
+
+
+def check_path(path):
+    """Raise InputError unless a PNG can be written there; nothing is left."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--figure {path}: nothing but a PNG is drawn, name a file that ends in .png")
+    try:
+        if path.is_dir():
+            raise InputError(f"--figure {path} is a folder: name a file in it")
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):     # as replace_file's name will be
+            pass
+    except OSError as problem:
+        raise InputError(f"cannot write to --figure {path} ({problem.strerror}): name another file") from None
+
+
+# ---------------------------------------------------------------- the loss by position
+
+def by_position(count, total, squares):
+    """(tokens of context, mean, standard error) of the losses in bins of context, four or more an octave, from the
+    number, the sum and the sum of squares of the losses at each position, (T,) each: position t has t + 1 of context.
+
+    Where windows overlap only the first has new targets at its first positions. One sample is noise: they are left out.
+    """
+    known = np.flatnonzero(2 * count >= count.max())
+    first, last = known[0] + 1, known[-1] + 1
+    edges = np.unique(np.geomspace(first, last + 1, max(12, int(4 * math.log2(last / first)))).round().astype(int))
+    n, total, squares = (np.add.reduceat(array[:last], edges[:-1] - 1) for array in (count, total, squares))
+    mean = total / n
+    error = np.sqrt(np.maximum(squares / n - mean ** 2, 0) / n)
+    return np.sqrt(edges[:-1] * (edges[1:] - 1)), mean, error
+
+
+def _draw_positions(axes, scores, mean):
+    x, loss, error = by_position(scores.count, scores.total, scores.squares)
+    axes.fill_between(x, loss - 2 * error, loss + 2 * error, alpha=0.2, linewidth=0)
+    axes.plot(x, loss, "o-", markersize=3.5, linewidth=1.4, label="mean, and two standard errors about it")
+    axes.axhline(mean, color="0.4", linewidth=1, linestyle=(0, (4, 3)), label=f"mean of all tokens, {mean:.3f}")
+    axes.set_xscale("log")
+    ends = round(x[0]), round(x[-1])
+    ticks = [*ends, *(2 ** i for i in range(21) if 1.2 * ends[0] < 2 ** i < ends[1] / 1.2)]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="tokens of context before it", ylabel="loss of a token (nats)")
+    axes.set_title("Loss by length of context", loc="left", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+# ---------------------------------------------------------------- the text
+
+def pieces(tokenizer, ids):
+    """[(text, n), …]: the text of ids, each piece with the number of tokens that it takes: the tokens over which a
+    character is spread make one piece. Characters that are not complete at the end are left out.
+    """
+    found, rest, left = [], iter(ids), len(ids)
+    for text in stream_text(tokenizer, rest):
+        found.append((text, left - operator.length_hint(rest)))
+        left = operator.length_hint(rest)
+    return found
+
+
+def cells(text):
+    """How many columns a text takes: a Chinese character two, a combining accent none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def layout(found, losses):
+    """ROWS lines at most of [(column, text, losses of its tokens), …]; after a line feed a new one begins."""
+    lines, column, at = [[]], 0, 0
+    for text, n in found:
+        ends = "\n" in text
+        text = "".join(ASIDE.get(c, c if c.isprintable() else "□") for c in text.replace("\r\n", "\n"))
+        while cells(text) > COLUMNS:
+            text = text[:len(text) // 2] + "…"
+        if column + cells(text) > COLUMNS:
+            lines.append([])
+            column = 0
+        lines[-1].append((column, text, losses[at:at + n]))
+        column, at = column + max(cells(text), 1), at + n
+        if ends:
+            lines.append([])
+            column = 0
+    return [line for line in lines if line][:ROWS]
+
+
+def find_fonts(characters):
+    """{character: file of a font that has it}, of all fonts installed, FONT first; without those that no font has."""
+    from matplotlib import font_manager
+
+    def has(file, c):
+        return font_manager.get_font(file).get_char_index(ord(c)) > 0
+    usual = font_manager.findfont(FONT)
+    found = {c: usual for c in characters if has(usual, c)}
+    missing, files = characters - found.keys(), {
+        font.fname: None for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.fname)
+        if font.style == "normal" and font.weight in (400, "normal", "regular") and "Last Resort" not in font.name}
+    while missing:                              # the font that has the most of them, for characters that look alike
+        best = set()
+        for candidate in files:
+            try:
+                covered = {c for c in missing if has(candidate, c)}
+            except (OSError, RuntimeError):     # a broken file
+                continue
+            if len(covered) > len(best):
+                file, best = candidate, covered
+            if best == missing:
+                break
+        if not best:
+            break
+        found |= dict.fromkeys(best, file)
+        missing -= best
+    return found
+
+
+def _draw_text(axes, lines, most):
+    """Each token's share of its piece coloured by its loss, from 0 to `most` nats, and the text over it."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import LinearSegmentedColormap
+
+    boxes, losses = [], []
+    fonts = find_fonts({c for line in lines for _, text, _ in line for c in text} | {"□"})
+    place = {"va": "center_baseline", "fontsize": SIZE, "parse_math": False}
+    for row, line in enumerate(lines):
+        for column, text, of_tokens in line:
+            edges = np.linspace(column, column + max(cells(text), 1), len(of_tokens) + 1)
+            boxes += [[(a, row), (b, row), (b, row + 0.9), (a, row + 0.9)] for a, b in itertools.pairwise(edges)]
+            losses += of_tokens.tolist()
+            plain = ""
+            for c in text:
+                if fonts.get(c) == fonts["□"]:
+                    plain += c
+                else:                           # in the middle of its columns, as another font may have other widths
+                    axes.text(column + cells(plain) + cells(c) / 2, row + 0.45, c if c in fonts else "□", ha="center",
+                              font=Path(fonts.get(c, fonts["□"])), **place)
+                    plain += " " * cells(c)
+            axes.text(column, row + 0.45, plain, fontfamily=FONT, **place)
+    colors = LinearSegmentedColormap.from_list("surprise", ["#ffffff", "#ffe9a8", "#fdae61", "#e8604c"])
+    shades = PolyCollection(boxes, array=np.ma.masked_invalid(losses), cmap=colors.with_extremes(bad="0.88"),
+                            edgecolor="white", linewidth=0.8, clim=(0, most))
+    axes.add_collection(shades)
+    axes.set(xlim=(0, COLUMNS), ylim=(len(lines), 0))
+    axes.set_title("How the text begins: the redder a token, the more it surprised the model", loc="left", fontsize=11)
+    axes.axis("off")
+    return shades
+
+
+# ---------------------------------------------------------------- both
+
+def draw(path, scores, tokenizer, ids, result):
+    """Write the PNG `path`: scores as evaluate.py's Scores, ids the first tokens of the text, result `evaluate`'s."""
+    from matplotlib.figure import Figure  # here, because importing it takes long
+
+    lines = layout(pieces(tokenizer, ids), np.append(np.nan, scores.first))
+    cell, line = 0.602 * SIZE / 72, 1.75 * SIZE / 72        # inches; 0.602: the width of FONT
+    text, width, height = len(lines) * line, COLUMNS * cell + 1.65, len(lines) * line + 4.1
+    figure = Figure(figsize=(width, height))
+
+    def axes(left, bottom, w, h):               # in inches
+        return figure.add_axes((left / width, bottom / height, w / width, h / height))
+    _draw_positions(axes(0.7, text + 1.15, width - 0.95, 2.6), scores, result["loss"])
+    shades = _draw_text(axes(0.7, 0.3, COLUMNS * cell, text), lines, math.log(max(vocab_size(tokenizer), 2)))
+    long = min(text, 3)
+    bar = figure.colorbar(shades, cax=axes(width - 0.8, 0.3 + text - long, 0.14, long), extend="max")
+    bar.set_label("loss (nats)")
+    replace_file(path, lambda beside: figure.savefig(beside, format="png", dpi=130))
