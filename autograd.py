@@ -25,6 +25,7 @@ from contextlib import contextmanager
 import numpy as np
 
 import device
+from quantized import Quantized
 
 # ---------------------------------------------------------------- the engine
 
@@ -327,6 +328,13 @@ def matmul(a, b):
                    lambda dout: (device.matmul(dout, _t(y)), device.matmul(_t(x), dout)))
 
 
+def _rows_times(rows, weight, out=None):
+    """rows (N, C) @ weightᵀ, weight (F, C) an array or Quantized -> (N, F)"""
+    if isinstance(weight, Quantized):
+        return weight.times(rows, device.xp.empty((len(rows), len(weight)), rows.dtype) if out is None else out)
+    return device.matmul(rows, _t(weight.astype(rows.dtype, copy=False)), out=out)
+
+
 def linear(x, w):
     """out = x @ wᵀ, x (..., C), w (F, C) as PyTorch and Hugging Face store it -> (..., F).
 
@@ -342,8 +350,7 @@ def linear(x, w):
         dout = _flat(dout)
         dx = device.matmul(dout, weight.astype(dout.dtype, copy=False)).reshape(shape)
         return dx, lambda dw: device.matmul(_t(dout), rows, out=dw, accumulate=True)
-    out = device.matmul(rows, _t(weight.astype(rows.dtype, copy=False)))
-    return _result(out.reshape(*shape[:-1], len(weight)), (x, w), backward)
+    return _result(_rows_times(rows, weight).reshape(*shape[:-1], len(weight)), (x, w), backward)
 
 
 def token_ids(ids, limit):
@@ -769,7 +776,7 @@ def _logit_blocks(rows, weight):
     logits = device.xp.empty((min(block, N), V), _wide_dtype(rows))
     for start in range(0, N, block):
         s = slice(start, start + block)
-        yield s, device.matmul(rows[s], _t(weight), out=logits[:len(rows[s])])
+        yield s, _rows_times(rows[s], weight, logits[:len(rows[s])])
 
 
 def linear_cross_entropy(x, w, targets):

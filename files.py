@@ -5,6 +5,7 @@ import os
 from safetensors import SafetensorError, safe_open
 
 from device import InputError
+from quantized import packed_shapes
 
 _UMASK = os.umask(0)                    # can only be read by being set
 os.umask(_UMASK)
@@ -44,8 +45,10 @@ def file_in(folder, name):
     return path
 
 
-def find_tensors(folder, config):
-    """{parameter name: the .safetensors file that holds it}, after checking names, shapes and types against config.
+def find_tensors(folder, config, bits=None):
+    """{tensor's name: the .safetensors file that holds it}, after checking names, shapes and types against config.
+
+    With `bits` 8 or 4 each matrix is two tensors, its integers and, under its name and ".scale", their scales.
 
     Only headers are read: a file that claims more than it holds, or a config that asks for more, allocates nothing.
     Raises InputError naming the file.
@@ -73,18 +76,24 @@ def find_tensors(folder, config):
     if config.n_block > len(headers):       # before `shapes` lists the parameters of a billion blocks
         raise InputError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_block}, "
                          f"but the model's files hold {len(headers)} tensors in all")
-    shapes = config.shapes()
+    expected = {name: (shape, ("F32", "F16", "BF16", "F64")) for name, shape in config.shapes().items()}
+    if bits:
+        for name, (shape, _) in list(expected.items()):
+            if len(shape) == 2:
+                integers, scales = packed_shapes(shape, bits)
+                expected |= {name: (integers, ("I8" if bits == 8 else "U8",)), name + ".scale": (scales, ("F32",))}
     for name, (path, shape, dtype) in headers.items():
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
             continue        # RoPE's angles follow from the config; a tied head is the embedding
-        if name not in shapes:
+        if name not in expected:
             raise InputError(f"{path}: tensor {name!r} is not part of a Llama of this config.json")
-        if shape != shapes[name]:
-            raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {shapes[name]}")
-        if dtype not in ("F32", "F16", "BF16", "F64"):
-            raise InputError(f"{path}: {name} is {dtype}; only F32, F16, BF16 and F64 are implemented")
+        right, dtypes = expected[name]
+        if shape != right:
+            raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {right}")
+        if dtype not in dtypes:
+            raise InputError(f"{path}: {name} is {dtype}; only {', '.join(dtypes)} are implemented")
         found[name] = path
-    missing = next((name for name in shapes if name not in found), None)
+    missing = next((name for name in expected if name not in found), None)
     if missing:
         raise InputError(f"{folder / names[0]}: tensor {missing} is missing")
     return found

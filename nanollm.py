@@ -38,6 +38,7 @@ from autograd import (
 )
 from device import InputError
 from files import file_in, find_tensors, read_json, replace_file
+from quantized import LEVELS, Quantized
 
 # ---------------------------------------------------------------- configuration
 
@@ -125,9 +126,12 @@ class Config:
             kind = rope_settings.get("rope_type", rope_settings.get("type", unscaled))
             if kind != "default":
                 raise InputError(f"{name}: RoPE scaling (rope_type {kind!r}) is not implemented")
-        for name in ("attention_bias", "mlp_bias", "quantization_config"):
+        for name in ("attention_bias", "mlp_bias"):
             if hf.get(name):
                 raise InputError(f"{name} is not implemented")
+        ours = [{"quant_method": "nanollm", "bits": bits} for bits in LEVELS]
+        if hf.get("quantization_config") and hf["quantization_config"] not in ours:
+            raise InputError("quantization_config: only what extras.quantize writes is implemented")
         if hf.get("pretraining_tp") not in (None, 1):
             raise InputError("pretraining_tp other than 1 is not implemented")
         activations = {v: k for k, v in _HF_ACTIVATION.items()} | {"swish": "silu"}
@@ -241,6 +245,7 @@ class KVCache:
 
 # ---------------------------------------------------------------- the transformer
 
+JOINT = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up"))      # parts of one product
 Block = namedtuple("Block", "norm1 qkv o norm2 gate_up down")
 
 
@@ -273,20 +278,24 @@ class NanoLLM:
                 weights = rng.standard_normal(end - start, np.float32)
                 self.flat[start:end] = xp.asarray((weights * scale).astype(dtype))
             start = end
-        one = self._parameters
+        self._assemble(self._parameters, self._joint)
+
+    def _assemble(self, one, joint):
+        """Put the parameters {name: Tensor} where they are used; joint(*names): matrices that one product serves."""
+        xp, config = device.xp, self.config
         self.embed, self.norm = one["model.embed_tokens.weight"], one["model.norm.weight"]
         self.lm_head = self.embed if config.tie_embeddings else one["lm_head.weight"]
         self.blocks = [Block(one[at + "input_layernorm.weight"],
-                             self._joint(*(at + f"self_attn.{x}_proj.weight" for x in "qkv")),
+                             joint(*(at + f"self_attn.{x}_proj.weight" for x in "qkv")),
                              one[at + "self_attn.o_proj.weight"],
                              one[at + "post_attention_layernorm.weight"],
-                             self._joint(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
+                             joint(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
                              one[at + "mlp.down_proj.weight"])
                        for at in (f"model.layers.{i}." for i in range(config.n_block))]
         # angle of pair i at position t: t · θ^(-2i/D), from one turn in 2π positions to one in nearly 2πθ
         D = config.head_dim
         angles = np.outer(np.arange(config.max_context), np.tile(config.rope_theta ** (-np.arange(0, D, 2) / D), 2))
-        self.cos, self.sin = (xp.asarray(table.astype(dtype)) for table in (np.cos(angles), np.sin(angles)))
+        self.cos, self.sin = (xp.asarray(table.astype(self.compute)) for table in (np.cos(angles), np.sin(angles)))
 
     def _view(self, start, end, shape):
         tensor = Tensor(self.flat[start:end].reshape(shape), requires_grad=True)
@@ -418,12 +427,34 @@ class NanoLLM:
         """
         folder = Path(folder)
         config = Config.load(folder)
-        found = find_tensors(folder, config)
-        model = cls(config, seed=None)
-        for name, tensor in model._parameters.items():
+        bits = (read_json(folder / "config.json").get("quantization_config") or {}).get("bits")
+        found = find_tensors(folder, config, bits)
+
+        def read(name, dtype=np.float32):
             with safe_open(found[name], framework="numpy") as file, np.errstate(all="ignore"):
-                weights = file.get_tensor(name).astype(np.float32)
+                weights = file.get_tensor(name).astype(dtype, copy=False)
             if not np.isfinite(weights).all():
                 raise InputError(f"{found[name]}: {name} holds NaN or infinity, or more than a float32 can")
-            tensor.data[...] = device.xp.asarray(weights)
+            return weights
+
+        if bits:
+            return cls._quantized(config, read, np.int8 if bits == 8 else np.uint8)
+        model = cls(config, seed=None)
+        for name, tensor in model._parameters.items():
+            tensor.data[...] = device.xp.asarray(read(name))
+        return model
+
+    @classmethod
+    def _quantized(cls, config, read, integers):
+        """A model to evaluate and to generate with, not to train: `flat` is None, matrices stay integers."""
+        model, shapes = cls.__new__(cls), config.shapes()
+        model.config, model.compute, model.recompute = config, np.dtype(np.float32), False
+        model.flat, model._parameters = None, {}
+
+        def joint(*names):
+            parts = [(read(name, integers), read(name + ".scale")) for name in names]
+            return Quantized(*map(np.concatenate, zip(*parts, strict=True)), shapes[names[0]][1])
+        one = {name: Tensor(read(name)) if len(shape) == 1 else joint(name) for name, shape in shapes.items()
+               if not name.endswith(JOINT)}
+        model._assemble(one, joint)
         return model

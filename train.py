@@ -409,6 +409,8 @@ def make_model(args, tokenizer, newest):
     config = make_config(args, tokenizer, source)
     if source:
         model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
+        if model.flat is None:
+            raise InputError(f"{source} is quantised and cannot be trained: start from the model that it was made of")
         settings = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
     else:
         model = NanoLLM(config, args.seed)

@@ -368,9 +368,9 @@ def test_metrics_csv(finished):
         assert all(row[name] for name in row if not name.startswith("val_"))
         assert int(row["tokens"]) == step * 17 * 8 and float(row["epoch"]) == pytest.approx(step * 17 / 118, abs=1e-6)
         shares = [float(row[f"{phase}_share"]) for phase in ("data", "forward", "backward", "optimizer")]
-        assert min(shares) > 0 and sum(shares) == pytest.approx(1, abs=1e-3)
+        assert min(shares) >= 0 and sum(shares) == pytest.approx(1, abs=1e-3)
         flops = 6 * (2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24) + 290 * 16) + 6 * 2 * 16 * 8
-        assert int(row["flops_per_second"]) == pytest.approx(flops * float(row["tokens_per_second"]), rel=1e-3)
+        assert int(row["flops_per_second"]) == pytest.approx(flops * float(row["tokens_per_second"]), abs=flops)
         assert row["skipped"] == "0" and row["loss_scale"] == "1.0"
         if row["val_loss"]:
             assert float(row["val_perplexity"]) == pytest.approx(math.exp(float(row["val_loss"])))

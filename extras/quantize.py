@@ -1,0 +1,81 @@
+"""Make a model's matrices smaller:  python -m extras.quantize FOLDER OUT [--bits 8|4] [--text FILE]
+
+8 bits a weight with a scale for each row, or 4 with one for each 64 of a row; norms stay float32 (see quantized.py).
+generate.py and evaluate.py take the folder OUT as it is; it cannot be trained. With --text the perplexity on that text,
+one that the model has not seen, is told of both.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import cli
+import device
+from checkpoint import open_model, replace_folder
+from data import TokenDataset
+from device import InputError
+from files import read_json
+from quantized import quantize
+from train import evaluate
+
+BESIDE = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+
+
+def tensors(model, bits):
+    """{name: array} of what OUT/model.safetensors holds: a matrix's integers and, under name.scale, their scales."""
+    result = {}
+    for name, parameter in model.parameters().items():
+        w = device.to_host(parameter.data)
+        if w.ndim == 2:
+            result[name], result[name + ".scale"] = map(np.ascontiguousarray, quantize(w, bits))
+        else:
+            result[name] = w
+    return result
+
+
+def write(folder, source, model, bits):
+    """Fill `folder` with the quantised model and the other files of `source`."""
+    save_file(tensors(model, bits), folder / "model.safetensors", {"format": "nanollm"})
+    config = read_json(source / "config.json") | {"quantization_config": {"quant_method": "nanollm", "bits": bits}}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in BESIDE:
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
+
+
+def main(argv=None):
+    parser = cli.Parser(prog="quantize", description="Make a model's matrices smaller: 8 or 4 bits a weight.")
+    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; there must be none of that name")
+    parser.add("--bits", "8", ["8", "4"], "of a weight")
+    parser.add_argument("--text", metavar="FILE", help="tell the perplexity on this text, before and after")
+    parser.add_device()
+    args = parser.parse_args(argv)
+    if args.device:
+        device.use(args.device)
+    source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists, and nothing is ever overwritten: name another folder")
+    model, *_ = open_model(source)
+    if model.flat is None:
+        raise InputError(f"{source} is quantised already: give the model that it was made of")
+    dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", model.config.max_context,
+                                                   model.config.max_context)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(out, lambda folder: write(folder, source, model, bits))
+    found = {"before": model, "after": open_model(out)[0]}
+    sizes = {"before": model.flat.nbytes, "after": sum(w.nbytes for w in tensors(model, bits).values())}
+    for (when, which), folder in zip(found.items(), (source, out), strict=True):
+        disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        line = f"{when:<7} {disk / 1e6:10,.2f} MB on disk  {sizes[when] / 1e6:10,.2f} MB of weights in memory"
+        if dataset:
+            result = evaluate(which, dataset)
+            line += f"  perplexity {result['perplexity']:,.4f}, {result['bits_per_byte']:.4f} bits per byte"
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,78 @@
+"""A matrix in 8 or 4 bits: whole numbers and scales, made into float32 again a block at a time, where they are used.
+
+    w ≈ ŵ = q · scale,   q = round(w / scale),   scale = max|w| / L,   L = 127 (8 bits) or 7 (4 bits)
+
+One scale serves a row (8 bits) or 64 neighbours of a row (4 bits). It puts the largest of them on ±L, so nothing is
+clipped and each weight is off by at most half a step: |w - ŵ| ≤ scale/2 = max|w| / 2L. A few large weights make a step
+large for all that share it, hence the small groups where steps are few. Symmetric: 0 stays 0.
+(Absmax quantisation of rows: Dettmers et al. 2022, LLM.int8(), §2.1; of small groups: Dettmers & Zettlemoyer 2023, §2.)
+
+>>> w = np.array([[0.5, -1.0, 0.25]], np.float32)
+>>> q, scale = quantize(w, 8)
+>>> q.tolist(), scale.tolist()          # -1 is -127 steps of 1/127
+([[64, -127, 32]], [[0.007874015718698502]])
+"""
+import numpy as np
+
+import device
+
+GROUP = 64              # weights of a row that share a scale, in 4 bits
+LEVELS = {8: 127, 4: 7}
+
+
+def packed_shapes(shape, bits):
+    """The shapes in which a matrix (F, C) is stored: of its integers and of its scales."""
+    F, C = shape
+    groups = -(-C // GROUP)
+    return ((F, C), (F, 1)) if bits == 8 else ((F, groups * GROUP // 2), (F, groups))
+
+
+def quantize(w, bits):
+    """(q, scale) of a float32 matrix w (F, C) on the host: int8 (F, C), or for 4 bits uint8, two weights a byte.
+
+    In 4 bits a row is filled up with zeros to whole groups; q + 8 of an even column is in a byte's low half.
+    """
+    F, C = w.shape
+    if bits == 4:
+        w = np.pad(w, ((0, 0), (0, -C % GROUP))).reshape(F, -1, GROUP)
+    scale = abs(w).max(-1, keepdims=True) / np.float32(LEVELS[bits])
+    q = np.rint(np.divide(w, scale, out=np.zeros_like(w), where=scale > 0)).astype(np.int8)
+    if bits == 8:
+        return q, scale
+    q = (q + 8).astype(np.uint8).reshape(F, -1)
+    return q[:, ::2] | q[:, 1::2] << 4, scale[..., 0]
+
+
+class Quantized:
+    """A weight matrix (F, C) for inference, held as `quantize` gives it; stands where a Tensor stands.
+
+    Rows become float32 when they are asked for; no more than a block of them at a time on a CPU, a matrix on a GPU.
+    """
+    requires_grad, dtype = False, np.dtype(np.float32)
+    data = property(lambda self: self)
+
+    def __init__(self, q, scale, columns):
+        self.q, self.scale = device.xp.asarray(q), device.xp.asarray(scale)
+        self.shape = len(q), columns
+
+    def __len__(self):
+        return self.shape[0]
+
+    def astype(self, dtype, copy=False):
+        return self                     # its rows are float32, whenever that is
+
+    def __getitem__(self, rows):
+        """The rows (…, C) of a slice or of an integer array (…), in float32."""
+        q, scale = self.q[rows], self.scale[rows]
+        if q.dtype == np.int8:
+            return q * scale
+        values = device.xp.empty((*q.shape, 2), np.float32)             # the two weights of each byte
+        values[..., 0], values[..., 1] = q & 15, q >> 4
+        values -= 8
+        values = values.reshape(*scale.shape, GROUP) * scale[..., None]
+        return values.reshape(*q.shape[:-1], -1)[..., :self.shape[1]]
+
+    def times(self, x, out):
+        """out (N, F) = x (N, C) @ this matrixᵀ."""
+        device.sweep(lambda s: device.matmul(x, self[s].T, out=out[:, s]), len(self), (1 << 16) // self.shape[1])
+        return out
