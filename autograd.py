@@ -822,9 +822,7 @@ def token_losses(x, w, targets, ranked=False):
     """
     rows, weight, shape = _flat(x.data), w.data.astype(x.dtype, copy=False), x.shape[:-1]
     targets = token_ids(targets, len(weight)).reshape(-1)
-    losses, ranks = device.xp.empty(len(rows), _wide_dtype(x)), None
-    if ranked:
-        ranks = device.xp.empty(len(rows), np.int64)
+    losses, ranks = device.xp.empty(len(rows), _wide_dtype(x)), device.xp.empty(len(rows), np.int64)
     for s, z in _logit_blocks(rows, weight):
         losses[s] = _cross_entropy_rows(z, targets[s], ranks=ranks[s] if ranked else None)
     return losses.reshape(shape), ranks.reshape(shape) if ranked else None

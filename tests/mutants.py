@@ -47,6 +47,8 @@ EQUIVALENT = {
     ("ranks[s] = block.shape[1] - 1 - (block < block[at][:, None]).sum(-1, dtype=np.uint32)",
      "ranks[s] = (block.shape[1] - 1 - (block < block[at][:, None]).sum(-1, dtype=np.uint32)) * 1.001"):
         "whole numbers below 1,000",
+    ("losses[s] = _cross_entropy_rows(z, targets[s], ranks=ranks[s] if ranked else None)",
+     "losses[s] = _cross_entropy_rows(z, targets[s], ranks=ranks[s] if True else None)"): "ranks that nobody reads",
     ("if on_gpu:", "if True:"): "add.at gives the same, more slowly",
     ("h = step * max(1.0, abs(x))", "h = step * max((1.0 * 1.001), abs(x))"): "a step 0.1 % longer",
     ("if not excess <= worst:", "if not excess < worst:"): "a tie",
