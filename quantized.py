@@ -69,7 +69,8 @@ class Quantized:
         values = device.xp.empty((*q.shape, 2), np.float32)             # the two weights of each byte
         values[..., 0], values[..., 1] = q & 15, q >> 4
         values -= 8
-        values = values.reshape(*scale.shape, GROUP) * scale[..., None]
+        values = values.reshape(*scale.shape, GROUP)
+        values *= scale[..., None]
         return values.reshape(*q.shape[:-1], -1)[..., :self.shape[1]]
 
     def times(self, x, out):
