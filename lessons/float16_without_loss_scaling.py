@@ -61,18 +61,19 @@ def main(text=None, steps=160, B=8, batch_tokens=2 ** 19, scale=2.0 ** 16, **sha
 
 
 def draw(found):
-    drawing, axes = common.figure("Without loss scaling, float16 cannot hold the gradients",
-                                  ("size of an activation's gradient, as backward meets it", "share of all gradients"))
+    drawing, axes = common.figure(
+        "Without loss scaling, float16 cannot hold the gradients",
+        ("size of an activation's gradient, as backward meets it (nats per unit)", "share of all gradients"))
     for low, high, label, shade in ((-46, -25, "becomes 0", 0.16), (-25, -14, "loses digits", 0.07),
                                     (-14, 16, "held in full", 0), (16, 22, "∞", 0.16)):
         axes.axvspan(low, high, color=common.GREY, alpha=shade, lw=0)
         axes.text((low + high) / 2, 0.27, label, color=common.GREY, ha="center", va="top")
-    for (name, row), colour, x in zip(found.items(), (common.WRONG, common.RIGHT), (-45, -1), strict=True):
+    for (name, row), colour, x in zip(found.items(), (common.WRONG, common.RIGHT), (-45, -4), strict=True):
         exponents = np.floor(np.log2(abs(row["true"][row["true"] != 0])))
         at, count = np.unique(exponents, return_counts=True)
         axes.bar(at + 0.5, count / len(exponents), 0.9, color=colour, alpha=0.8)
         common.note(axes, f"{name}: {row['zeros']:.2g} % become 0,\nthe weights' gradient\nis wrong by "
-                    f"{row['error']:.2g} %,\nthe loss ends at {row['loss']:.2f}", (x, 0.2), (0, 0), colour)
+                    f"{row['error']:.2g} %,\nthe loss ends at {row['loss']:.2f} nats", (x, 0.2), (0, 0), colour)
     axes.set(xlim=(-46, 22), ylim=(0, 0.28), yticks=(0, 0.1, 0.2), yticklabels=("0", "10 %", "20 %"))
     axes.set_xticks(range(-40, 23, 8), [f"$2^{{{k}}}$" for k in range(-40, 23, 8)])
     common.save(drawing, "float16_without_loss_scaling")

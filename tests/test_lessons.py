@@ -95,6 +95,12 @@ def test_a_pairing_goes_with_its_weights(saved):
     assert saved("rope_pairing")
 
 
+def test_the_scale_is_taken_out_again():
+    """A power of two changes no digit, and none is left for Adam's eps to meet."""
+    ends = [common.train(common.small_model(8, **SMALL), SONG[0], 4, B=2, scale=scale) for scale in (1, 2.0 ** -30)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
 def test_the_text_is_there_and_decodes():
     ids, alphabet = common.read_text()
     assert len(ids) > 200_000 and len(alphabet) < 256
