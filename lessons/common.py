@@ -1,0 +1,99 @@
+"""What the six lessons share: a text, a small model, a short training, the look of a figure."""
+import pydoc_data.topics
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import device
+from autograd import no_grad
+from nanollm import Config, NanoLLM
+from train import Adam, learning_rate
+
+FIGURES = Path(__file__).parent / "figures"
+WRONG, RIGHT, GREY = "#d55e00", "#0072b2", "#5f6b76"     # the colour-blind can tell them apart, too
+
+
+def read_text():
+    """(ids, alphabet): the language reference that every Python carries. A token is a byte; alphabet[id] is which."""
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics)).encode()
+    alphabet, ids = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
+    return ids, alphabet
+
+
+def encode(text, alphabet):
+    """The ids of a str, of whose bytes the alphabet must have all."""
+    return np.searchsorted(alphabet, np.frombuffer(text.encode(), np.uint8))
+
+
+def decode(ids, alphabet):
+    """The text that ids stand for."""
+    return alphabet[list(ids)].tobytes().decode(errors="replace")
+
+
+def small_model(V, T=64, C=64, n_block=2):
+    """Fresh weights for windows of T tokens out of V: 4 heads, F = 2 C, tied embeddings, seed 0."""
+    return NanoLLM(Config(vocab_size=V, embedding_dim=C, n_block=n_block, n_head=4, hidden_dim=2 * C, max_context=T,
+                          tie_embeddings=True), seed=0)
+
+
+def batch(ids, B, T, rng):
+    """x and y, (B, T) each: B windows from anywhere in ids, and the ids that follow."""
+    at = rng.integers(0, len(ids) - T, (B, 1)) + np.arange(T)
+    return ids[at], ids[at + 1]
+
+
+def train(model, ids, steps, B=16, lr=3e-3, scale=1.0, watch=lambda step: None):
+    """The loss (nats per token) of each step of Adam; backward begins with `scale`, which Adam takes out again.
+
+    watch(step) is called before each step. The batches are the same for every model.
+    """
+    optimizer, rng, losses = Adam(model, betas=(0.9, 0.99)), np.random.default_rng(0), []
+    for step in range(steps):
+        watch(step)
+        loss = model.loss(*batch(ids, B, model.config.max_context, rng))
+        optimizer.zero_grad()
+        loss.backward(scale)
+        optimizer.step(learning_rate(step, steps, lr, lr / 10, steps // 20), 1 / scale)
+        losses.append(float(loss.data))
+    return losses
+
+
+def loss_by_position(model, x, y):
+    """The mean loss (nats per token) at each position of the windows x, y (B, T): an array (T,)."""
+    with no_grad():
+        z = device.to_host(model(x).data).astype(np.float64)
+    z -= z.max(-1, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, y[..., None], -1)[..., 0].mean(0)
+
+
+def figure(title, *labels):
+    """(figure, axes, …): a title that says what is seen, and an Axes for each (xlabel, ylabel)."""
+    drawing = Figure(figsize=(8.4, 4.5), layout="constrained")
+    drawing.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", linespacing=1.35)
+    panels = drawing.subplots(1, len(labels), squeeze=False)[0]
+    for axes, (xlabel, ylabel) in zip(panels, labels, strict=True):
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    return drawing, *panels
+
+
+def note(axes, text, at, offset, colour, **options):
+    """Write text beside the point `at` of the axes, `offset` points (1/72 inch) away from it."""
+    axes.annotate(text, at, offset, textcoords="offset points", color=colour, fontsize=10, fontweight="bold", **options)
+
+
+def ask(question):
+    """End a lesson."""
+    print(f"\nQuestion: {question}\n(The answer stands at the end of the lesson's file.)")
+
+
+def save(drawing, name):
+    """Write lessons/figures/NAME.png and say so."""
+    FIGURES.mkdir(exist_ok=True)
+    drawing.savefig(FIGURES / f"{name}.png", dpi=140)
+    print(f"figure: lessons/figures/{name}.png")
