@@ -437,8 +437,8 @@ def shares(steps=6):
     bare(ax)
     ax.legend(loc="lower right")
     return figure, (
-        f"A training step of the run's model and batch, each op's quickest of {steps}: `linear` is every product with a "
-        "block's weights, `linear_cross_entropy` the output layer and the loss, whose gradients are made in forward, "
+        f"A training step of the run's model and batch, each op's quickest of {steps}: `linear` is every product with "
+        "a block's weights, `linear_cross_entropy` the output layer and the loss, whose gradients are made in forward, "
         "with the logits at hand. The rest is mostly bound by memory, so it is done in blocks that fit into the cache.")
 
 
