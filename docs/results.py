@@ -38,7 +38,6 @@ def run(name, shown, flags):
         shutil.copy(folder / "loss.png", ROOT / "docs" / f"{name}.png")
     speeds = sorted(float(row["tokens_per_second"]) for row in rows)
     parameters = re.search(r"model +([\d,]+) parameters", log)[1]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     return [
         f"### {name}", "", f"    {shown}", "",
         "| parameters | steps | tokens | training loss | validation loss | perplexity | bits per byte "
@@ -48,9 +47,14 @@ def run(name, shown, flags):
         f"| **{float(last['val_loss']):.3f}** | {float(last['val_perplexity']):.2f} "
         f"| {float(last['val_bits_per_byte']):.3f} | {speeds[len(speeds) // 2]:,.0f} | {float(last['seconds']):.0f} |",
         "", f"{about['versions']['device'].split(';')[0]}, {cpu()}; seed {about['command']['seed']}; "
-        f"commit {commit.strip()}. The model writes (`--seed 1`):", "",
+        f"commit {commit()}. The model writes (`--seed 1`):", "",
         *("    " + line for line in sample.strip().splitlines()), "",
     ]
+
+
+def commit():
+    git = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def cpu():
