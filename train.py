@@ -175,10 +175,11 @@ def report(model, train_set, val_set, state, run, args, progress, lr, norm, mile
     """Show the mean loss since the last report and add a row to metrics.csv; at a milestone evaluate, too."""
     loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
     state.loss_sum, state.loss_count = 0.0, 0
+    speed = progress.speed
     row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * train_set.seq_len,
            "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "loss_scale": state.loss_scale,
-           "skipped": state.skipped, "tokens_per_second": round(progress.speed),
-           "flops_per_second": round(progress.speed * progress.flops_per_token), **progress.shares()}
+           "skipped": state.skipped, "tokens_per_second": round(speed),
+           "flops_per_second": round(speed * progress.flops_per_token), **progress.shares()}
     progress.show(state.step, loss, lr, norm)
     if milestone:
         bits = loss / math.log(2) * len(train_set.tokens) / train_set.source_bytes

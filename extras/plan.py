@@ -24,7 +24,7 @@ one of a few moments (`moments`), each of which needs some arrays besides: gradi
 copies (half precision on a CPU), the logits.
 
 Not in it: encoding a text that is not in the token cache yet (before training, a million characters at a time: 140 MB
-for one that comes character by character), attention's mask of 64 KB a block, Python's own objects, BLAS's buffers, and
+for one that comes character by character), attention's mask of 64 KB, Python's own objects, BLAS's buffers, and
 what an allocator cannot give out again between arrays that live on, some per cent. A GPU's context and libraries are
 no part of its free memory, and so of no plan.
 """
@@ -107,6 +107,9 @@ def swept(elements, on_gpu, on_cpu, block=autograd._CACHE):
     """Bytes of an op's float32 temporaries: so many arrays of all `elements` on a GPU, where a fused formula has none,
     and on a CPU so many of a block of a sweep, in each thread.
     """
+    if elements > block:
+        count = -(-elements // block)
+        block = elements // (count + count % 2)         # device.sweep's slices
     return WIDE * (on_gpu * elements if device.on_gpu else on_cpu * min(elements, device.threads * block))
 
 
