@@ -1,4 +1,4 @@
-"""Fill in what README.md and README.zh.md count or quote:  python docs/tables.py [--check]
+"""Fill in what README.md counts or quotes:  python docs/tables.py [--check]
 
 Lines of each file, the place of each op and how many tests it has, and the comparison with PyTorch out of
 docs/speed.json (which benchmarks/speed.py --json wrote). Words are the authors', numbers are the script's. With --check
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "README.md", ROOT / "README.zh.md"
+PAGE = ROOT / "README.md"
 
 
 def lines_of(text):
@@ -79,14 +79,13 @@ def filled(text):
 
 
 def main():
-    stale = [page for page in PAGES if page.exists() and filled(page.read_text(encoding="utf-8")) != page.read_text(
-        encoding="utf-8")]
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before)
     if "--check" in sys.argv:
-        for page in stale:
-            print(f"{page.name} is out of date: python docs/tables.py", file=sys.stderr)
-        return bool(stale)
-    for page in stale:
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        if after != before:
+            print("README.md is out of date: python docs/tables.py", file=sys.stderr)
+        return after != before
+    PAGE.write_text(after, encoding="utf-8")
     return 0
 
 
