@@ -1,0 +1,51 @@
+"""What --recompute costs and saves:  python benchmarks/recompute.py [--steps N]
+
+The configuration `small` of speed.py, with and without, a step of each in turn: time (median) and the peak of what Python's
+arrays hold in a step (tracemalloc, in a step of its own). Prints a Markdown table.
+"""
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import device  # noqa: E402
+from nanollm import Config, NanoLLM  # noqa: E402
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int, default=5)
+steps = parser.parse_args().steps
+model = NanoLLM(Config(4096, 256, 4, 4, max_context=256, hidden_dim=768))
+rng = np.random.default_rng(0)
+seconds, peaks = {False: [], True: []}, {}
+
+
+def step():
+    ids = rng.integers(0, 4096, (16, 257))
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+
+
+step()
+for _ in range(steps):
+    for model.recompute in seconds:
+        start = time.perf_counter()
+        step()
+        seconds[model.recompute].append(time.perf_counter() - start)
+for model.recompute in seconds:
+    tracemalloc.start()
+    step()
+    peaks[model.recompute] = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+ratio = statistics.median(b / a for a, b in zip(seconds[False], seconds[True], strict=True))
+print("| `python benchmarks/recompute.py` | peak of a step's arrays, MB | forward and backward, s |\n|---|---|---|")
+for again, name in (False, "activations kept"), (True, "`--recompute`"):
+    print(f"| {name} | {peaks[again] / 1e6:.0f} | {statistics.median(seconds[again]):.2f} |")
+print(f"\n{ratio:.2f} times as long; {device.reason.split(';')[0]}; seed 0; commit {commit.strip()}")
