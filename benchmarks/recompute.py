@@ -1,7 +1,7 @@
 """What --recompute costs and saves:  python benchmarks/recompute.py [--steps N]
 
-The configuration `small` of speed.py, with and without, a step of each in turn: time (median) and the peak of what Python's
-arrays hold in a step (tracemalloc, in a step of its own). Prints a Markdown table.
+The configuration `small` of speed.py, with and without, a step of each in turn: time (median) and the peak of what
+Python's arrays hold in a step (tracemalloc, in a step of its own). Prints a Markdown table.
 """
 import argparse
 import statistics

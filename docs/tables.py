@@ -1,11 +1,9 @@
-"""Fill in what README.md counts or quotes:  python docs/tables.py [--check]
+"""Fill in what README.md counts:  python docs/tables.py [--check]
 
-Lines of each file, the place of each op and how many tests it has, and the comparison with PyTorch out of
-docs/speed.json (which benchmarks/speed.py --json wrote). Words are the authors', numbers are the script's. With --check
-nothing is written; exit status 1 says that something is out of date.
+Lines of each file, the place of each op and how many tests it has. Words are the authors', numbers are the script's.
+With --check nothing is written; exit status 1 says that something is out of date.
 """
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -51,31 +49,8 @@ def ops_of(text):
     return re.sub(r"(?m)^(\| ((?:`\w+`(?:, )?)+) \|[^|\n]*\|[^|\n]*\|)[^|\n]*\|[^|\n]*\|$", fill, text)
 
 
-def speed():
-    """The comparison with PyTorch and transformers, as a table, and how it was measured."""
-    file = ROOT / "docs" / "speed.json"
-    rows = []
-    for run in json.loads(file.read_text(encoding="utf-8")):
-        about = run["header"]
-        rows += [f"`{about['command']}`  ",
-                 f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; "
-                 f"seed {about['seed']}; commit {about['commit']}; "
-                 + ", ".join(f"{name} {version}" for name, version in about["versions"].items()), "",
-                 "| | nanollm | beside | | nanollm's time / the other's (range) | peak MB |",
-                 "|---|---|---|---|---|---|"]
-        for row in run["rows"]:
-            memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
-            median, low, high = row["ratio"]
-            rows.append(f"| {row['what']} | {row['nanollm']:,.4g} {row['unit']} | {row['against']} "
-                        f"| {row['other']:,.4g} | **{median:.2f}** ({low:.2f}–{high:.2f}) | {memory} |")
-        rows.append("")
-    return "\n".join(rows)
-
-
 def filled(text):
-    text = ops_of(lines_of(text))
-    return re.sub(r"(?s)(<!-- speed: written by docs/tables.py -->\n).*?(<!-- /speed -->)",
-                  lambda match: f"{match[1]}{speed()}{match[2]}", text)
+    return ops_of(lines_of(text))
 
 
 def main():
