@@ -90,7 +90,7 @@ def gradient_norm(model):
 def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
     """The rate of step 0 … steps-1: up in a line for `warmup` steps, then constant, or down half a cosine to `low`."""
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * ((step + 1) / warmup)         # never above the peak, by no rounding
     if schedule == "constant":
         return peak
     progress = (step + 1 - warmup) / (steps - warmup)       # 1 at the last step
