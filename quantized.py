@@ -36,7 +36,8 @@ def quantize(w, bits):
     if bits == 4:
         w = np.pad(w, ((0, 0), (0, -C % GROUP))).reshape(F, -1, GROUP)
     scale = abs(w).max(-1, keepdims=True) / np.float32(LEVELS[bits])
-    q = np.rint(np.divide(w, scale, out=np.zeros_like(w), where=scale > 0)).astype(np.int8)
+    q = np.rint(np.divide(w, scale, out=np.zeros_like(w), where=scale > 0))
+    q = np.clip(q, -LEVELS[bits], LEVELS[bits]).astype(np.int8)         # a scale near 1e-45 is not exact
     if bits == 8:
         return q, scale
     q = (q + 8).astype(np.uint8).reshape(F, -1)
@@ -74,6 +75,12 @@ class Quantized:
         return values.reshape(*q.shape[:-1], -1)[..., :self.shape[1]]
 
     def times(self, x, out):
-        """out (N, F) = x (N, C) @ this matrixᵀ."""
-        device.sweep(lambda s: device.matmul(x, self[s].T, out=out[:, s]), len(self), (1 << 16) // self.shape[1])
+        """out (N, F) = x (N, C) @ this matrixᵀ. A row's one scale is cheaper on its products than on its weights."""
+        def block(s):
+            if self.q.dtype == np.int8:
+                device.matmul(x, self.q[s].astype(np.float32).T, out=out[:, s])
+                out[:, s] *= self.scale[s, 0]
+            else:
+                device.matmul(x, self[s].T, out=out[:, s])
+        device.sweep(block, len(self), (1 << 16) // self.shape[1])
         return out

@@ -5,6 +5,7 @@ generate.py and evaluate.py take the folder OUT as it is; it cannot be trained. 
 one that the model has not seen, is told of both.
 """
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 
 import cli
 import device
-from checkpoint import open_model, replace_folder
+from checkpoint import open_model, sync
 from data import TokenDataset
 from device import InputError
 from files import read_json
@@ -35,8 +36,20 @@ def tensors(model, bits):
     return result
 
 
-def write(folder, source, model, bits):
-    """Fill `folder` with the quantised model and the other files of `source`."""
+def write(out, source, model, bits):
+    """Make the folder `out`, whole or not at all, of the quantised model and the other files of `source`."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        folder.mkdir()
+        fill(folder, source, model, bits)
+        for file in folder.iterdir():
+            sync(file)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fill(folder, source, model, bits):
     save_file(tensors(model, bits), folder / "model.safetensors", {"format": "nanollm"})
     config = read_json(source / "config.json") | {"quantization_config": {"quant_method": "nanollm", "bits": bits}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -64,11 +77,11 @@ def main(argv=None):
     dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", model.config.max_context,
                                                    model.config.max_context)
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(out, lambda folder: write(folder, source, model, bits))
+    write(out, source, model, bits)
     found = {"before": model, "after": open_model(out)[0]}
     sizes = {"before": model.flat.nbytes, "after": sum(w.nbytes for w in tensors(model, bits).values())}
     for (when, which), folder in zip(found.items(), (source, out), strict=True):
-        disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        disk = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
         line = f"{when:<7} {disk / 1e6:10,.2f} MB on disk  {sizes[when] / 1e6:10,.2f} MB of weights in memory"
         if dataset:
             result = evaluate(which, dataset)

@@ -170,6 +170,18 @@ def test_nothing_is_overwritten_and_nothing_quantised_twice(trained, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_failed_write_leaves_nothing_and_a_run_beside_is_left_alone(trained, tmp_path, monkeypatch):
+    folder, _ = trained
+    (tmp_path / ".checkpoint-7.new").mkdir()        # of a run that is just saving
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        code, _, err = command(quantize.main, folder, tmp_path / "small")
+    assert code == 2 and "No space left" in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name != "nanollm-cache"] == [".checkpoint-7.new"]
+    assert command(quantize.main, folder, tmp_path / "small")[0] == 0
+    assert (tmp_path / ".checkpoint-7.new").exists()
+
+
 def test_a_quantised_model_is_not_trained_and_not_exported(trained, tmp_path):
     folder, text = trained
     assert command(quantize.main, folder, tmp_path / "small")[0] == 0
