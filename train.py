@@ -303,7 +303,7 @@ def command_line():
     add("--batch-size", 4, count, "windows in a batch")
     add("--dtype", "float32", ["float32", "float16", "bfloat16"],
         "of activations and products; weights, sums, softmax and loss are always float32")
-    switch("--tf32", help="GPU: round the inputs of float32 products to 10 bits of mantissa, which is far quicker")
+    switch("--tf32", help="GPU: let float32 products round their inputs to 10 bits of mantissa, for the tensor cores")
     switch("--recompute", help="compute a block's activations again in backward: less memory, more time")
     add("--dropout", 0.0, share, "the share of activations that become 0 in training")
     add("--grad-accum", 1, count, "batches whose gradients make one step")
