@@ -118,7 +118,7 @@ def main(argv=None):
         for piece in until_stop(pieces, args.stop, given):
             print(piece, end="", flush=True)
         print()
-    if sys.stdout.isatty():
+    if sys.stderr.isatty():
         print(speed(len(prompt), args.num_samples, count, times), file=sys.stderr)
     return 0
 

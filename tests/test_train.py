@@ -769,8 +769,8 @@ def test_the_speed_is_told_on_a_terminal_only(finished, monkeypatch, samples, co
     flags = [finished[0], "--prompt", "the cat sat", "--seed", 1, "--max-new-tokens", count, "--num-samples", samples]
     _, out, err = command(generate.main, *flags)
     assert err == ""
-    terminal = type("Terminal", (io.TextIOWrapper,), {"isatty": lambda self: True})
-    monkeypatch.setattr(tiny.io, "TextIOWrapper", terminal)
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
+    monkeypatch.setattr(tiny.io, "StringIO", terminal)
     again = command(generate.main, *flags)
     assert again[:2] == (0, out) and again[2].count("\n") == 1 and all(words in again[2] for words in numbers)
     assert ("tokens/s" in again[2]) == (count > 1)
