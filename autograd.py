@@ -285,8 +285,10 @@ def reshape(x, *shape):
 def transpose(x, *axes):
     """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the inverse permutation of dout."""
     axes = axes or tuple(range(x.data.ndim))[::-1]
-    inverse = sorted(range(len(axes)), key=lambda i: axes[i] % x.data.ndim)
-    return _result(x.data.transpose(axes), (x,), lambda dout: (dout.transpose(inverse),))
+
+    def backward(dout):
+        return (dout.transpose(sorted(range(len(axes)), key=lambda i: axes[i] % len(axes))),)
+    return _result(x.data.transpose(axes), (x,), backward)
 
 
 _INDEX = int, slice, type(Ellipsis)
@@ -424,10 +426,10 @@ def rmsnorm(x, w, eps=1e-6):
     """out = n * w,  n = x * r,  r = (mean(x²) + eps)^(-1/2) a row;  x (..., C), w (C,).  (Zhang & Sennrich 2019, §4)
 
     Let dn = dout * w. x_i enters n_i directly and every n_j through r:  dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C, so
-        dx_i = r dn_i + (sum_j dn_j x_j) · (-r³ x_i/C)          and with x = n/r
+        dx_i = r dn_i - x_i · r³ mean(dn * x)                   and with x = n/r
              = r (dn_i - n_i · mean(dn * n))                    # what is left after removing the part along n
-        dw   = sum over rows of dout * n                        # w is broadcast over the rows
-    Saved: r, one number a row. n is cheaper to recompute than to keep.
+        dw   = sum over rows of dout * n = rᵀ @ (dout * x)      # w is broadcast over the rows
+    Saved: r, one number a row. n is never needed: the first form of dx and the last of dw do with x.
     """
     rows, weight, shape, C = _flat(x.data), w.data, x.shape, x.shape[-1]
     r = device.xp.empty((len(rows), 1), _wide_dtype(x))
@@ -435,7 +437,7 @@ def rmsnorm(x, w, eps=1e-6):
 
     def forward(s):
         part = _wide(rows[s])
-        r[s] = ((part * part).sum(-1, keepdims=True) / C + eps) ** -0.5
+        r[s] = 1 / device.xp.sqrt(device.row_dot(part, part) / C + eps)
         _times(part, r[s], weight, out[s])
     _sweep_rows(forward, *rows.shape)
 
@@ -443,11 +445,10 @@ def rmsnorm(x, w, eps=1e-6):
         dout, dx = _flat(dout), device.xp.empty_like(rows)
 
         def block(s):
-            n = rows[s] * r[s]
-            dn = dout[s] * weight
-            _project(dn, n, (dn * n).sum(-1, keepdims=True) / C, r[s], dx[s])
-            n *= dout[s]
-            return n.sum(0)
+            x, d = _wide(rows[s]), _wide(dout[s])
+            dn = d * weight
+            _project(dn, x, r[s], device.row_dot(dn, x) / C * r[s] * r[s] * r[s], dx[s])
+            return device.matmul(_t(r[s]), d * x)[0]
         dw = builtins.sum(_sweep_rows(block, *rows.shape), 0 * weight)
         return dx.reshape(shape), dw
     return _result(out.reshape(shape), (x, w), backward)
@@ -459,8 +460,8 @@ def _times(x, r, w, out):
 
 
 @device.fuse
-def _project(dn, n, along, r, out):
-    out[...] = (dn - n * along) * r
+def _project(dn, x, r, along, out):
+    out[...] = dn * r - x * along
 
 
 # ---------------------------------------------------------------- position
@@ -486,9 +487,7 @@ def _rotate(x, cos, sin):
 
     def block(s):
         part = xp.ascontiguousarray(x[..., s, :])       # its elements are met three times
-        turned = xp.empty_like(part)                    # by 90°: (-x₂, x₁)
-        xp.negative(part[..., half:], out=turned[..., :half])
-        turned[..., half:] = part[..., :half]
+        turned = xp.concatenate((-part[..., half:], part[..., :half]), -1)      # by 90°
         _turn(part, turned, cos[s], sin[s], out[..., s, :])
     _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
     return out
@@ -509,7 +508,8 @@ def _sigmoid(x):
 def silu(x):
     """x σ(x), slope: σ' = σ(1-σ), so (x σ)' = σ + x σ(1-σ).  (Swish: Ramachandran et al. 2017)"""
     s = _sigmoid(x)
-    return x * s, lambda: s * (1 + x * (1 - s))
+    a = x * s
+    return a, lambda: s + a * (1 - s)
 
 
 def sigmoid(x):
@@ -652,9 +652,8 @@ def attention(q, k, v):
                 do, keys = rows(dout, s, t), ks[s, :end]
                 device.matmul(_t(p.astype(dtype, copy=False)), do, out=dv[s, :end], accumulate=True)
                 ds = device.matmul(do, _t(vs[s, :end]), dtype=wide)
-                ds *= p                             # p dp; then p (dp - δ)
-                p *= ds.sum(-1, keepdims=True)
-                ds -= p
+                ds -= device.row_dot(p, ds)         # dp - δ
+                ds *= p
                 ds = ds.astype(dtype, copy=False)
                 dq[s, :, t] = (device.matmul(ds, keys, dtype=wide) * scale).reshape(dq[s, :, t].shape)
                 device.matmul(_t(ds), scaled(s, t), out=dk[s, :end], accumulate=True)

@@ -168,6 +168,11 @@ def add_rows(out, ids, rows):
         out[ids[starts]] += np.add.reduceat(rows[order], starts)
 
 
+def row_dot(a, b):
+    """sum(a * b) along the last axis, (..., n) -> (..., 1): on a CPU without ever holding a * b."""
+    return (a * b).sum(-1, keepdims=True) if on_gpu else np.vecdot(a, b)[..., None]
+
+
 def fuse(formula):
     """Decorate an elementwise formula f(..., out) that writes into its last arguments with `out[...] = `.
 
@@ -218,7 +223,7 @@ def _product(a, b, out, accumulate):
 
 
 _SMALL = 1 << 21        # multiplications below which handing work to a thread costs more than it gains
-_FEW = 6                # rows: a product of fewer takes as long as of so many, it waits for the weights from memory
+_FEW = 3                # rows: a product of fewer takes about as long as of so many, it waits for the weights
 _TILE = 1 << 19         # elements of a product that is added to `out`: it must still be in the cache then
 
 
