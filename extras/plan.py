@@ -42,7 +42,7 @@ import autograd
 import cli
 import device
 import metrics
-import train
+import options
 from device import InputError
 from tokens import load_tokenizer
 
@@ -220,7 +220,7 @@ def mb(value):
 
 
 def report(config, args):
-    """What `main` prints; args: train.py's, complete (train.make_config)."""
+    """What `main` prints; args: train.py's, complete (options.make_config)."""
     B, T, size = args.batch_size, args.seq_len, np.dtype(args.dtype).itemsize
     tokens, per_token, kept = B * args.grad_accum * T, config.flops_per_token(T), kept_by_a_block(config, B, size)
     count, share, (room, where) = parameters(config), fixed_share(), available()
@@ -260,16 +260,16 @@ def report(config, args):
 
 
 def main(argv=None):
-    parser = train.command_line()
+    parser = options.command_line()
     parser.prog = "plan"
     parser.description = "What training with these flags of train.py's would take: parameters, FLOPs, memory."
-    args, newest, *_ = train.read_flags(argv, parser)
+    args, newest, *_ = options.read_flags(argv, parser)
     if not (args.tokenizer or args.demo):
         raise InputError("--tokenizer FILE is needed, for the size of its vocabulary (or --demo, which has its own)")
     if args.device:
         device.use(args.device)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    config = train.make_config(args, tokenizer, newest or args.init_from)
+    config = options.make_config(args, tokenizer, newest or args.init_from)
     print(f"device  {device.reason}\nmodel   {config}\n\n{report(config, args)}")
     return 0
 

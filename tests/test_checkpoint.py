@@ -42,6 +42,7 @@ import checkpoint
 import data
 import device
 import metrics
+import options
 import tokens
 import train
 from checkpoint import State, checkpoints, read_moments, read_trainer
@@ -284,8 +285,8 @@ FIXED = {"embedding-dim": 32, "n-block": 1, "n-head": 4, "n-kv-head": 2, "max-co
 
 
 def test_nothing_is_left_out_of_this_list():
-    assert sorted(name.replace("-", "_") for name in FIXED) == sorted(train.FIXED)
-    assert set(vars(train.command_line().parse_args([]))) - set(train.FIXED) == {
+    assert sorted(name.replace("-", "_") for name in FIXED) == sorted(options.FIXED)
+    assert set(vars(options.command_line().parse_args([]))) - set(options.FIXED) == {
         "num_epochs", "max_steps", "batch_size", "grad_accum", "learning_rate", "lr_schedule", "warmup_steps",
         "min_lr", "beta1", "beta2", "weight_decay", "clip_norm", "eval_every", "save_every", "log_every",
         "sample_every", "prompt", "keep_last", "patience", "artifact_dir", "resume", "device",
@@ -1172,7 +1173,7 @@ def test_another_vocabulary_is_refused(llama, files, tmp_path):
 def test_the_demo_goes_on_too(tmp_path, monkeypatch):
     """--resume with --demo or without is the same; where the run is no demo it is refused (see above)."""
     files = make_files(tmp_path)
-    monkeypatch.setattr(train.demo, "files", lambda: (files[1], files[3]))
+    monkeypatch.setattr(options.demo, "files", lambda: (files[1], files[3]))
     flags = [*SHAPE, *QUICK, "--max-steps", "4", "--eval-every", "50", "--sample-every", "100"]
     with monkeypatch.context() as patch:
         stop_at(patch, 2)

@@ -22,6 +22,7 @@ import device
 import evaluate
 import generate
 import nanollm
+import options
 import train
 from cli import number
 from device import InputError
@@ -151,7 +152,7 @@ WRONG |= {name: ["-1", "x", "", "nan", "inf"] for name in ("min-lr", "weight-dec
 
 
 def test_every_flag_with_a_number_is_here():
-    args = vars(train.command_line().parse_args([]))
+    args = vars(options.command_line().parse_args([]))
     words = {"text", "tokenizer", "artifact_dir", "init_from", "prompt", "activation", "lr_schedule", "device", "dtype"}
     switches = {name for name, value in args.items() if value is False}
     assert {name.replace("-", "_") for name in WRONG} == set(args) - words - switches
@@ -311,7 +312,7 @@ def test_help_tells_every_flag_and_its_default(capsys):
         assert end.value.code == 0
         text = capsys.readouterr().out
         assert "(None)" not in text and "%" not in text.replace("1 % of", "")
-    parser = train.command_line()
+    parser = options.command_line()
     text = " ".join(parser.format_help().split())
     for action in parser._actions:
         assert action.option_strings[-1] in text and action.help
@@ -379,7 +380,7 @@ VALUES = st.sampled_from([
     "0", "1", "2", "3", "4", "7", "8", "12", "-1", "0.5", "1e-9", "1e300", "nan", "-inf", "", "x", "٣", "1_0", " 5",
     "10000000000", "9" * 40, "1e-400", "--", "-", "None", "True"]) | st.text(
         st.characters(exclude_characters="\0"), max_size=6)
-FLAGS = sorted(name.replace("_", "-") for name in vars(train.command_line().parse_args([])) if name != "artifact_dir")
+FLAGS = sorted(name.replace("_", "-") for name in vars(options.command_line().parse_args([])) if name != "artifact_dir")
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +407,7 @@ def test_any_flags_train_or_say_why_not(place, flags):
         patch.chdir(place)
         patch.setenv("NANOLLM_CACHE", str(place / "cache"))
         patch.setattr(train, "train", begin)
-        patch.setattr(train.demo, "files", lambda: ("text.txt", "tokenizer.json"))
+        patch.setattr(options.demo, "files", lambda: ("text.txt", "tokenizer.json"))
         words = [f"--{name}={value}" if joined else f"--{name}" for name, value, joined in flags]
         code, out, err = command(train.main, *GOOD, *words)
         run = place / "run"

@@ -24,6 +24,7 @@ import device
 import evaluate
 import generate
 import metrics
+import options
 import train
 from data import TokenDataset
 from device import InputError, to_host
@@ -517,7 +518,7 @@ def test_folders_have_names_of_their_own_by_default(files, tmp_path):
 
 
 def test_the_defaults_are_the_documented_ones():
-    args = vars(train.command_line().parse_args([]))
+    args = vars(options.command_line().parse_args([]))
     assert args == {
         "text": None, "tokenizer": None, "demo": False, "artifact_dir": None, "resume": False, "init_from": None,
         "embedding_dim": 512, "n_block": 6, "n_head": 8, "n_kv_head": None, "max_context": 512, "hidden_dim": 2048,
@@ -545,14 +546,14 @@ def test_every_flag_reaches_what_it_is_named_for(files, tmp_path, monkeypatch):
 
 def test_the_demo_s_settings_are_a_valid_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "files", lambda: tuple(make_files(tmp_path)[1::2]))
-    args, newest, *_ = train.parse(["--demo", "--max-steps", "3"])
+    args, newest, *_ = options.parse(["--demo", "--max-steps", "3"])
     assert newest is None and args.max_steps == 3       # the command line wins over the demo's settings
     for name, value in demo.SETTINGS.items():
         if name != "max_steps":
             assert getattr(args, name) == value
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
              for name, value in demo.SETTINGS.items()]
-    assert {name: vars(train.command_line().parse_args(flags))[name] for name in demo.SETTINGS} == demo.SETTINGS
+    assert {name: vars(options.command_line().parse_args(flags))[name] for name in demo.SETTINGS} == demo.SETTINGS
 
 
 # ---------------------------------------------------------------- generate.py
