@@ -1,16 +1,20 @@
-"""Fill in what README.md counts:  python docs/tables.py [--check]
+"""Fill in the figures of README.md and README.zh.md:  python docs/tables.py [--check]
 
-Lines of each file, the place of each op and how many tests it has. Words are the authors', numbers are the script's.
-With --check nothing is written; exit status 1 says that something is out of date.
+Lines of each file, the place of each op and how many tests it has, the comparison in docs/speed.json, which
+benchmarks/speed.py wrote; README.zh.md takes the results of the runs from README.md, into which docs/results.py wrote them.
+Words are the authors', numbers are the scripts'. With --check nothing is written; exit status 1 says that something is
+out of date.
 """
 import ast
+import functools
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "README.md"
+PAGES = ROOT / "README.md", ROOT / "README.zh.md"
 
 
 def lines_of(text):
@@ -26,6 +30,7 @@ def places():
     return {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+@functools.cache
 def tests():
     """The ids of all tests of the ops, "…test_gradient[softmax-batch]", one a line."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", "-p", "no:cacheprovider",
@@ -49,19 +54,51 @@ def ops_of(text):
     return re.sub(r"(?m)^(\| ((?:`\w+`(?:, )?)+) \|[^|\n]*\|[^|\n]*\|)[^|\n]*\|[^|\n]*\|$", fill, text)
 
 
+def speed():
+    """The runs in docs/speed.json, each as a table under what it was."""
+    rows = []
+    for run in json.loads((ROOT / "docs" / "speed.json").read_text(encoding="utf-8")):
+        about = run["header"]
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        rows += [f"`{about['command']}`  ",
+                 f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; seed {about['seed']}; "
+                 f"commit {about['commit']}; {versions}", "",
+                 "| | nanollm | beside | | ratio of times (range) | peak MB | share of the sgemm rate |",
+                 "|---|---|---|---|---|---|---|"]
+        for row in run["rows"]:
+            memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
+            share = " / ".join(f"{share:.0%}" for share in row.get("share_of_gemm", ()))
+            median, low, high = row["ratio"]
+            rows.append(f"| {row['what']} | {row['nanollm']:,.4g} {row['unit']} | {row['against']} "
+                        f"| {row['other']:,.4g} | **{median:.2f}** ({low:.2f}–{high:.2f}) | {memory} | {share} |")
+        rows.append("")
+    return "\n".join(rows)
+
+
+def block(name, text):
+    """(the text between the marks of this name, with the marks)"""
+    return re.search(rf"(?s)<!-- {name}: .*?<!-- /{name} -->", text)[0]
+
+
 def filled(text):
-    return ops_of(lines_of(text))
+    text = ops_of(lines_of(text))
+    results = block("results", PAGES[0].read_text(encoding="utf-8"))
+    text = text.replace(block("results", text), results)
+    return re.sub(r"(?s)(<!-- speed: written by docs/tables.py -->\n).*?(<!-- /speed -->)",
+                  lambda match: f"{match[1]}{speed()}{match[2]}", text)
 
 
 def main():
-    before = PAGE.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv:
-        if after != before:
-            print("README.md is out of date: python docs/tables.py", file=sys.stderr)
-        return after != before
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before)
+        if "--check" not in sys.argv:
+            page.write_text(after, encoding="utf-8")
+        elif after != before:
+            stale = 1
+            print(f"{page.name} is out of date: python docs/tables.py", file=sys.stderr)
+    return stale
 
 
 if __name__ == "__main__":
