@@ -608,7 +608,7 @@ def attention(q, k, v):
     qs = q.data.reshape(B * K, G, T, D)             # the G query heads that share a key/value head, together
     ks, vs = (t.data.reshape(B * K, S, D) for t in (k, v))
     out = xp.empty(qs.shape, dtype)
-    log_sum = xp.empty((B * K, G, T, 1), wide)
+    log_sum = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None
     future = _future(xp, min(_QUERIES, T), wide)
     heads = _SCORES // (G * min(_QUERIES, T) * S)
 
@@ -624,7 +624,8 @@ def attention(q, k, v):
     def scores(s, t, end):                          # (n, G·t, end)
         block = device.matmul(scaled(s, t), _t(ks[s, :end]), dtype=wide)
         n = t.stop - t.start                        # only the last n keys can lie in the future
-        block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]
+        if n > 1:
+            block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]
         return block
 
     def forward(s):
@@ -637,7 +638,8 @@ def attention(q, k, v):
             result = device.matmul(p.astype(dtype, copy=False), vs[s, :end], dtype=wide)
             result /= total
             out[s, :, t] = result.reshape(out[s, :, t].shape)
-            log_sum[s, :, t] = (top + xp.log(total)).reshape(log_sum[s, :, t].shape)
+            if log_sum is not None:
+                log_sum[s, :, t] = (top + xp.log(total)).reshape(log_sum[s, :, t].shape)
     device.sweep(forward, B * K, heads)
 
     def backward(dout):

@@ -1,9 +1,9 @@
 """Fill in the figures of README.md and README.zh.md:  python docs/tables.py [--check]
 
-Lines of each file, the place of each op and how many tests it has, the comparison in docs/speed.json, which
-benchmarks/speed.py wrote; README.zh.md takes the results of the runs from README.md, into which docs/results.py wrote them.
-Words are the authors', numbers are the scripts'. With --check nothing is written; exit status 1 says that something is
-out of date.
+Lines of each file, the place of each op and how many tests it has, and the comparison in docs/speed.json, written by
+benchmarks/speed.py. README.zh.md takes the results of the runs from README.md, where docs/results.py wrote them. Words
+are the authors', numbers are the scripts'. With --check nothing is written; exit status 1 says that something is out of
+date.
 """
 import ast
 import functools
@@ -48,7 +48,7 @@ def ops_of(text):
             return match[0]
         where = ", ".join(f"[{known[name]}](autograd.py#L{known[name]})" for name in names)
         either = "|".join(names)
-        count = len(re.findall(rf"\[(?:float\d\d-)?(?:{either})\b", ids)
+        count = len(re.findall(rf"\[(?:cpu-)?(?:float\d\d-)?(?:{either})\b", ids)
                     or re.findall(rf"::test_\w*(?:{either})", ids))
         return f"{match[1]} {where} | {count} |"
     return re.sub(r"(?m)^(\| ((?:`\w+`(?:, )?)+) \|[^|\n]*\|[^|\n]*\|)[^|\n]*\|[^|\n]*\|$", fill, text)
@@ -61,8 +61,8 @@ def speed():
         about = run["header"]
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         rows += [f"`{about['command']}`  ",
-                 f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; seed {about['seed']}; "
-                 f"commit {about['commit']}; {versions}", "",
+                 f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; "
+                 f"seed {about['seed']}; commit {about['commit']}; {versions}", "",
                  "| | nanollm | beside | | ratio of times (range) | peak MB | share of the sgemm rate |",
                  "|---|---|---|---|---|---|---|"]
         for row in run["rows"]:

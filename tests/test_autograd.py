@@ -1,10 +1,11 @@
 """Every gradient is proved: by finite differences, by the plain composition of simpler ops, and by PyTorch.
 
-`python -m pytest tests/test_autograd.py -v` reads as a table of contents: a line for each op, shape case and dtype.
+`python -m pytest tests/test_autograd.py -v` reads as a table of contents: a line for each op, shape, dtype and device.
 The tables come first (CASES and LARGE: what there is to prove), then the engine, the proofs that run over all of the
 tables, what is peculiar to one op, the memory, and last the check itself, which must reject every planted bug.
 """
 import gc
+import os
 import re
 import tracemalloc
 import weakref
@@ -20,8 +21,13 @@ import autograd as ag
 import device
 from autograd import Tensor, gradcheck, no_grad
 
-# ---------------------------------------------------------------- what there is to prove
 
+@pytest.fixture(autouse=True, params=[os.environ["NANOLLM_DEVICE"]])
+def on():
+    """The device, for the name of each test."""
+
+
+# ---------------------------------------------------------------- what there is to prove
 
 class Case(NamedTuple):
     """An op at one choice of shapes: f of Tensors, the same in PyTorch (t is torch), the shapes of the inputs."""
