@@ -2,10 +2,16 @@
 
 An op computes its result and leaves behind a function that turns dout = dLoss/dout into the gradients of its
 inputs. `backward` walks the recorded ops from the loss to the leaves and applies the chain rule at each. That
-is the engine: about a hundred lines. The rest of this file is one function an op, in the order in which the
-model needs them, and at the end the check that proves each of them.
+is the engine: under two hundred lines. The rest of this file is one function per op, in the order in which the
+model needs them, and at the end the check that each of them has to pass.
 
-Shapes: B batch, T time, S keys (S >= T), C width, H heads, K key/value heads, D = C/H, F hidden width, V vocabulary.
+Shapes: B batch, T time, S keys (S >= T), C width, H heads, K key/value heads, D = C/H, F hidden width, V vocabulary,
+N rows: all leading axes as one, (..., C) -> (N, C).
+
+On `device` (device.py, which can be read later): xp is NumPy or CuPy, matmul(a, b) is a @ b, row_dot(a, b) is
+(a * b).sum(-1, keepdims=True); sweep(f, n, block) calls f with slices that together are range(n), a block of rows at a
+time, so that they stay in the cache; fuse marks a formula that becomes one kernel on a GPU.
+
 dx is dLoss/dx and has x's shape. Two rules give most derivations below:
 
     a value used in several places receives the sum of what the places send back (so a broadcast's backward is a sum);
@@ -51,7 +57,7 @@ def recording(*tensors):
 class Node:
     """How a result came about: the nodes of its inputs, and the function from dout to the inputs' gradients.
 
-    It does not hold the result: backward functions hold the arrays that they need, all others can go at once.
+    It does not hold the result: backward functions hold the arrays that they need, all others can be freed at once.
     An input that requires no gradient is None here, a leaf is the Tensor itself, where its gradient will be kept.
     """
     __slots__ = ("parents", "backward", "shape", "dtype")
@@ -99,7 +105,7 @@ class Tensor:
         while order:
             node = order.pop()
             gradient = gradients.pop(id(node)).array
-            if isinstance(node, Tensor):        # a leaf: the sum was its own .grad
+            if isinstance(node, Tensor):        # a leaf: its .grad already is the sum
                 continue
             parents, backward = node.parents, node.backward
             node.parents, node.backward = (), _freed
@@ -166,7 +172,7 @@ class _Sum:
 
 
 def _unbroadcast(gradient, shape):
-    """The inverse of broadcasting: sum over the axes along which a value of this shape was repeated."""
+    """The transpose of broadcasting: sum over the axes along which a value of this shape was repeated."""
     extra = gradient.ndim - len(shape)
     if extra > 0:
         gradient = _total(gradient, tuple(range(extra)))
@@ -179,7 +185,7 @@ def _unbroadcast(gradient, shape):
 
 
 def _wide(x):
-    """x itself, or float32 for an array of half precision: what is summed, divided or exponentiated is so first."""
+    """x, in float32 if it is of half precision: before sums, exponentials and normalisations."""
     return x.astype(np.float32) if x.dtype.itemsize == 2 else x
 
 
@@ -192,7 +198,7 @@ def _total(x, axis, keepdims=False):
 
 
 def _result(data, parents, backward):
-    """What an op returns. `backward` must hold arrays, never the returned Tensor: a cycle would keep its memory."""
+    """What an op returns. `backward` holds arrays, not the returned Tensor: a reference cycle would keep its memory."""
     out = Tensor(data)
     if recording(*parents):
         out.requires_grad, out._node = True, Node()
@@ -283,7 +289,7 @@ def reshape(x, *shape):
 
 
 def transpose(x, *axes):
-    """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the inverse permutation of dout."""
+    """Axis i of out is axis axes[i] of x (by default all reversed);  dx: dout with the axes put back."""
     axes = axes or tuple(range(x.data.ndim))[::-1]
 
     def backward(dout):
@@ -321,7 +327,7 @@ def _t(x):
 def matmul(a, b):
     """out = a @ b, a (..., m, k), b (..., k, n), leading axes broadcast.
 
-    out_ij = sum_k a_ik b_kj, so a_ik meets dout_ij through b_kj, for every j:
+    out_ij = sum_k a_ik b_kj, so da_ik = sum_j dout_ij b_kj and db_kj = sum_i a_ik dout_ij, that is
         da = dout @ bᵀ,   db = aᵀ @ dout      (and the sum over broadcast axes, in the engine)
     """
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -331,7 +337,7 @@ def matmul(a, b):
 
 
 def _rows_times(rows, weight, out=None):
-    """rows (N, C) @ weightᵀ, weight (F, C) an array or Quantized -> (N, F)"""
+    """rows (N, C) @ weightᵀ, weight (F, C) an array, or Quantized (8 or 4 bits: quantized.py) -> (N, F)"""
     if isinstance(weight, Quantized):
         return weight.times(rows, device.xp.empty((len(rows), len(weight)), rows.dtype) if out is None else out)
     return device.matmul(rows, _t(weight.astype(rows.dtype, copy=False)), out=out)
@@ -375,7 +381,7 @@ def embedding(w, ids):
     """out = w[ids], w (V, C), integer ids of any shape -> (*ids.shape, C).
 
     Row v of w went wherever ids == v, so dw_v is the sum of dout over those places; the other rows get nothing
-    and are not touched. (On a GPU the order of that sum varies from run to run: the only op of which this is so.)
+    and are not touched. (On a GPU the order of that sum varies from run to run; no other op does that.)
     """
     ids = token_ids(ids, len(w.data))
 
@@ -398,9 +404,15 @@ def softmax(x):
     """out_i = exp(x_i) / sum_j exp(x_j) over the last axis.
 
     Subtracting the row's maximum changes nothing (it cancels) and keeps exp in range; -inf gives an exact 0.
-    d out_i / d x_j = out_i (δ_ij - out_j), so
+    By the quotient rule d out_i / d x_j = out_i δ_ij - out_i out_j (δ_ij: 1 for i = j, else 0), so
         dx_j = sum_i dout_i out_i (δ_ij - out_j) = out_j (dout_j - sum_i dout_i out_i)
-    A dout of ones would give 0 here whatever the code did: a gradient check needs a random one.
+    With a dout of ones dx is 0, and many a wrong formula gives 0, too: a gradient check needs a random dout.
+
+    >>> x = Tensor(np.log([1.0, 3.0]), requires_grad=True)
+    >>> p = softmax(x)                      # 1/4 and 3/4
+    >>> p.backward([1.0, 0.0])              # sum dout · p = 1/4, so dx = 1/4 · (1 - 1/4), 3/4 · (0 - 1/4)
+    >>> p.data.round(4).tolist(), x.grad.round(4).tolist()
+    ([0.25, 0.75], [0.1875, -0.1875])
     """
     rows, shape = _flat(x.data), x.shape
     p = device.xp.empty(rows.shape, x.dtype)
@@ -427,9 +439,15 @@ def rmsnorm(x, w, eps=1e-6):
 
     Let dn = dout * w. x_i enters n_i directly and every n_j through r:  dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C, so
         dx_i = r dn_i - x_i · r³ mean(dn * x)                   and with x = n/r
-             = r (dn_i - n_i · mean(dn * n))                    # what is left after removing the part along n
+             = r (dn_i - n_i · mean(dn * n))                    # dn without its part along n, for mean(n²) = 1
         dw   = sum over rows of dout * n = rᵀ @ (dout * x)      # w is broadcast over the rows
-    Saved: r, one number a row. n is never needed: the first form of dx and the last of dw do with x.
+    Saved: r, one number per row. n is never needed: the first form of dx and the last of dw do with x.
+
+    >>> x, w = Tensor([[1.0, 7.0]], requires_grad=True), Tensor([1.0, 1.0], requires_grad=True)
+    >>> out = rmsnorm(x, w, eps=0)          # mean(x²) = (1 + 49)/2 = 25, r = 1/5, n = (0.2, 1.4)
+    >>> out.backward([[1.0, 0.0]])          # mean(dn · n) = 0.1, so dx = 1/5 · (1 - 0.2 · 0.1, 0 - 1.4 · 0.1)
+    >>> out.data.round(4).tolist(), x.grad.round(4).tolist(), w.grad.round(4).tolist()
+    ([[0.2, 1.4]], [[0.196, -0.028]], [0.2, 0.0])
     """
     rows, weight, shape, C = _flat(x.data), w.data, x.shape, x.shape[-1]
     r = device.xp.empty((len(rows), 1), _wide_dtype(x))
@@ -467,16 +485,20 @@ def _project(dn, x, r, along, out):
 # ---------------------------------------------------------------- position
 
 def rope(x, cos, sin):
-    """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t·θ_i.
+    """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t·θ_i, θ_i = θ^(-2i/D).
 
     `cos` and `sin` (T, D) hold each angle twice, for x_i and for x_{i+D/2}. The halves x₁ and x₂ of a row become
 
         out₁ = x₁ cos - x₂ sin
-        out₂ = x₂ cos + x₁ sin        a rotation, so q_t · k_s depends on the positions only through t - s
+        out₂ = x₂ cos + x₁ sin        a rotation R_t; (R_t q) · (R_s k) = q · (R_{s-t} k): only t - s matters
 
     or, for both at once, out = x cos + (-x₂, x₁) sin. Its matrix is orthogonal: the backward pass is its transpose, the
     rotation by the opposite angle. (RoFormer, Su et al. 2021, §3.2.2; to pair the halves is Hugging Face's way.)
     The result is contiguous whatever view x was: attention wants each head's rows together.
+
+    >>> cos, sin = device.xp.zeros((1, 4)), device.xp.ones((1, 4))          # T = 1, D = 4: both pairs by 90°
+    >>> rope(Tensor([[1.0, 2.0, 3.0, 4.0]]), cos, sin).data.tolist()        # (1, 3) -> (-3, 1), (2, 4) -> (-4, 2)
+    [[-3.0, -4.0, 1.0, 2.0]]
     """
     return _result(_rotate(x.data, cos, sin), (x,), lambda dout: (_rotate(dout, cos, -sin),))
 
@@ -486,7 +508,7 @@ def _rotate(x, cos, sin):
     out = xp.empty(x.shape, x.dtype)
 
     def block(s):
-        part = xp.ascontiguousarray(x[..., s, :])       # its elements are met three times
+        part = xp.ascontiguousarray(x[..., s, :])       # a copy: it is read three times
         turned = xp.concatenate((-part[..., half:], part[..., :half]), -1)      # by 90°
         _turn(part, turned, cos[s], sin[s], out[..., s, :])
     _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
@@ -531,7 +553,7 @@ def relu(x):
 
 
 def _fused_glu(activation):
-    """The two elementwise sweeps of one GLU variant."""
+    """The two elementwise formulas of one GLU variant."""
     @device.fuse
     def forward(gate, up, out):
         out[...] = activation(_wide(gate))[0] * up
@@ -553,6 +575,12 @@ def glu(gate, up=None, activation="silu"):
 
     dgate = dout * up * a'(gate),  dup = dout * a(gate): the product rule.
     Without `up`, gate (..., 2F) holds both side by side, as one matrix product leaves them, and so will its gradient.
+
+    >>> both = Tensor([[2.0, -1.0, 5.0, 7.0]], requires_grad=True)          # gate (2, -1), up (5, 7)
+    >>> out = glu(both, activation="relu")
+    >>> out.backward([[1.0, 1.0]])
+    >>> out.data.tolist(), both.grad.tolist()
+    ([[10.0, 0.0]], [[5.0, 0.0, 2.0, 0.0]])
     """
     forward, backward_sweep = _GLU[activation]
     joint = up is None
@@ -595,11 +623,15 @@ def attention(q, k, v):
     Backward, from the outside in (matmul, softmax, matmul):
         dv = pᵀ dout        dp = dout vᵀ
         ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj
-        dq = ds k / √D      dk = dsᵀ q / √D
+        dq = ds k / √D      dk = dsᵀ q / √D         (dk and dv summed over the H/K query heads that share them)
     Neither s nor p is ever held whole: blocks of queries meet the keys that they may see, and backward computes p anew
     from the saved log-sum-exp of each row, L = log sum_j exp(s_j):  p = exp(s - L).  Memory grows with T, not with T².
-    (FlashAttention, Dao et al. 2022, §3.1 and appendix B.) In half precision the products' inputs are half, s, p and
-    the sums float32.
+    (FlashAttention, Dao et al. 2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) In half
+    precision the products' inputs are half, s, p and the sums float32.
+
+    >>> q, k, v = (Tensor(np.reshape(x, (1, 1, 2, 1))) for x in ([1.0, 1.0], [0.0, np.log(3)], [4.0, 8.0]))
+    >>> attention(q, k, v).data.ravel().round(4).tolist()   # token 0 sees itself only; token 1: 1/4 · 4 + 3/4 · 8
+    [4.0, 7.0]
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     if H % K or S < T or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
@@ -610,18 +642,18 @@ def attention(q, k, v):
     out = xp.empty(qs.shape, dtype)
     log_sum = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None
     future = _future(xp, min(_QUERIES, T), wide)
-    heads = _SCORES // (G * min(_QUERIES, T) * S)
+    heads = _SCORES // (G * min(_QUERIES, T) * S)   # key/value heads in a block
 
     def blocks():
         return [(slice(t, min(t + _QUERIES, T)), S - T + min(t + _QUERIES, T)) for t in range(0, T, _QUERIES)]
 
-    def rows(x, s, t):                              # (n, G·t, D): the block's queries of a group as one matrix
+    def rows(x, s, t):                              # (heads, G·n, D): n queries of the G heads of a group, one matrix
         return x[s, :, t].reshape(x[s].shape[0], -1, x.shape[-1])
 
     def scaled(s, t):
         return (rows(qs, s, t) * scale).astype(dtype, copy=False)       # bfloat16 times a number is a float32
 
-    def scores(s, t, end):                          # (n, G·t, end)
+    def scores(s, t, end):                          # (heads, G·n, end)
         block = device.matmul(scaled(s, t), _t(ks[s, :end]), dtype=wide)
         n = t.stop - t.start                        # only the last n keys can lie in the future
         if n > 1:
@@ -671,10 +703,12 @@ def dropout(x, p, key):
     """out = x * keep / (1 - p): each element becomes 0 with probability p, the rest grow so that the mean stays.
 
     dx = dout * keep / (1 - p): the same mask, which is not saved but drawn again, being a pure function of `key`, a
-    tuple of whole numbers from 0. So a resumed or recomputed step is the same step. (Srivastava et al. 2014, §4)
+    tuple of whole numbers, 0 or more. So a resumed or recomputed step is the same step. (Srivastava et al. 2014, §4,
+    where the weights are scaled at test time instead; to scale in training: §10.)
 
-    Element i's random number is the i-th of Squares (Widynski 2020, §3: four rounds, of which 32 bits are kept): no
-    generator is advanced, all numbers are computed at once and on either device alike.
+    Element i's random number is that of counter start + i in Squares (Widynski 2020: four rounds, 32 bits of output);
+    start and the odd factor come from `key`. No generator is advanced: all numbers are computed at once, on either
+    device alike.
     """
     words = np.random.SeedSequence(key).generate_state(2, np.uint64)
     start, odd, limit = words[0], words[1] | np.uint64(1), np.uint64(round(p * 2 ** 32))
@@ -708,10 +742,10 @@ def _drop(x, i, start, odd, limit, scale, out):
 # ---------------------------------------------------------------- memory for time
 
 def recompute(f, x):
-    """f(x), keeping only x of all that f's backward will need: backward runs f again, and then its backward.
+    """f(x), but of all that f's backward will need only x is kept: backward runs f again, and then its backward.
 
     One more forward pass for a memory that holds the activations of one f at a time; the gradients are the same to the
-    last bit, those of weights that f uses, too.  (Chen et al. 2016, §3.1)
+    last bit, those of weights that f uses, too.  (Chen et al. 2016, §4)
     """
     if not recording(x):
         return f(x)
@@ -729,10 +763,17 @@ def recompute(f, x):
 # ---------------------------------------------------------------- loss
 
 def cross_entropy(logits, targets):
-    """-mean of log softmax(logits)[target], in nats.  logits (..., V), integer targets (...) -> scalar.
+    """-mean of log softmax(logits)[target], in nats (natural logarithm).  logits (..., V), targets (...) -> scalar.
 
-    A row's loss is L - z_y, with L = log sum_j exp(z_j). dL/dz_j = exp(z_j)/sum = p_j, so for N rows
+    A row's loss is L - z_y, with y its target and L = log sum_j exp(z_j). Its derivative by z_j is exp(z_j)/sum, the
+    softmax p_j, minus 1 where j = y, so for N rows
         dz_j = dout/N · (p_j - 1[j = y])        # what the model said minus what was true
+
+    >>> logits = Tensor(np.log([[1.0, 3.0]]), requires_grad=True)           # p = 1/4, 3/4
+    >>> loss = cross_entropy(logits, [1])
+    >>> loss.backward()
+    >>> round(loss.data.item(), 4), logits.grad.round(4).tolist()           # -ln(3/4), p - (0, 1)
+    (0.2877, [[0.25, -0.25]])
     """
     rows, shape = _flat(logits.data), logits.shape
     targets = token_ids(targets, shape[-1]).reshape(-1)
@@ -783,15 +824,16 @@ def _logit_blocks(rows, weight):
 def linear_cross_entropy(x, w, targets):
     """cross_entropy(linear(x, w), targets) without ever holding all the logits.  x (..., C), w (V, C) -> scalar.
 
-    With a large vocabulary the logits are a model's largest array: N·V. But row by row nothing of them is needed
-    after their own gradient, and that needs nothing but themselves (cross_entropy above). So each block of rows
+    With a large vocabulary the logits are a model's largest array: N·V. But a row's logits serve only its loss and
+    its own gradient, which no other row enters (cross_entropy above). So each block of rows
     makes its logits z, turns them in place into dz = p - onehot, and at once into what backward will ask for:
         dx_block = dz @ w,      dw += dzᵀ @ x_block        (linear above)
     Backward has only to scale both with dout/N. Kept from forward to backward: dx and dw, no logits.
     (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
 
-    In half precision the logits, dx and dw are float32, only the products' inputs are half. Most of dz is near 1/V,
-    below what a float16 can hold; but all of it is within ±1, so it is rounded as 2¹⁵ dz.
+    In half precision the logits, dx and dw are float32, only the products' inputs are half. Most of dz is 1/V or far
+    less; a float16 loses digits below 6e-5 and becomes 0 below 3e-8. But all of dz is within ±1, so it is rounded as
+    2¹⁵ dz, which still fits (the largest float16 is 65504).
     """
     rows, weight, shape = _flat(x.data), w.data.astype(x.dtype, copy=False), x.shape
     wide = _wide_dtype(x)
@@ -854,23 +896,24 @@ Tensor.sum, Tensor.mean, Tensor.reshape, Tensor.transpose = sum, mean, reshape, 
 def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
     """Whether f's backward agrees with finite differences; True, or AssertionError with the worst element.
 
-    f maps Tensors to a Tensor; `inputs` are arrays of floats, taken as float64. With one random cotangent d,
+    f maps Tensors to a Tensor; `inputs` are arrays of floats, taken as float64. With one random dout, d,
     g(x) = sum(f(x) * d) is a scalar whose gradient backward gives, and for each element x_i
 
-        ∂g/∂x_i ≈ (g(x + h e_i) - g(x - h e_i)) / 2h,  h = step · max(1, |x_i|)
+        ∂g/∂x_i ≈ (g(x + h e_i) - g(x - h e_i)) / 2h,  h = step · max(1, |x_i|),  e_i: 1 at place i, 0 elsewhere
 
-    with an error of order h² from the curvature and u/h from rounding (u = 1.1e-16): least near h = 1e-5.
-    d is random because a d of ones hides errors: softmax rows sum to 1, so its gradient would be 0 = 0.
+    with an error of order h² from the third derivative (the second cancels) and u/h from rounding (u = 1.1e-16): least
+    near h = 1e-5. d is random because a d of ones hides errors: softmax rows sum to 1, so the gradient is 0, and so is
+    what many a wrong backward returns.
     """
     xp = device.xp
     leaves = [Tensor(xp.array(x, dtype=np.float64), requires_grad=True) for x in inputs]
     out = f(*leaves)
-    cotangent = xp.asarray(np.random.default_rng(seed).standard_normal(out.shape))
-    out.backward(cotangent)
+    d = xp.asarray(np.random.default_rng(seed).standard_normal(out.shape))
+    out.backward(d)
 
     def g():
         with no_grad():
-            return float((f(*leaves).data * cotangent).sum())
+            return float((f(*leaves).data * d).sum())
 
     worst, report = 0.0, None
     for number, leaf in enumerate(leaves):

@@ -2,7 +2,7 @@
 
     text, tokenizer --tokens.cached_tokens--> ids on disk --TokenDataset--> windows x, y (T,) --batch--> (B, T)
 
-The model learns to predict y from x, and y is x one token later: every position of a window is a lesson.
+The model learns to predict y from x, and y is x one token later: every position of a window is a training example.
 """
 import functools
 import itertools
@@ -24,8 +24,14 @@ def permutation(n, seed, epoch):
 class TokenDataset:
     """Windows over consecutive ids: x = ids[s : s + T], y = ids[s + 1 : s + T + 1], both int64.
 
-    Window i begins at s = i * stride, but the last one where it ends with the last id: none is left out.
+    Window i begins at s = i * stride, but the last one is moved back to end with the last id: no id is left out.
     Attributes: seq_len, stride, vocab_size, and source_bytes: the UTF-8 bytes of the text that the ids stand for.
+
+    >>> from types import SimpleNamespace as Fake
+    >>> text = Fake(tokenizer=Fake(get_vocab=lambda: {"g": 6}), byte=int, ids=np.arange)        # its ids: 0 … 6
+    >>> x, y = TokenDataset(text, 0, 7, seq_len=3, stride=2).windows([0, 1, 2])
+    >>> x.tolist(), y.tolist()              # the last window would begin at 4: moved back to 3
+    ([[0, 1, 2], [2, 3, 4], [3, 4, 5]], [[1, 2, 3], [3, 4, 5], [4, 5, 6]])
     """
     def __init__(self, file, first, last, seq_len, stride):
         self.file, self.first, self.last = file, first, last
@@ -75,16 +81,17 @@ class TokenDataset:
 
     def batch(self, start, size, seed):
         """x and y, (B, T) each: windows number start to start + size - 1 of an endless stream, in which every
-        window comes once an epoch, in an order of the epoch's own. Nothing but the arguments decides.
+        window comes once per epoch, each epoch in its own order. The result depends on the arguments alone.
         """
         epoch, place = np.divmod(np.arange(start, start + size), len(self))
         return self.windows(np.concatenate([permutation(len(self), seed, e)[place[epoch == e]]
                                             for e in range(epoch[0], epoch[-1] + 1)]))
 
     def in_order(self, size):
-        """Yield x, y, new: the windows in their order, (B, T) each, at last (1, a rest), and how many targets at the
-        end of each row no earlier window had, stride or fewer (in the first window all): every id but the first is a
-        new target exactly once, with at least seq_len - stride ids of context before it, or all there are.
+        """Yield x, y, new: the windows in order, (B, T) each, and last a shorter row, if ids are left. `new` counts
+        the targets at the end of each row that no earlier window had: T in the first window, then stride, then the
+        rest. So every id but the first is a new target exactly once, with at least seq_len - stride + 1 ids before it,
+        or all there are.
         """
         n, T, step = self.last - self.first - 1, self.seq_len, self.stride
         whole = (n - T) // step + 1

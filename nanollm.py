@@ -1,9 +1,9 @@
 """The model: a Llama-style transformer, its key/value cache, generation, and its folder on disk.
 
     ids (B, T) ─ embedding ─► h (B, T, C)
-        n_block times:   h += attention(rmsnorm(h))      words look at the words before them
-                         h += glu(rmsnorm(h))            each word is worked on by itself
-    h ─ rmsnorm ─ lm_head ─► logits (B, T, V): a score for every word as the next one
+        n_block times:   h += attention(rmsnorm(h))      tokens look at themselves and those before
+                         h += glu(rmsnorm(h))            each token is worked on by itself
+    h ─ rmsnorm ─ lm_head ─► logits (B, T, V): a score for every token as the next one
 
 (Touvron et al. 2023, §2.2: pre-normalisation, SwiGLU, rotary positions.) Shapes: B batch, T time, C embedding_dim,
 H n_head, K n_kv_head, D = C/H, F hidden_dim, V vocab_size. Weights are (out, in), under Hugging Face's names.
@@ -95,8 +95,8 @@ class Config:
         what is done again to save memory does not count.  (PaLM, Chowdhery et al. 2022, appendix B)
 
         Each of a matrix's N weights is multiplied and added once forward and twice backward (dx, dw): 6 N. An embedding
-        is looked up, unless it is the lm_head, too. A token meets T/2 others on average, in two products of width C:
-        6 C T a block.
+        is looked up and not multiplied, so it does not count, unless it is the lm_head, too. A token meets T/2 keys on
+        average, in two products of width C: 6 C T per block. (PaLM counts all T keys, masked or not: 12 C T.)
         """
         n = sum(shape[0] * shape[1] for shape in self.shapes().values() if len(shape) == 2)
         n -= (not self.tie_embeddings) * self.vocab_size * self.embedding_dim
@@ -110,7 +110,7 @@ class Config:
             "head_dim": self.head_dim, "hidden_act": _HF_ACTIVATION[self.activation],
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
-            "bos_token_id": None, "eos_token_id": None,     # absent, transformers would take 1 and 2
+            "bos_token_id": None, "eos_token_id": None,     # if absent, transformers takes 1 and 2
         }
 
     @classmethod
@@ -196,9 +196,14 @@ def check_sampling(temperature, top_k, top_p):
 
 
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
-    """softmax(logits / temperature), (B, V) -> float64 (B, V), of which only the likeliest tokens may stay: the top_k
-    largest; of these the fewest that hold a share top_p of the probability (nucleus sampling, Holtzman et al. 2020,
-    §3.1). The rest gets 0. `temperature` 0 leaves the largest alone.
+    """softmax(logits / temperature), (B, V) -> float64 (B, V), cut to the likeliest tokens: the top_k largest (and what
+    ties with the last of them); of these the fewest whose share reaches top_p (nucleus sampling, Holtzman et al. 2020,
+    §3.1). All others get 0, and what is left is scaled to sum to 1. At temperature 0 the largest logit gets it all.
+
+    >>> probabilities(np.log([[4, 3, 2, 1]]), top_k=3, top_p=0.7).round(4).tolist()     # 4/9 + 3/9 reach 0.7
+    [[0.5714, 0.4286, 0.0, 0.0]]
+    >>> probabilities(np.log([[1, 3]]), temperature=0.5).round(4).tolist()              # 1² : 3²
+    [[0.1, 0.9]]
     """
     z = np.asarray(logits, np.float64)
     if temperature == 0:
@@ -219,7 +224,12 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """One token a row of logits (B, V), chosen by u (B,), uniform on [0, 1): the first whose cumulated p exceeds u."""
+    """One token a row of logits (B, V), chosen by u (B,), uniform on [0, 1): where the cumulative p first exceeds u.
+
+    >>> logits = np.log([[1, 2, 1]] * 3)            # cumulative: 0.25, 0.75, 1
+    >>> sample(logits, np.array([0.1, 0.5, 0.9])).tolist()
+    [0, 1, 2]
+    """
     if temperature == 0:
         return np.asarray(logits).argmax(1)
     total = np.cumsum(probabilities(logits, temperature, top_k, top_p), 1)
@@ -258,8 +268,9 @@ class NanoLLM:
     `compute`: the type of activations and of the products' inputs, `flat`'s unless it is set to half precision.
     `recompute`: set to True, training keeps each block's input alone and computes the rest again in backward.
 
-    Weights start as normals of deviation 0.02; the two matrices of a block that write into h at 0.02/√(2·n_block), so
-    that the sum of all 2·n_block contributions has the same size at any depth (GPT-2, Radford et al. 2019, §2.3).
+    Weights are drawn from a normal distribution of standard deviation 0.02; the two matrices of a block that write into
+    h from one of 0.02/√(2·n_block), so that the sum of all 2·n_block contributions has the same size at any depth
+    (GPT-2, Radford et al. 2019, §2.3). Those of rmsnorm start at 1.
     Small logits at the start mean an even guess: the first loss is near ln V.
     """
 
@@ -330,7 +341,7 @@ class NanoLLM:
         return linear(out, self.blocks[i].o)
 
     def _block(self, i, drop, cache, h):
-        """Block i on h (B, T, C): what attention, then the gated linear unit, add to it."""
+        """Block i on h (B, T, C): attention, then the gated linear unit, each added to h; dropout on what is added."""
         block, eps = self.blocks[i], self.config.eps
         h = h + drop(self._attend(i, rmsnorm(h, block.norm1, eps), cache), 2 * i + 1)
         gated = glu(linear(rmsnorm(h, block.norm2, eps), block.gate_up), activation=self.config.activation)
@@ -370,7 +381,7 @@ class NanoLLM:
                  use_cache=True):
         """Yield up to max_new_tokens ids that continue `ids`: an int each for 1-D ids, an array (B,) for (B, T).
 
-        `temperature` 0 is greedy; for top_k and top_p see `sample`. A stop id ends its row and is still yielded; a
+        `temperature` 0 is greedy; for top_k, top_p see `probabilities`. A stop id ends its row and is still yielded; a
         batch ends when all its rows have, until then an ended row repeats its stop id.
         The context holds max_context tokens. When one more comes, its oldest half is dropped and the rest is read
         again, with and without the cache: the positions of what is kept change, so no cached key would be right.

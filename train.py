@@ -35,11 +35,19 @@ class Adam:
         v ← β₂ v + (1-β₂) g²           and of its square
         p ← p - lr · m̂ / (√v̂ + eps),   m̂ = m / (1-β₁ᵗ),  v̂ = v / (1-β₂ᵗ)
 
-    m and v start at 0 and so are too small at first: after one step m = (1-β₁) g. A mean of constant g over t steps
-    comes to (1-β₁ᵗ) g, hence the divisors. Each weight so moves by about lr a step, whatever its gradient's scale.
-    Weight decay, p ← p - lr · weight_decay · p, is no part of g, or Adam would rescale it; only matrices decay.
+    m and v start at 0 and so are too small at first: for a constant g, m after t steps is
+    (1-β₁) (1 + β₁ + … + β₁ᵗ⁻¹) g = (1-β₁ᵗ) g, hence the divisors. While g keeps its sign, m̂/√v̂ is near ±1 whatever
+    the scale of g; otherwise it is smaller. So a weight moves by about lr a step at most.
+    Weight decay, p ← p - lr · weight_decay · p, is no part of g, or Adam would rescale it; only matrices decay. (As in
+    PyTorch; the paper's λ is lr · weight_decay.)
 
     m, v, parameters and gradients are one flat array each: a step is one sweep over memory.
+
+    >>> from types import SimpleNamespace
+    >>> model = SimpleNamespace(flat=device.xp.ones(2), flat_grad=device.xp.array([0.001, -50.0]), n_matrix=0)
+    >>> Adam(model, lr=0.1).step()
+    >>> model.flat.round(4).tolist()        # step 1: m̂ = g, √v̂ = |g|, so lr against the sign of g, whatever its size
+    [0.9, 1.1]
     """
     def __init__(self, model, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         self.model, self.lr, self.betas, self.eps, self.weight_decay = model, lr, betas, eps, weight_decay
@@ -52,6 +60,7 @@ class Adam:
         self.t += 1
         beta1, beta2 = self.betas
         number = self.m.dtype.type              # a typed scalar keeps a fused kernel in float32
+        # m̂ · lr = m · size,  √v̂ = √v · root
         size, root = number(lr / (1 - beta1 ** self.t)), number((1 - beta2 ** self.t) ** -0.5)
         keep, split = number(1 - lr * self.weight_decay), self.model.n_matrix
         arrays = self.model.flat, self.model.flat_grad, self.m, self.v
@@ -84,9 +93,13 @@ def gradient_norm(model):
 
 
 def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
-    """The rate of step 0 … steps-1: up in a line for `warmup` steps, then constant, or down half a cosine to `low`."""
+    """The rate of step 0 … steps-1: linearly up for `warmup` steps, then constant, or half a cosine down to `low`.
+
+    >>> [round(learning_rate(step, 6, 1.0, 0.0, warmup=2), 4) for step in range(6)]     # (1 + cos 45°)/2 = 0.8536
+    [0.5, 1.0, 0.8536, 0.5, 0.1464, 0.0]
+    """
     if step < warmup:
-        return peak * ((step + 1) / warmup)         # never above the peak, by no rounding
+        return peak * ((step + 1) / warmup)         # so that no rounding lifts it above the peak
     if schedule == "constant":
         return peak
     progress = (step + 1 - warmup) / (steps - warmup)       # 1 at the last step
@@ -98,12 +111,12 @@ def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
 def evaluate(model, dataset, batch_size=8, see=None):
     """The loss on a text: {loss, perplexity, bits_per_byte, tokens, bytes}; every token but the first is a target once.
 
-    loss is the mean cross-entropy in nats a token, perplexity its exponential: as unsure as an even choice among so
-    many words. bits_per_byte, total nats / ln 2 / source bytes, does not depend on how the tokenizer cuts the text.
+    loss is the mean cross-entropy in nats per token, perplexity its exponential: as unsure as an even choice among so
+    many tokens. bits_per_byte, total nats / ln 2 / source bytes, is comparable between tokenizers.
     A dataset whose stride is below its seq_len gives each target more context, at more cost: its windows overlap.
 
     see(start, losses, ranks), if given, gets each batch's losses and ranks, (B, n): those of the targets at positions
-    start … start + n - 1 of B windows; a rank is the number of tokens that the model thought no less likely.
+    start … start + n - 1 of B windows; a rank is the number of other tokens that the model thought no less likely.
     """
     nats, count = 0.0, 0
     with no_grad():
@@ -122,7 +135,8 @@ def evaluate(model, dataset, batch_size=8, see=None):
 # ---------------------------------------------------------------- the loop
 
 def gradients(model, optimizer, train_set, state, args, progress):
-    """The loss of the next big batch, its gradients · loss_scale in the model, their norm, the ids of its last part.
+    """Put loss_scale · the gradients of the next big batch into the model; return its loss, their norm (unscaled) and
+    the ids of its last part.
 
     The big batch comes in grad_accum parts. All are of one size, so the mean of their means is the mean over all
     tokens, and backward(1 / grad_accum) has the parts' gradients add up to that mean's.
@@ -145,9 +159,9 @@ def gradients(model, optimizer, train_set, state, args, progress):
 def adapt_loss_scale(state, finite):
     """Dynamic loss scaling, for float16.  (Micikevicius et al. 2018, §3.2 and §5)
 
-    Many gradients are smaller than the least float16, 6e-8, and would become 0. So backward begins not with 1 but with
-    a large loss_scale, and Adam divides by it. As large as possible without an overflow: halved after one (the step
-    is skipped), doubled after 1,000 steps without. Powers of two, which change no digit.
+    Many gradients are smaller than the smallest positive float16, 6e-8, and would become 0. So backward begins not
+    with 1 but with a large loss_scale, and Adam divides by it. As large as possible without an overflow: halved after
+    one (the step is skipped), doubled after 1,000 steps without. Powers of two, which change no digit.
     """
     state.scale_age += 1
     if not finite:
@@ -201,13 +215,13 @@ def sample_text(model, tokenizer, prompt, dataset, seed, length=60):
     """The prompt, by default the dataset's first words, and how the model goes on."""
     ids = (tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else None) or dataset.tokens[:8].tolist()
     ids += model.generate(ids, length, temperature=0.8, top_p=0.95, seed=seed)
-    return tokenizer.decode(ids).strip("\ufffd")     # characters of which a part is missing
+    return tokenizer.decode(ids).strip("\ufffd")     # characters cut in the middle
 
 
 def train(model, optimizer, train_set, val_set, state, run, args, stop):
     """Train until all steps are done, patience ends or `stop` asks for an end; a checkpoint is then written.
 
-    Raises InputError if 10 steps in a row have a loss or a gradient that is not finite.
+    Raises InputError after 10 steps in a row, at a loss scale of 1, whose loss or gradient is not finite.
     """
     total, big_batch = total_steps(args, state, train_set), args.batch_size * args.grad_accum
     warmup = min(100, total // 100) if args.warmup_steps is None else args.warmup_steps
@@ -217,7 +231,7 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
         state.loss_scale = 2.0 ** 16
     flops = model.config.flops_per_token(train_set.seq_len)
     with Progress(total, state.step, state.seconds, flops) as progress:
-        if state.step == 0:     # at once: that the disk cannot hold a checkpoint must not show after hours
+        if state.step == 0:     # now: a disk too small for a checkpoint must show at once, not after hours
             run.write_checkpoint(model, optimizer, state, args.keep_last)
         while not is_over(args, state, total) and not stop.signal:
             lr = learning_rate(state.step, total, args.learning_rate, low, warmup, args.lr_schedule)
@@ -234,7 +248,7 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
                 say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, {state.skipped} so far"
                     + f" (loss scale {scale:.0f}, halved)" * (scale > 1))
                 if state.skipped_in_a_row == 10:
-                    raise InputError(f"10 steps in a row were not finite, the first place is the "
+                    raise InputError(f"10 steps in a row were not finite; the first place is the "
                                      f"{metrics.diagnose(model, x)}: the checkpoints in {run.folder} are as they were, "
                                      "go on from them with --resume and a lower --learning-rate")
             if state.step == 1:

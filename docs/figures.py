@@ -198,7 +198,7 @@ def step_size():
     wide, wrong = ([error(one, truth) for one in found] for truth in (exact, exact * (1 + 1e-3)))
     at = int(np.abs(np.log10(h) + 5).argmin())
     figure = canvas(f"At h = 10⁻⁵ finite differences prove a gradient to {scientific(wide[at])};\n"
-                    "a smaller step drowns in rounding, a larger one in curvature", 4.7)
+                    "a smaller step drowns in rounding, a larger one in the third derivative", 4.7)
     axes = figure.subplots()
     axes.loglog(h, wrong, "--", color=PINK, linewidth=1.4)
     axes.loglog(h, narrow, color=RED)

@@ -69,10 +69,14 @@ def speed():
             memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
             share = " / ".join(f"{share:.0%}" for share in row.get("share_of_gemm", ()))
             median, low, high = row["ratio"]
-            rows.append(f"| {row['what']} | {row['nanollm']:,.4g} {row['unit']} | {row['against']} "
-                        f"| {row['other']:,.4g} | **{median:.2f}** ({low:.2f}–{high:.2f}) | {memory} | {share} |")
+            rows.append(f"| {row['what']} | {shown(row['nanollm'])} {row['unit']} | {row['against']} "
+                        f"| {shown(row['other'])} | **{median:.2f}** ({low:.2f}–{high:.2f}) | {memory} | {share} |")
         rows.append("")
     return "\n".join(rows)
+
+
+def shown(x):
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
 
 
 def block(name, text):

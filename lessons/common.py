@@ -89,7 +89,7 @@ def note(axes, text, at, offset, colour, **options):
 
 def ask(question):
     """End a lesson."""
-    print(f"\nQuestion: {question}\n(The answer stands at the end of the lesson's file.)")
+    print(f"\nQuestion: {question}\n(The answer is at the end of the lesson's file.)")
 
 
 def save(drawing, name):

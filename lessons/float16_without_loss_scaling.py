@@ -5,8 +5,8 @@ parts, so a part's backward begins with 1/1,024. In float16 then 9.9 % of the ac
 all others lose digits: the gradient of the weights is wrong by 38 %. Begun with 2^16/1,024 = 64 it is wrong by 0.16 %.
 After 160 steps the loss is 3.03 without the scale, 2.68 with it, 2.64 in float32.
 
-Why. float16 has 5 bits of exponent: its least number is 2^-24 = 6e-8, and below 2^-14 = 6e-5 it has fewer digits. The
-loss is a mean over N tokens, so every gradient carries 1/N:
+Why. float16 has 5 bits of exponent: its smallest positive number is 2^-24 = 6e-8, and below 2^-14 = 6e-5 it has fewer
+digits. The loss is a mean over N tokens, so every gradient carries 1/N:
 
     dLoss/dz = (softmax(z) - onehot) / N         1/N = 2^-19, and on the way down come the weights, which are small, too
     backward is linear in what it begins with:   begun with s it gives s · dLoss/dx, so s = 2^16 moves all of them up
@@ -22,8 +22,8 @@ import device
 from autograd import Tensor, linear_cross_entropy
 from lessons import common
 
-QUESTION = ("Why does nanollm train in bfloat16, which has only 16 bits, too, with a scale of 1, and what does "
-            "bfloat16 pay for that?")
+QUESTION = ("bfloat16 has only 16 bits, too. Why does nanollm train in it with a loss scale of 1, and what is the "
+            "price?")
 
 
 def gradients(model, x, y, dtype, start):

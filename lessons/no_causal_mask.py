@@ -85,5 +85,5 @@ if __name__ == "__main__":
     common.ask(QUESTION)
 
 # The answer
-# Run a window, change its last token, run it again. No logit before the last position may move, by not even one bit,
+# Run a window, change its last token, run it again. No logit before the last position may move, not even by one bit,
 # since the same numbers are computed in the same order. Here they move by 0 with the mask and by 16.1 without.

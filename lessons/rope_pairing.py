@@ -2,12 +2,12 @@
 
 What you see. A trained model is saved as a Hugging Face folder and loaded again. As it was trained, its loss is 1.56
 nats a byte. With RoPE turning neighbours (2i, 2i+1) in place of halves (i, i+D/2) it is 3.14, though every shape fits
-and no weight has changed. At position 0 both lose the same, 2.72; from there they part.
+and no weight has changed. At position 0 both have the same loss, 2.72; from there they part.
 
 Why. RoPE turns pair i of q and of k by the angle t θ_i. Which two of the D numbers are a pair does not matter to it:
 
-    q_t · k_s = sum over pairs of |q_i| |k_i| cos(the angle between them + (t - s) θ_i)
-    (P q) · (P k) = q · k for a P that reorders both alike, so a model can learn with any pairing
+    q_t · k_s = sum over pairs of |q_i| |k_i| cos(the angle from k_i to q_i + (t - s) θ_i)
+    (P q) · (P k) = q · k for a permutation P of the D numbers, so a model can learn with any pairing
 
 But the weights have learnt with one. Another pairing turns each number together with a stranger. Move row i of each
 head of W_q and W_k to row 2i, row i + D/2 to row 2i + 1, and turning neighbours is right: the losses agree to 5e-08.

@@ -7,15 +7,16 @@ gradient of the whole batch; root mean square of 6 batches.)
 
 Why. Part i has n_i of the N tokens, and g_i is the gradient of its mean loss. The gradient g of the batch's mean is
 
-    g = (1/N) sum over all tokens = sum_i (n_i/N) g_i          a part weighs as much as its share of the tokens
-    (½ g_1 + ½ g_2) - g = (½ - n_1/N) (g_1 - g_2)              what is wrong: 0 for n_1 = n_2 only
+    g = (1/N) sum of all tokens' gradients = sum_i (n_i/N) g_i     a part weighs as much as its share of the tokens
+    (½ g_1 + ½ g_2) - g = (½ - n_1/N) (g_1 - g_2)                  what is wrong: 0 for n_1 = n_2 only
 
 A small part makes it worse twice: its weight is far from its share, and its g_i, a mean of few tokens, far from g. It
 happens at the end of an epoch, and where padding does not count: a part then has as many tokens as its texts have.
 Hugging Face's trainer did it until October 2024 (transformers, pull request 34191).
 
 How nanollm avoids it. Its windows all have T tokens and its stream of batches never ends: all parts are of one size,
-and `gradients` in train.py may give each 1 / grad_accum. `evaluate`, whose last window is shorter, weighs by y.size.
+and `gradients` in train.py may give each 1 / grad_accum. `evaluate`, whose last window is shorter, sums the losses of
+all tokens and divides once, by their number.
 """
 import numpy as np
 

@@ -1,14 +1,15 @@
-"""Validation on the training text measures memory:  python -m lessons.validation_on_training_text
+"""Validation on the training text measures memorisation:  python -m lessons.validation_on_training_text
 
 What you see. A model reads 8,000 bytes again and again. Its training loss falls, and so does its "validation" loss on
 the second half of those bytes: to 0.52, better at each evaluation. On the 4,000 bytes that follow, which it never
 reads, the loss is least at step 275, 2.31, and ends at 2.61. One curve says: go on. The other says: stop.
 
 Why. Let L be the loss on all the text there could be, L_S the loss on the training text S. For a model θ* that does not
-depend on S, L_S is a fair estimate of L: E[L_S(θ*)] = L(θ*). Training picks a θ that does depend on S:
+depend on S, L_S is an unbiased estimate of L: E[L_S(θ*)] = L(θ*), with E the mean over all S. Training
+picks a θ that does depend on S:
 
     L_S(θ) <= L_S(θ*) for every θ*,      for that is what it minimises; let θ* be the best model of all text
-    E[L_S(θ)] <= E[L_S(θ*)] = L(θ*) <= L(θ)          what lies between the two ends is memory
+    E[L_S(θ)] <= E[L_S(θ*)] = L(θ*) <= L(θ)          the gap between the two ends is memorisation
 
 How nanollm avoids it. `TokenDataset.split` in data.py cuts the end of the text off before any window is made: no token
 is in both parts. `--patience` in train.py ends training when the loss on that part falls no longer.
@@ -18,7 +19,7 @@ import numpy as np
 from autograd import no_grad
 from lessons import common
 
-QUESTION = ("Windows of T tokens begin every T/2. Someone shuffles the windows and keeps a tenth of them for "
+QUESTION = ("A window of T tokens begins every T/2 tokens. Someone shuffles the windows and keeps a tenth of them for "
             "validation: no window is in both parts. Is that loss honest?")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WITH_EXAMPLES = sorted(file.stem for file in ROOT.glob("*.py") if "\n>>> " in file.read_text(encoding="utf-8"))
+WITH_EXAMPLES = sorted(file.stem for file in ROOT.glob("*.py") if ">>> " in file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
@@ -16,7 +16,7 @@ def test_examples(module):
     assert results.attempted and not results.failed
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "CONTRIBUTING.md"])
 def test_the_example_of_a_page_prints_what_its_comments_say(page, capsys):
     text = (ROOT / page).read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
@@ -25,3 +25,14 @@ def test_the_example_of_a_page_prints_what_its_comments_say(page, capsys):
             if line.strip().startswith("print")]
     assert said and capsys.readouterr().out.splitlines() == said
     assert len(example.splitlines()) < 30
+
+
+def test_the_chinese_page_is_in_step():
+    """The same headings, figures, links, commands, numbers in code, table rows and references, in the same order."""
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")]
+    for pattern in (r"(?m)^#+(?= )", r"\]\(((?!README)[^)]+)\)", r"(?m)^    \S.*?(?=  #|$)", r"(?m)^\|", r"(?s)```.*?```",
+                    r"(?s)\*Attention Is All.*?\n\n", r"(?m)^(?:-|\d+\.) "):
+        english, chinese = (re.findall(pattern, page) for page in pages)
+        assert english == chinese and english
+    english, chinese = (sorted(re.findall(r"`[^`\n]+`", re.sub(r"(?s)```.*?```", "", page))) for page in pages)
+    assert english == chinese
