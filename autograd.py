@@ -435,7 +435,7 @@ def softmax(x):
 
 
 def rmsnorm(x, w, eps=1e-6):
-    """out = n * w,  n = x * r,  r = (mean(x²) + eps)^(-1/2) a row;  x (..., C), w (C,).  (Zhang & Sennrich 2019, §4)
+    """out = n * w,  n = x * r,  r = (mean(x²) + eps)^(-1/2) per row;  x (..., C), w (C,).  (Zhang & Sennrich 2019, §4)
 
     Let dn = dout * w. x_i enters n_i directly and every n_j through r:  dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C, so
         dx_i = r dn_i - x_i · r³ mean(dn * x)                   and with x = n/r
@@ -465,8 +465,8 @@ def rmsnorm(x, w, eps=1e-6):
         def block(s):
             x, d = _wide(rows[s]), _wide(dout[s])
             dn = d * weight
-            _project(dn, x, r[s], device.row_dot(dn, x) / C * r[s] * r[s] * r[s], dx[s])
-            return device.matmul(_t(r[s]), d * x)[0]
+            _project(dn, x, r[s], device.row_dot(dn, x) / C * r[s] * r[s] * r[s], dx[s])    # dn r - x · r³ mean(dn x)
+            return device.matmul(_t(r[s]), d * x)[0]                                        # this block's part of dw
         dw = builtins.sum(_sweep_rows(block, *rows.shape), 0 * weight)
         return dx.reshape(shape), dw
     return _result(out.reshape(shape), (x, w), backward)

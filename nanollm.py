@@ -42,7 +42,7 @@ from quantized import LEVELS, Quantized
 
 # ---------------------------------------------------------------- configuration
 
-_HF_ACTIVATION = {"silu": "silu", "sigmoid": "sigmoid", "gelu": "gelu_pytorch_tanh", "relu": "relu"}
+_HF_ACTIVATION = {"gelu": "gelu_pytorch_tanh"}     # the others have the same name there
 _HF_NAME = {"vocab_size": "vocab_size", "embedding_dim": "hidden_size", "n_block": "num_hidden_layers",
             "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "hidden_dim": "intermediate_size",
             "max_context": "max_position_embeddings", "eps": "rms_norm_eps", "rope_theta": "rope_theta",
@@ -107,7 +107,7 @@ class Config:
         return {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama",
             **{name: getattr(self, field) for field, name in _HF_NAME.items()},
-            "head_dim": self.head_dim, "hidden_act": _HF_ACTIVATION[self.activation],
+            "head_dim": self.head_dim, "hidden_act": _HF_ACTIVATION.get(self.activation, self.activation),
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
             "bos_token_id": None, "eos_token_id": None,     # if absent, transformers takes 1 and 2
@@ -134,7 +134,7 @@ class Config:
             raise InputError("quantization_config: only what extras.quantize writes is implemented")
         if hf.get("pretraining_tp") not in (None, 1):
             raise InputError("pretraining_tp other than 1 is not implemented")
-        activations = {v: k for k, v in _HF_ACTIVATION.items()} | {"swish": "silu"}
+        activations = {_HF_ACTIVATION.get(name, name): name for name in ACTIVATIONS} | {"swish": "silu"}
         if hf.get("hidden_act", "silu") not in list(activations):
             raise InputError(f"hidden_act {hf['hidden_act']!r} is not implemented")
         for field in ("vocab_size", "embedding_dim", "n_block", "n_head", "hidden_dim"):

@@ -37,7 +37,7 @@ def load_tokenizer(path):
     """The tokenizers.Tokenizer of a Hugging Face tokenizer.json, made to encode whole texts and always alike:
     truncation, padding and BPE dropout that were saved in it are switched off. Raises InputError.
     """
-    remedy = "give a Hugging Face tokenizer.json"
+    remedy = "give a Hugging Face tokenizer.json (the file, not a model's name)"
     try:
         content = Path(path).read_bytes()
         json.loads(content)

@@ -197,7 +197,7 @@ def step_size():
     found = [differences(np.float64, step) for step in h]
     wide, wrong = ([error(one, truth) for one in found] for truth in (exact, exact * (1 + 1e-3)))
     at = int(np.abs(np.log10(h) + 5).argmin())
-    figure = canvas(f"At h = 10⁻⁵ finite differences prove a gradient to {scientific(wide[at])};\n"
+    figure = canvas(f"At h = 10⁻⁵ finite differences agree with backward to {scientific(wide[at])};\n"
                     "a smaller step drowns in rounding, a larger one in the third derivative", 4.7)
     axes = figure.subplots()
     axes.loglog(h, wrong, "--", color=PINK, linewidth=1.4)
@@ -213,7 +213,8 @@ def step_size():
         axes.text(right, up, label, color=color)
     axes.set(xlabel="step h", ylabel="relative error of the gradient", ylim=(1e-17, 30), xlim=(1e-12, 1))
     return figure, (
-        "The error of central differences through `rmsnorm` falls with h² until rounding, u/h, takes over: at best "
+        "The error of central differences through `rmsnorm` falls with h² until rounding, u/h "
+        "(u = 1.1·10⁻¹⁶ in float64), takes over: at best "
         f"{scientific(min(wide))} in float64 but {scientific(min(narrow))} in float32, so gradients are checked in "
         "float64. A backward pass that is wrong by 0.1 % (dashed) cannot hide, for its curve stays at 10⁻³; the right "
         "one's own rounding (dotted) lies below all differences of its type.")
@@ -277,8 +278,8 @@ def attention():
         looks = share.diagonal(-back, 2, 3).mean(2)
         block, head = np.unravel_index(looks.argmax(), looks.shape)
         heads += [f"{block}.{head}", looks.max()]
-    figure = canvas("Nobody told the heads where to look:\n{} reads the token itself ({:.0%}), {} the one before it "
-                    "({:.0%})".format(*heads), 7.7, "compressed")
+    figure = canvas("Nobody told the heads where to look: over 512 tokens,\n{} reads the token itself ({:.0%}), {} "
+                    "the one before it ({:.0%})".format(*heads), 7.7, "compressed")
     axes = figure.subplots(*maps.shape[:2], squeeze=False, sharex=True, sharey=True)
     future = np.triu(np.ones(maps.shape[2:], bool), 1)
     for (block, head), ax in np.ndenumerate(axes):
@@ -336,8 +337,9 @@ def gradient_flow():
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, (
         "One batch's gradient in each block's matrices: at step 0 a token attends to all before it almost equally, "
-        "so what q and k are hardly matters, and they receive little. Over the depth each part's gradient then "
-        f"differs by at most a factor of {(before.max(1) / before.min(1)).max():.1f}: no block is starved or flooded.")
+        "so what q and k are hardly matters, and they receive little. Then each part's gradient differs over the depth "
+        f"by at most a factor of {(before.max(1) / before.min(1)).max():.1f}, no block is starved or flooded; after "
+        f"training by up to {(after.max(1) / after.min(1)).max():.0f}, and the first block learns most.")
 
 
 def training():
@@ -365,7 +367,8 @@ def training():
     axes[2].set(xlabel="step", ylim=0)
     figure.align_ylabels()
     return figure, (
-        "From the run's metrics.csv: after a short warm-up the learning rate falls along half a cosine, and the "
+        "From the run's metrics.csv: after a warm-up of a few steps the learning rate falls along half a "
+        "cosine, and the "
         "gradient's norm settles below 1, where nothing is clipped. The loss starts at an even guess among V tokens "
         f"and ends at {float(last['train_loss']):.2f} in training, {float(last['val_loss']):.2f} on the end of the "
         "text, which training never sees.")
