@@ -891,7 +891,7 @@ Tensor.__neg__, Tensor.__pow__, Tensor.__matmul__, Tensor.__getitem__ = neg, pow
 Tensor.sum, Tensor.mean, Tensor.reshape, Tensor.transpose = sum, mean, reshape, transpose
 
 
-# ---------------------------------------------------------------- the proof
+# ---------------------------------------------------------------- the check
 
 def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
     """Whether f's backward agrees with finite differences; True, or AssertionError with the worst element.

@@ -320,7 +320,8 @@ class Chapter:
 
 
 def plain(lines):
-    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+    kind = ' class="e"' if lines[0].lstrip().startswith(">>>") else ""      # an example may be wrapped, a diagram not
+    return f"<pre{kind}>{escape(chr(10).join(lines))}</pre>"
 
 
 def tokens(source):
