@@ -10,8 +10,7 @@ Why. Let p = softmax(x). Its elements sum to 1 for every x, so
     dx_j = p_j (dout_j - sum_i dout_i p_i)         and with dout = 1 the bracket is 1 - sum_i p_i = 0
 
 Zeros are therefore right, and so is every multiple of the bracket: half of it, its negative, the bracket without p_j.
-The check compared 0 with 0. Layer normalisation, whose outputs sum to 0, and all else with a constant sum have the same
-hole.
+The check compared 0 with 0. Layer normalisation, whose outputs sum to 0, has the same hole.
 
 How nanollm avoids it. `gradcheck` in autograd.py draws a random dout, and tests/test_autograd.py plants wrong backward
 functions, the one of zeros among them, which the check must reject.
