@@ -36,6 +36,10 @@ EQUIVALENT = {
     ("if repeated:", "if True:"): "a sum over no axes is a copy",
     ("repeated = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, size in enumerate(shape) if size == 1)"): "a sum over one element is a copy",
+    ("log_sum = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None",
+     "log_sum = xp.empty((B * K, G, T, 1), wide) if True else None"): "an array more",
+    ("if n > 1:", "if n >= 1:"): "a 0 is added",
+    ("if n > 1:", "if True:"): "a 0 is added",
     **{("heads = _SCORES // (G * min(_QUERIES, T) * S)", f"heads = _SCORES // ({fewer})"): "larger blocks"
        for fewer in ("(G * min(_QUERIES, T))", "(S)", "(G) * S", "(min(_QUERIES, T)) * S")},
     ("block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]",
