@@ -10,9 +10,9 @@ import cli
 import demo
 from autograd import ACTIVATIONS
 from cli import number
+from config import Config
 from device import InputError
 from metrics import say
-from nanollm import Config
 from tokens import load_tokenizer, vocab_size
 
 ARCHITECTURE = [name for name in Config.__dataclass_fields__ if name != "vocab_size"]

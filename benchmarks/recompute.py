@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import device  # noqa: E402
-from nanollm import Config, NanoLLM  # noqa: E402
+from config import Config  # noqa: E402
+from nanollm import NanoLLM  # noqa: E402
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=5)

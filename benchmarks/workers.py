@@ -62,7 +62,8 @@ class Nanollm(Side):
     def load(self, folder, threads, compiled):
         import device
         import train
-        from nanollm import Config, NanoLLM
+        from config import Config
+        from nanollm import NanoLLM
         device.use("gpu" if self.gpu else "cpu")
         device.tf32 = self.tf32
         self.threads, self.gradient_norm = device.threads, train.gradient_norm

@@ -30,8 +30,10 @@ import device
 import metrics
 from autograd import Tensor, no_grad, rmsnorm, rope
 from checkpoint import open_model
+from config import Config
 from data import TokenDataset
-from nanollm import Config, NanoLLM, probabilities
+from nanollm import NanoLLM
+from sampling import probabilities
 from train import Adam
 
 FOLDER, SEED = ROOT / "docs" / "figures", 0
@@ -473,7 +475,7 @@ def sampling():
     axes[0].invert_yaxis()
     figure.supxlabel("probability of the next token (%)", fontsize=11)
     return figure, (
-        "The trained model's next token after these words (· is a space), as `nanollm.probabilities` gives it to the "
+        "The trained model's next token after these words (· is a space), as `sampling.probabilities` gives it to the "
         "sampler; under each setting the number of tokens that can still come. Top-k keeps a fixed number, top-p as "
         "many as the model's doubt asks for.")
 

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 import device
 from autograd import no_grad
-from nanollm import Config, NanoLLM
+from config import Config
+from nanollm import NanoLLM
 from train import Adam, learning_rate
 
 FIGURES = Path(__file__).parent / "figures"

@@ -46,8 +46,9 @@ import options
 import tokens
 import train
 from checkpoint import State, checkpoints, read_moments, read_trainer
+from config import Config
 from device import InputError, to_host
-from nanollm import Config, NanoLLM
+from nanollm import NanoLLM
 from tokens import load_tokenizer
 from train import Adam
 

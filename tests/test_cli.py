@@ -25,8 +25,9 @@ import nanollm
 import options
 import train
 from cli import number
+from config import Config
 from device import InputError
-from nanollm import Config, NanoLLM
+from nanollm import NanoLLM
 
 ROOT = Path(train.__file__).parent
 

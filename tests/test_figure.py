@@ -16,7 +16,8 @@ from tiny import command, make_text, make_tokenizer
 
 import evaluate
 import figure
-from nanollm import Config, NanoLLM
+from config import Config
+from nanollm import NanoLLM
 from tokens import load_tokenizer
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -17,8 +17,9 @@ import metrics
 import nanollm
 from autograd import Tensor
 from checkpoint import open_model
+from config import Config
 from data import TokenDataset
-from nanollm import Config, NanoLLM
+from nanollm import NanoLLM
 from train import Adam
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))

@@ -24,6 +24,7 @@ import generate  # noqa: E402
 import nanollm  # noqa: E402
 import train  # noqa: E402
 from autograd import Tensor  # noqa: E402
+from config import Config  # noqa: E402
 
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
@@ -138,9 +139,9 @@ def test_matmul_of_any_layout(rng):
 
 
 CONFIGS = {
-    "plain": nanollm.Config(vocab_size=23, embedding_dim=16, n_block=2, n_head=4, max_context=12, hidden_dim=24),
-    "grouped and tied": nanollm.Config(vocab_size=23, embedding_dim=16, n_block=2, n_head=4, n_kv_head=2,
-                                       max_context=12, hidden_dim=24, tie_embeddings=True, activation="gelu"),
+    "plain": Config(vocab_size=23, embedding_dim=16, n_block=2, n_head=4, max_context=12, hidden_dim=24),
+    "grouped and tied": Config(vocab_size=23, embedding_dim=16, n_block=2, n_head=4, n_kv_head=2,
+                               max_context=12, hidden_dim=24, tie_embeddings=True, activation="gelu"),
 }
 
 

@@ -20,8 +20,10 @@ from safetensors.numpy import load_file, save_file
 import device
 import nanollm
 from autograd import ACTIVATIONS, Tensor, recording
+from config import Config
 from device import InputError, to_host
-from nanollm import Config, KVCache, NanoLLM, probabilities, sample
+from nanollm import KVCache, NanoLLM
+from sampling import probabilities, sample
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 

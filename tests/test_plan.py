@@ -11,8 +11,9 @@ from tiny import SHAPE, command, make_tokenizer
 import demo
 import device
 from autograd import ACTIVATIONS
+from config import Config
 from extras import plan
-from nanollm import Config, NanoLLM
+from nanollm import NanoLLM
 
 CONFIG = Config(300, 64, 2, 4, 2, 64, 172)
 

@@ -14,9 +14,10 @@ import evaluate
 import generate
 import train
 from autograd import Tensor, no_grad
+from config import Config
 from device import InputError, to_host
 from extras import export_gguf, quantize
-from nanollm import Config, NanoLLM
+from nanollm import NanoLLM
 from quantized import GROUP, LEVELS, Quantized, packed_shapes
 from quantized import quantize as to_integers
 

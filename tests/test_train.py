@@ -26,9 +26,10 @@ import generate
 import metrics
 import options
 import train
+from config import Config
 from data import TokenDataset
 from device import InputError, to_host
-from nanollm import Config, NanoLLM
+from nanollm import NanoLLM
 from tokens import load_tokenizer
 from train import Adam, gradient_norm, learning_rate
 
