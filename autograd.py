@@ -1,9 +1,10 @@
 """Reverse-mode automatic differentiation over arrays, every backward pass derived and written by hand.
 
 An op computes its result and leaves behind a function that turns dout = dLoss/dout into the gradients of its
-inputs. `backward` walks the recorded ops from the loss to the leaves and applies the chain rule at each. That
-is the engine: under two hundred lines. The rest of this file is one function per op, in the order in which the
-model needs them, and at the end the check that each of them has to pass.
+inputs. The recorded ops form a graph, each result pointing to its inputs; its leaves are the tensors that no op made,
+such as weights. `backward` walks it from the loss to the leaves and applies the chain rule at each op. That is the
+engine: under two hundred lines. The rest of this file is one function per op, in the order in which the model needs
+them, and at the end the check that each of them has to pass.
 
 Shapes: B batch, T time, S keys (S >= T), C width, H heads, K key/value heads, D = C/H, F hidden width, V vocabulary,
 N rows: all leading axes as one, (..., C) -> (N, C).
@@ -12,7 +13,7 @@ On `device` (device.py, which can be read later): xp is NumPy or CuPy, matmul(a,
 (a * b).sum(-1, keepdims=True); sweep(f, n, block) calls f with slices that together are range(n), a block of rows at a
 time, so that they stay in the cache; fuse marks a formula that becomes one kernel on a GPU.
 
-dx is dLoss/dx and has x's shape. Two rules give most derivations below:
+dx is dLoss/dx and has x's shape; * works element by element, @ is the matrix product. Two rules give most derivations:
 
     a value used in several places receives the sum of what the places send back (so a broadcast's backward is a sum);
     for out = a @ b:  da = dout @ bᵀ,  db = aᵀ @ dout  (the only products whose shapes fit).
@@ -137,8 +138,8 @@ def _topological(root):
 class _Sum:
     """The gradient of one node while its users send their parts.
 
-    A part is an array, or a function that adds itself to an array: a weight's gradient then goes straight into
-    the buffer where it is wanted, a slice's into its place, an embedding's into the few rows it touches.
+    A part is an array, or a function that is given the sum so far and adds its part in place: a weight's gradient then
+    goes straight into the buffer where it is wanted, a slice's into its place, an embedding's into the rows it touches.
     """
     def __init__(self, node, array=None):
         self.node = node
@@ -437,8 +438,10 @@ def softmax(x):
 def rmsnorm(x, w, eps=1e-6):
     """out = n * w,  n = x * r,  r = (mean(x²) + eps)^(-1/2) per row;  x (..., C), w (C,).  (Zhang & Sennrich 2019, §4)
 
-    Let dn = dout * w. x_i enters n_i directly and every n_j through r:  dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C, so
-        dx_i = r dn_i - x_i · r³ mean(dn * x)                   and with x = n/r
+    n receives dn = dout * w. x_i enters n_i directly and every n_j through r, which receives sum_j dn_j x_j, and with
+    dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C
+        dx_i = r dn_i - r³ x_i/C · sum_j dn_j x_j
+             = r dn_i - x_i · r³ mean(dn * x)                   and with x = n/r
              = r (dn_i - n_i · mean(dn * n))                    # dn without its part along n, for mean(n²) = 1
         dw   = sum over rows of dout * n = rᵀ @ (dout * x)      # w is broadcast over the rows
     Saved: r, one number per row. n is never needed: the first form of dx and the last of dw do with x.
@@ -467,7 +470,7 @@ def rmsnorm(x, w, eps=1e-6):
             dn = d * weight
             _project(dn, x, r[s], device.row_dot(dn, x) / C * r[s] * r[s] * r[s], dx[s])    # dn r - x · r³ mean(dn x)
             return device.matmul(_t(r[s]), d * x)[0]                                        # this block's part of dw
-        dw = builtins.sum(_sweep_rows(block, *rows.shape), 0 * weight)
+        dw = builtins.sum(_sweep_rows(block, *rows.shape), 0 * weight)      # Python's sum, from 0 of w's shape
         return dx.reshape(shape), dw
     return _result(out.reshape(shape), (x, w), backward)
 
@@ -644,9 +647,10 @@ def attention(q, k, v):
     future = _future(xp, min(_QUERIES, T), wide)
     heads = _SCORES // (G * min(_QUERIES, T) * S)   # key/value heads in a block
 
-    def blocks():
+    def blocks():                                   # t: a slice of queries; end: the keys that they may see
         return [(slice(t, min(t + _QUERIES, T)), S - T + min(t + _QUERIES, T)) for t in range(0, T, _QUERIES)]
 
+    # s: from here on a slice of the B·K key/value heads, as ks and vs have them
     def rows(x, s, t):                              # (heads, G·n, D): n queries of the G heads of a group, one matrix
         return x[s, :, t].reshape(x[s].shape[0], -1, x.shape[-1])
 

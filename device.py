@@ -223,7 +223,7 @@ def _product(a, b, out, accumulate):
 
 
 _SMALL = 1 << 21        # multiplications below which handing work to a thread costs more than it gains
-_FEW = 3                # rows: a product of fewer takes about as long as of so many, it waits for the weights
+_FEW = 3                # rows: a product of fewer counts as one of so many, for it waits for its weights from memory
 _TILE = 1 << 19         # elements of a product that is added to `out`: it must still be in the cache then
 
 
