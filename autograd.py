@@ -652,7 +652,11 @@ def attention(q, k, v):
 
     # s: from here on a slice of the B·K key/value heads, as ks and vs have them
     def rows(x, s, t):                              # (heads, G·n, D): n queries of the G heads of a group, one matrix
-        return x[s, :, t].reshape(x[s].shape[0], -1, x.shape[-1])
+        x = x[s, :, t]
+        return x.reshape(len(x), -1, x.shape[-1])
+
+    def groups(x):                                  # and back: (heads, G, n, ...)
+        return x.reshape(len(x), G, -1, x.shape[-1])
 
     def scaled(s, t):
         return (rows(qs, s, t) * scale).astype(dtype, copy=False)       # bfloat16 times a number is a float32
@@ -673,9 +677,9 @@ def attention(q, k, v):
             total = p.sum(-1, keepdims=True)
             result = device.matmul(p.astype(dtype, copy=False), vs[s, :end], dtype=wide)
             result /= total
-            out[s, :, t] = result.reshape(out[s, :, t].shape)
+            out[s, :, t] = groups(result)
             if log_sum is not None:
-                log_sum[s, :, t] = (top + xp.log(total)).reshape(log_sum[s, :, t].shape)
+                log_sum[s, :, t] = groups(top + xp.log(total))
     device.sweep(forward, B * K, heads)
 
     def backward(dout):
@@ -693,7 +697,7 @@ def attention(q, k, v):
                 ds -= device.row_dot(p, ds)         # dp - δ
                 ds *= p
                 ds = ds.astype(dtype, copy=False)
-                dq[s, :, t] = (device.matmul(ds, keys, dtype=wide) * scale).reshape(dq[s, :, t].shape)
+                dq[s, :, t] = groups(device.matmul(ds, keys, dtype=wide) * scale)
                 device.matmul(_t(ds), scaled(s, t), out=dk[s, :end], accumulate=True)
         device.sweep(block, B * K, heads)
         dk, dv = (x.astype(dtype, copy=False).reshape(B, K, S, D) for x in (dk, dv))

@@ -19,7 +19,10 @@ import time
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
+
+
+np.seterr(over="ignore")    # infinity is a result, as on a GPU: train.py finds it in the gradients; NaN still warns
 
 
 class InputError(ValueError):
@@ -105,10 +108,19 @@ threads = int(os.environ.get("NANOLLM_THREADS", 0)) or (
     len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 _jobs = queue.SimpleQueue()                     # of (a share of a sweep, the queue that waits for its end)
 _here = threading.local()                       # .busy: this thread is already inside a sweep
-_one_blas_thread = threadpool_limits(1, user_api="blas")     # the rows are split here, once, for every kind of work
+_blas_libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+
+
+def _blas_threads(n):
+    for library in _blas_libraries:
+        library.set_num_threads(n)
+
+
+_blas_threads(1)                                # the rows are split here, once, for every kind of work
 
 
 def _worker():
+    np.seterr(over="ignore")                    # each thread has its own
     _here.busy = True
     while True:
         share, ended = _jobs.get()
@@ -178,15 +190,13 @@ def fuse(formula):
 
     On a GPU CuPy compiles it into one kernel: one pass over memory instead of one for each operator.
     On a CPU it runs as it stands; call it on the rows of a `sweep`, so that its passes stay in the cache.
-    An overflow to infinity is no error in it, on either.
     """
     kernel = None
 
     def call(*arrays):
         nonlocal kernel
         if not on_gpu:
-            with np.errstate(over="ignore"):
-                return formula(*arrays)
+            return formula(*arrays)
         kernel = kernel or xp.fuse(formula)
         return kernel(*arrays)
 
@@ -204,7 +214,7 @@ def matmul(a, b, out=None, accumulate=False, dtype=None):
     """
     shape = (*a.shape[:-1], b.shape[-1])
     if out is None:
-        out = xp.empty(shape, dtype or np.result_type(a.dtype, b.dtype))
+        out = xp.empty(shape, dtype or np.promote_types(a.dtype, b.dtype))
     if out.size == 0 or a.shape[-1] == 0:
         if not accumulate:
             out[...] = 0
@@ -241,13 +251,15 @@ def _blas(a, b, out, accumulate):
         _product(a, b, out, accumulate)
     elif out.ndim > 2:
         sweep(lambda s: _product(a[s], b[s], out[s], accumulate), len(out), -(-len(out) // threads))
-    elif m >= n or m >= 128:
+    elif m >= 64:
         block = -(-m // threads)
         if accumulate:
             block = min(block, max(_TILE // n, 128))
         sweep(lambda s: _product(a[s], b, out[s], accumulate), m, block)
-    else:
-        sweep(lambda s: _product(a, b[:, s], out[:, s], accumulate), n, -(-n // threads))
+    else:                               # a token's product: BLAS's own threads have it in a tenth of a sweep's time
+        _blas_threads(threads)
+        _product(a, b, out, accumulate)
+        _blas_threads(1)
 
 
 _CUDA_TYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}     # cudaDataType

@@ -137,7 +137,8 @@ class NanoLLM:
         start = cache.length if cache else 0
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
         heads = linear(h, self.blocks[i].qkv).reshape(B, T, H + 2 * K, D).transpose(0, 2, 1, 3)  # (B, H+2K, T, D)
-        q, k, v = rope(heads[:, :H], cos, sin), rope(heads[:, H:H + K], cos, sin), heads[:, H + K:]
+        turned, v = rope(heads[:, :H + K], cos, sin), heads[:, H + K:]
+        q, k = turned[:, :H], turned[:, H:]
         if cache:
             k, v = cache.extend(i, k, v)                                                        # (B, K, S, D)
         out = attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, C)
@@ -155,11 +156,11 @@ class NanoLLM:
 
         Raises IndexError for an id outside the vocabulary, ValueError for more positions than max_context.
         """
-        ids = token_ids(ids, self.config.vocab_size)
-        end = (cache.length if cache else 0) + ids.shape[1]
+        h = embedding(self.embed, ids)
+        end = (cache.length if cache else 0) + h.shape[1]
         if end > self.config.max_context:
             raise ValueError(f"{end} positions are more than max_context, {self.config.max_context}")
-        h = drop(cast(embedding(self.embed, ids), self.compute), 0)
+        h = drop(cast(h, self.compute), 0)
         for i in range(len(self.blocks)):
             block = functools.partial(self._block, i, drop, cache)
             h = recompute(block, h) if self.recompute else block(h)
@@ -218,7 +219,7 @@ class NanoLLM:
             chosen = sample(logits, rng.random(len(rows)), temperature, top_k, top_p)
             chosen = np.where(ended, rows[:, -1], chosen)
             rows = np.concatenate([rows, chosen[:, None]], 1)
-            ended |= np.isin(chosen, stop_ids)
+            ended |= [token in stop_ids for token in chosen.tolist()]
             yield int(chosen[0]) if ids.ndim == 1 else chosen
             if ended.all():
                 return

@@ -27,8 +27,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     z = np.asarray(logits, np.float64)
     if temperature == 0:
         return (np.arange(z.shape[1]) == z.argmax(1)[:, None]).astype(np.float64)
-    with np.errstate(over="ignore"):        # near temperature 0: -inf, a probability of 0
-        z = (z - z.max(1, keepdims=True)) / temperature
+    z = (z - z.max(1, keepdims=True)) / temperature         # near temperature 0: -inf, a probability of 0
     if top_k is not None and top_k < z.shape[1]:
         z[z < np.partition(z, -top_k, axis=1)[:, -top_k, None]] = -np.inf
     p = np.exp(z)
