@@ -21,7 +21,6 @@ import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-
 np.seterr(over="ignore")    # infinity is a result, as on a GPU: train.py finds it in the gradients; NaN still warns
 
 
@@ -238,7 +237,7 @@ _TILE = 1 << 19         # elements of a product that is added to `out`: it must 
 
 
 def _blas(a, b, out, accumulate):
-    """Split one product over the threads: by matrices, or by the rows or the columns of a single one."""
+    """Split one product over the threads: by matrices, by the rows of a single one, or as BLAS itself does it."""
     if a.dtype.itemsize == 2:           # the arithmetic of a GPU's tensor cores
         a, b = a.astype(np.float32), b.astype(np.float32)
     if out.dtype.itemsize == 2:
@@ -256,7 +255,7 @@ def _blas(a, b, out, accumulate):
         if accumulate:
             block = min(block, max(_TILE // n, 128))
         sweep(lambda s: _product(a[s], b, out[s], accumulate), m, block)
-    else:                               # a token's product: BLAS's own threads have it in a tenth of a sweep's time
+    else:                               # few rows, as in generation: BLAS's own threads wait awake for the next product
         _blas_threads(threads)
         _product(a, b, out, accumulate)
         _blas_threads(1)

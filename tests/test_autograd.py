@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import reference
+from threadpoolctl import threadpool_info
 
 import autograd as ag
 import device
@@ -226,6 +227,7 @@ LARGE = [
     linear_cross_entropy("many_rows", (521,), 131, 3),
     case("matmul-large", ag.matmul, lambda t, a, b: a @ b, (3, 131, 67), (67, 203)),
     case("linear-large", ag.linear, lambda t, x, w: x @ w.T, (521, 131), (67, 131)),
+    case("linear-few_rows", ag.linear, lambda t, x, w: x @ w.T, (3, 300), (2500, 300)),
     embedding("many_ids", some_ids((521,), 40), V=40),
 ]
 
@@ -561,6 +563,21 @@ def test_same_bits_with_one_thread_and_two(case, monkeypatch):
         results.append(value_and_gradients(case.f, case.inputs(), np.float32))
     for one, two in zip(*results, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def test_a_product_of_few_rows_has_all_of_blas_threads_and_gives_them_back(monkeypatch):
+    monkeypatch.setattr(device, "threads", 2)
+    during = []
+    product = device._product
+    monkeypatch.setattr(device, "_product", lambda *a: (during.append(blas_threads()), product(*a)))
+    out = np.ones((1, 1000))
+    device._blas(np.ones((1, 3000)), np.ones((3000, 1000)), out, True)
+    np.testing.assert_array_equal(out, 3001)
+    assert during[0] <= {2} and blas_threads() <= {1}           # empty where threadpoolctl does not know the library
+
+
+def blas_threads():
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
 
 @for_all(REPRODUCIBLE)
