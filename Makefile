@@ -1,4 +1,4 @@
-# make demo | make test: each sets up its own virtual environment (.venv) on the first run.
+# make demo | make test | make figures: each sets up its own virtual environment (.venv) on the first run.
 # Another Python: make demo PYTHON=python3.12
 
 PYTHON = python3
@@ -8,6 +8,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest tests
+
+figures: .venv/ready
+	NANOLLM_THREADS=1 .venv/bin/python docs/figures.py
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanollm needs Python 3.11 or newer: say PYTHON=...")'
@@ -19,4 +22,4 @@ clean:
 	rm -rf .venv .venv-ci .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: demo test clean
+.PHONY: demo test figures clean

@@ -405,8 +405,8 @@ def softmax(x):
     """out_i = exp(x_i) / sum_j exp(x_j) over the last axis.
 
     Subtracting the row's maximum changes nothing (it cancels) and keeps exp in range; -inf gives an exact 0.
-    By the quotient rule d out_i / d x_j = out_i δ_ij - out_i out_j (δ_ij: 1 for i = j, else 0), so
-        dx_j = sum_i dout_i out_i (δ_ij - out_j) = out_j (dout_j - sum_i dout_i out_i)
+    By the quotient rule d out_i / d x_j = out_i (1[i = j] - out_j), where 1[i = j] is 1 for i = j, else 0, so
+        dx_j = sum_i dout_i out_i (1[i = j] - out_j) = out_j (dout_j - sum_i dout_i out_i)
     With a dout of ones dx is 0, and many a wrong formula gives 0, too: a gradient check needs a random dout.
 
     >>> x = Tensor(np.log([1.0, 3.0]), requires_grad=True)
@@ -493,7 +493,7 @@ def rope(x, cos, sin):
     `cos` and `sin` (T, D) hold each angle twice, for x_i and for x_{i+D/2}. The halves x₁ and x₂ of a row become
 
         out₁ = x₁ cos - x₂ sin
-        out₂ = x₂ cos + x₁ sin        a rotation R_t; (R_t q) · (R_s k) = q · (R_{s-t} k): only t - s matters
+        out₂ = x₂ cos + x₁ sin        a rotation R_t; its dot products, (R_t q)·(R_s k) = q·(R_{s-t} k), see only s - t
 
     or, for both at once, out = x cos + (-x₂, x₁) sin. Its matrix is orthogonal: the backward pass is its transpose, the
     rotation by the opposite angle. (RoFormer, Su et al. 2021, §3.2.2; to pair the halves is Hugging Face's way.)

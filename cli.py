@@ -13,11 +13,20 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
+        self.group = self
+
+    def begin(self, title):
+        """Flags added from here on stand under this title in the help."""
+        self.group = self.add_argument_group(title)
+
+    def switch(self, flag, help):
+        """Add a flag without a value."""
+        self.group.add_argument(flag, action="store_true", help=help)
 
     def add(self, flag, default=None, kind=str, help=""):
         """Add a flag with a value of this type, or out of this list; the help tells its default, if it has one."""
         rule = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        self.add_argument(flag, default=default, help=help + (default is not None) * " (%(default)s)", **rule)
+        self.group.add_argument(flag, default=default, help=help + (default is not None) * " (%(default)s)", **rule)
 
     def add_device(self):
         self.add("--device", None, ["auto", "gpu", "cpu"],

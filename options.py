@@ -1,6 +1,5 @@
 """The flags of train.py: what can be given, what they leave open, all that can be checked before any data is read."""
 import argparse
-import functools
 import os
 import sys
 from pathlib import Path
@@ -24,13 +23,15 @@ def command_line():
     count, positive, share = number(int, 1, 10**9), number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
     size, rate = number(int, 1, 10**6), number(float, 0, 1, open_low=True)
     parser = cli.Parser(prog="train.py", description="Train a Llama-style language model on a text, from scratch.")
-    add, switch = parser.add, functools.partial(parser.add_argument, action="store_true")
+    add, switch, begin = parser.add, parser.switch, parser.begin
+    begin("the run")
     add("--text", help="the text to learn from, a UTF-8 file")
     add("--tokenizer", help="a Hugging Face tokenizer.json")
-    switch("--demo", help="a small model on Python's own documentation: no files needed")
+    switch("--demo", "a small model on Python's own documentation: no files needed")
     add("--artifact-dir", help="the run's folder, by default runs/llm, then runs/llm-2, …")
-    switch("--resume", help="go on from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
+    switch("--resume", "go on from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
     add("--init-from", help="start from this model folder's weights, shape and tokenizer (fine-tuning)")
+    begin("the model")
     add("--embedding-dim", 512, size, "C, the width of the model")
     add("--n-block", 6, number(int, 1, 1000), "transformer blocks")
     add("--n-head", 8, size, "attention heads")
@@ -40,17 +41,21 @@ def command_line():
     add("--eps", 1e-6, rate, "RMSNorm's epsilon")
     add("--rope-theta", 10000.0, positive, "RoPE's base")
     add("--activation", "silu", list(ACTIVATIONS), "of the gated linear unit")
-    switch("--tie-embeddings", help="use the embedding matrix as the output layer too")
+    switch("--tie-embeddings", "use the embedding matrix as the output layer too")
+    begin("the data")
     add("--seq-len", None, size, "tokens in a training window, at most (and by default) max-context")
     add("--stride", None, size, "tokens between the starts of two windows; by default seq-len/2")
     add("--val-fraction", 0.1, share, "the share of the text, its end, that validates; 0: none")
     add("--num-epochs", 10, count, "passes over the training windows")
     add("--max-steps", None, count, "end after so many steps, if the epochs have not ended before")
     add("--batch-size", 4, count, "windows in a batch")
+    begin("speed and memory")
     add("--dtype", "float32", ["float32", "float16", "bfloat16"],
         "of activations and products; weights, sums, softmax and loss are always float32")
-    switch("--tf32", help="GPU: let float32 products round their inputs to 10 bits of mantissa, for the tensor cores")
-    switch("--recompute", help="compute a block's activations again in backward: less memory, more time")
+    switch("--tf32", "GPU: let float32 products round their inputs to 10 bits of mantissa, for the tensor cores")
+    switch("--recompute", "compute a block's activations again in backward: less memory, more time")
+    parser.add_device()
+    begin("the training")
     add("--dropout", 0.0, share, "the share of activations that become 0 in training")
     add("--grad-accum", 1, count, "batches whose gradients make one step")
     add("--learning-rate", 1e-4, rate, "the highest learning rate")
@@ -61,15 +66,15 @@ def command_line():
     add("--beta2", 0.999, share, "Adam's memory of its square")
     add("--weight-decay", 0.0, number(float, 0, 1), "shrink matrices by this times the learning rate in each step")
     add("--clip-norm", 1.0, number(float, 0), "scale gradients down to this norm; 0: off")
+    add("--patience", None, count, "end after so many evaluations without a better validation loss")
     add("--seed", 0, number(int, 0), "of the weights and of the order of the windows")
+    begin("reports and checkpoints")
     add("--eval-every", None, count, "steps between evaluations, besides the ends of epochs")
     add("--save-every", 500, count, "steps between checkpoints")
     add("--keep-last", 2, count, "checkpoints to keep")
-    add("--log-every", 10, count, "steps between rows of metrics.csv")
+    add("--log-every", 10, count, "steps between rows of metrics.csv, of which step 1 has the first")
     add("--sample-every", None, count, "steps between samples of text; by default one at each evaluation")
     add("--prompt", None, cli.text, "what the samples begin with; by default the validation text's first words")
-    add("--patience", None, count, "end after so many evaluations without a better validation loss")
-    parser.add_device()
     return parser
 
 

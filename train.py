@@ -265,7 +265,7 @@ def train(model, optimizer, train_set, val_set, state, run, args, stop):
 
             ended_epoch = state.windows % len(train_set) < big_batch
             milestone = state.step >= total or ended_epoch or due(args.eval_every)
-            if milestone or due(args.log_every):
+            if milestone or state.step == 1 or due(args.log_every):      # 1: the loss before training, on the plot, too
                 report(model, train_set, val_set, state, run, args, progress, lr, norm, milestone)
             if milestone if args.sample_every is None else due(args.sample_every):
                 say(f"sample: {sample_text(model, run.tokenizer, args.prompt, val_set or train_set, state.step)!r}")
@@ -343,8 +343,9 @@ def main(argv=None):
         train(model, optimizer, train_set, val_set, state, run, args, stop)
         if is_over(args, state, total):
             run.write_model(folder, model)
+            prompt = args.prompt or "Once upon a time"
             say(f"\n{folder} holds the model, metrics.csv and loss.png; let it write with\n"
-                f"    python generate.py {shlex.quote(str(folder))} --prompt 'Once upon a time'")
+                f"    python generate.py {shlex.quote(str(folder))} --prompt {shlex.quote(prompt)}")
             return 0
     say(f"\nstopped after step {state.step}; go on with\n    {checkpoint.resume_command(folder)}")
     return 128 + stop.signal

@@ -1,17 +1,20 @@
-"""Run what README.md reports and write it there:  python docs/results.py SHAKESPEARE.txt CHARACTERS.tokenizer.json
+"""Run what README.md reports and write it there:  python docs/results.py tinyshakespeare.txt
 
-The two files are tinyshakespeare and a character tokenizer of its 65 characters; the demo needs none. Writes
-docs/demo.png, docs/shakespeare.png and the block between the `results` marks in README.md.
+Makes characters.json, the tokenizer that has each of the text's 65 characters as a token; the demo needs no file.
+Writes docs/demo.png, docs/shakespeare.png and the block between the `results` marks in README.md.
 """
 import csv
 import json
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent
 YARDSTICK = ("--n-block 4 --n-head 4 --embedding-dim 128 --hidden-dim 344 --max-context 64 --tie-embeddings "
@@ -19,8 +22,17 @@ YARDSTICK = ("--n-block 4 --n-head 4 --embedding-dim 128 --hidden-dim 344 --max-
              "--weight-decay 0.1 --eval-every 250")
 
 
-def run(name, shown, flags):
-    """Train in a temporary folder; the lines of README.md about it."""
+def characters(text, path):
+    """Write a tokenizer.json that has each character of the text as a token."""
+    vocabulary = {character: number for number, character in enumerate(sorted(set(text)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(path))
+
+
+def run(name, shown, flags, sampling):
+    """Train in a temporary folder and generate with the flags `sampling`; the lines of README.md about it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
         train = [sys.executable, "train.py", *flags, "--artifact-dir", str(folder)]
@@ -31,9 +43,7 @@ def run(name, shown, flags):
         last = rows[-1]
         newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         about = json.loads((newest / "trainer.json").read_text())
-        prompt = about["command"]["prompt"] or "\n"
-        sample = subprocess.run([sys.executable, "generate.py", str(folder), "--prompt", prompt, "--seed", "1",
-                                 "--max-new-tokens", "300" if name == "shakespeare" else "80"],
+        sample = subprocess.run([sys.executable, "generate.py", str(folder), *sampling],
                                 cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
         shutil.copy(folder / "loss.png", ROOT / "docs" / f"{name}.png")
     speeds = sorted(float(row["tokens_per_second"]) for row in rows)
@@ -47,7 +57,7 @@ def run(name, shown, flags):
         f"| **{float(last['val_loss']):.3f}** | {float(last['val_perplexity']):.2f} "
         f"| {float(last['val_bits_per_byte']):.3f} | {speeds[len(speeds) // 2]:,.0f} | {float(last['seconds']):.0f} |",
         "", f"{about['versions']['device'].split(';')[0]}, {cpu()}; seed {about['command']['seed']}; "
-        f"commit {commit()}. The model writes (`--seed 1`):", "",
+        f"commit {commit()}. The model writes (`python generate.py FOLDER {shlex.join(sampling)}`):", "",
         *("    " + line for line in sample.strip().splitlines()), "",
     ]
 
@@ -64,11 +74,17 @@ def cpu():
 
 
 def main():
-    text, tokenizer = (str(Path(path).resolve()) for path in sys.argv[1:3])
-    lines = run("demo", "python train.py --demo", ["--demo"])
-    lines += run("shakespeare", "python train.py --text tinyshakespeare.txt --tokenizer characters.json \\\n        "
-                 + YARDSTICK.replace(" --batch", " \\\n        --batch").replace(" --beta2", " \\\n        --beta2"),
-                 ["--text", text, "--tokenizer", tokenizer, *YARDSTICK.split()])
+    text = Path(sys.argv[1]).resolve()
+    lines = run("demo", "python train.py --demo", ["--demo"],
+                ["--prompt", "The function returns", "--seed", "1", "--max-new-tokens", "80"])
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = Path(temporary, "characters.json")
+        characters(text.read_text("utf-8"), tokenizer)
+        shown = f"python train.py --text tinyshakespeare.txt --tokenizer characters.json {YARDSTICK}"
+        for flag in (" --n-block", " --batch", " --beta2"):
+            shown = shown.replace(flag, f" \\\n       {flag}")
+        lines += run("shakespeare", shown, ["--text", str(text), "--tokenizer", str(tokenizer), *YARDSTICK.split()],
+                     ["--prompt", "ROMEO:", "--seed", "1", "--max-new-tokens", "300"])
     lines.insert(-1, "\n![training and validation loss on tinyshakespeare](docs/shakespeare.png)")
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split("<!-- results: written by docs/results.py -->\n")

@@ -1,9 +1,9 @@
 """Fill in the figures of README.md and README.zh.md:  python docs/tables.py [--check]
 
 Lines of each file, the place of each op and how many tests it has, and the comparison in docs/speed.json, written by
-benchmarks/speed.py. README.zh.md takes the results of the runs from README.md, where docs/results.py wrote them. Words
-are the authors', numbers are the scripts'. With --check nothing is written; exit status 1 says that something is out of
-date.
+benchmarks/speed.py. README.zh.md takes from README.md what docs/results.py and benchmarks/recompute.py wrote there.
+Words are the authors', numbers are the scripts'. With --check nothing is written; exit status 1 says that something is
+out of date.
 """
 import ast
 import functools
@@ -86,8 +86,8 @@ def block(name, text):
 
 def filled(text):
     text = ops_of(lines_of(text))
-    results = block("results", PAGES[0].read_text(encoding="utf-8"))
-    text = text.replace(block("results", text), results)
+    for name in ("results", "recompute"):
+        text = text.replace(block(name, text), block(name, PAGES[0].read_text(encoding="utf-8")))
     return re.sub(r"(?s)(<!-- speed: written by docs/tables.py -->\n).*?(<!-- /speed -->)",
                   lambda match: f"{match[1]}{speed()}{match[2]}", text)
 

@@ -162,7 +162,7 @@ def test_seconds_and_tokens_go_on(halfway):
     assert resume(halfway) == 0
     seconds = [float(row["seconds"]) for row in rows(halfway)]
     assert seconds == sorted(seconds) and seconds[-1] >= before - 0.05
-    assert [int(row["step"]) for row in rows(halfway)] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
+    assert [int(row["step"]) for row in rows(halfway)] == [1, 3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
 
 
 def test_it_goes_on_from_another_folder(files, tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_signal_during_an_evaluation_waits_for_it(exact, files, tmp_path, monk
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
     assert tiny.run(*files, "--max-steps", 9, "--eval-every", 4, "--artifact-dir", "run") == 143
-    assert [row["step"] for row in rows(tmp_path / "run")] == ["3", "4"] and rows(tmp_path / "run")[-1]["val_loss"]
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "3", "4"] and rows(tmp_path / "run")[-1]["val_loss"]
     monkeypatch.setattr(train, "evaluate", evaluate)
     assert resume("run") == 0
     tiny.run(*files, "--max-steps", 9, "--eval-every", 4, "--artifact-dir", "whole")
@@ -469,7 +469,7 @@ def test_patience(files, tmp_path, monkeypatch):
     fake_evaluations(monkeypatch, [5.0, 6.0, 4.0, 4.0, 4.5, 7.0, 3.0, 8.0, 8.0, 8.0, 8.0])
     code, out, _ = command(train.main, *flags, "--patience", 3)
     assert code == 0 and "run holds the model" in out
-    assert [row["step"] for row in rows(tmp_path / "run")] == ["2", "4", "6", "8", "10", "12"]
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2", "4", "6", "8", "10", "12"]
     assert rows(tmp_path / "run")[-1]["train_loss"] and rows(tmp_path / "run")[-1]["val_loss"]
     assert (tmp_path / "run/config.json").exists()
     assert "has finished" in command(train.main, "--resume", "--artifact-dir", "run")[1]
@@ -826,7 +826,7 @@ def test_a_torn_line_of_a_killed_run_does_not_stop_it(halfway):
     with open(halfway / "metrics.csv", "a") as file:
         file.write("12,0.1,3")
     assert resume(halfway) == 0
-    assert rows(halfway, TIMINGS)[:len(expected)] == expected and len(rows(halfway)) == 10
+    assert rows(halfway, TIMINGS)[:len(expected)] == expected and len(rows(halfway)) == 11
 
 
 # ---------------------------------------------------------------- damage

@@ -360,9 +360,9 @@ def test_metrics_csv(finished):
                                     "learning_rate,grad_norm,loss_scale,skipped,tokens_per_second,flops_per_second,"
                                     "data_share,forward_share,backward_share,optimizer_share,seconds")
     table = rows(folder)
-    # 118 windows by 17: epochs end in steps 7, 14 and 21; rows every 3, evaluations every 4 and at the ends
+    # 118 windows by 17: epochs end in steps 7, 14, 21; rows in step 1 and every 3, evaluations every 4 and at the ends
     evaluated = [4, 7, 8, 12, 14, 16, 20, 21]
-    assert [int(row["step"]) for row in table] == sorted({*range(3, 22, 3), *evaluated})
+    assert [int(row["step"]) for row in table] == sorted({1, *range(3, 22, 3), *evaluated})
     for row in table:
         step = int(row["step"])
         for name in ("val_loss", "val_perplexity", "val_bits_per_byte"):
@@ -392,7 +392,11 @@ def test_train_loss_is_the_mean_since_the_row_before(files, tmp_path):
         step = int(row["step"])
         assert float(row["train_loss"]) == pytest.approx(np.mean(each[last:step]), rel=1e-6)
         last = step
-    assert [row["step"] for row in rows(tmp_path / "some")] == ["3", "5", "6", "8"]
+    assert [row["step"] for row in rows(tmp_path / "some")] == ["1", "3", "5", "6", "8"]
+
+
+def test_the_last_line_is_a_command_with_the_run_s_own_prompt(finished):
+    assert finished[2].splitlines()[-1].endswith("/run --prompt 'the cat'")
 
 
 def test_lines_of_epochs_tell_both_losses(finished):
