@@ -677,6 +677,7 @@ EXTREMES = {
     "rmsnorm": (ag.rmsnorm, EXTREME, np.arange(4)),
     "rmsnorm-zero_row": (ag.rmsnorm, 0 * EXTREME, np.arange(4)),
     **{f"glu-{a}": (lambda gate, up, a=a: ag.glu(gate, up, a), EXTREME, np.ones((2, 4))) for a in ag.ACTIVATIONS},
+    "glu-all_threads": (ag.glu, np.tile(EXTREME, (99_999, 1)), np.ones((199_998, 4))),
 }
 
 
