@@ -9,9 +9,10 @@ them, and at the end the check that each of them has to pass.
 Shapes: B batch, T time, S keys (S >= T), C width, H heads, K key/value heads, D = C/H, F hidden width, V vocabulary,
 N rows: all leading axes as one, (..., C) -> (N, C).
 
-On `device` (device.py, which can be read later): xp is NumPy or CuPy, matmul(a, b) is a @ b, row_dot(a, b) is
-(a * b).sum(-1, keepdims=True); sweep(f, n, block) calls f with slices that together are range(n), a block of rows at a
-time, so that they stay in the cache; fuse marks a formula that becomes one kernel on a GPU.
+On `device` (device.py, which can be read later): xp is NumPy or CuPy; matmul(a, b) is a @ b, with out=c written into c
+and with accumulate=True added to it; row_dot(a, b) is (a * b).sum(-1, keepdims=True); sweep(f, n, block) calls f with
+slices that together are range(n), a block of rows at a time, so that they stay in the cache; fuse marks a formula that
+becomes one kernel on a GPU.
 
 dx is dLoss/dx and has x's shape; * works element by element, @ is the matrix product. Two rules give most derivations:
 
@@ -442,7 +443,7 @@ def rmsnorm(x, w, eps=1e-6):
     dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C
         dx_i = r dn_i - r³ x_i/C · sum_j dn_j x_j
              = r dn_i - x_i · r³ mean(dn * x)                   and with x = n/r
-             = r (dn_i - n_i · mean(dn * n))                    # dn without its part along n, for mean(n²) = 1
+             = r (dn_i - n_i · mean(dn * n))        # dn without its part along n, for mean(n²) = 1 (but for eps)
         dw   = sum over rows of dout * n = rᵀ @ (dout * x)      # w is broadcast over the rows
     Saved: r, one number per row. n is never needed: the first form of dx and the last of dw do with x.
 
@@ -488,12 +489,13 @@ def _project(dn, x, r, along, out):
 # ---------------------------------------------------------------- position
 
 def rope(x, cos, sin):
-    """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t·θ_i, θ_i = θ^(-2i/D).
+    """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t θ_i.
 
+    θ_i = θ^(-2i/D), i = 0 … D/2-1, with the base θ = 10,000: the first pairs turn fast, the last ones slowly.
     `cos` and `sin` (T, D) hold each angle twice, for x_i and for x_{i+D/2}. The halves x₁ and x₂ of a row become
 
         out₁ = x₁ cos - x₂ sin
-        out₂ = x₂ cos + x₁ sin        a rotation R_t; its dot products, (R_t q)·(R_s k) = q·(R_{s-t} k), see only s - t
+        out₂ = x₂ cos + x₁ sin        a rotation R_t; (R_t q)ᵀ (R_s k) = qᵀ R_{s-t} k: only s - t matters
 
     or, for both at once, out = x cos + (-x₂, x₁) sin. Its matrix is orthogonal: the backward pass is its transpose, the
     rotation by the opposite angle. (RoFormer, Su et al. 2021, §3.2.2; to pair the halves is Hugging Face's way.)
@@ -544,7 +546,9 @@ def sigmoid(x):
 
 
 def gelu_pytorch_tanh(x):
-    """½x(1 + t), t = tanh(u), u = √(2/π)(x + 0.044715x³), slope ½(1+t) + ½x(1-t²)u'.  (Hendrycks & Gimpel 2016)"""
+    """x Φ(x), Φ the normal distribution's, by ½x(1 + t), t = tanh(u), u = √(2/π)(x + 0.044715x³);
+    slope ½(1+t) + ½x(1-t²)u', u' = √(2/π)(1 + 3 · 0.044715x²).  (GELU, Hendrycks & Gimpel 2016, §2)
+    """
     a = 0.7978845608028654
     t = device.xp.tanh(a * (x + 0.044715 * x * x * x))
     return 0.5 * x * (1 + t), lambda: 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (a * (1 + 0.134145 * x * x))
@@ -621,12 +625,12 @@ def attention(q, k, v):
     The queries are the last T of the S positions, query t sees the keys up to its own position S - T + t; query head
     h reads key/value head h // (H/K).  (Vaswani et al. 2017, §3.2.1; grouped queries: Ainslie et al. 2023)
 
-        s = q kᵀ / √D,  -inf where a key lies in the query's future;   p = softmax(s);   out = p v
+        s = q @ kᵀ / √D,  -inf where a key lies in the query's future;   p = softmax(s);   out = p @ v
 
     Backward, from the outside in (matmul, softmax, matmul):
-        dv = pᵀ dout        dp = dout vᵀ
+        dv = pᵀ @ dout      dp = dout @ vᵀ
         ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj
-        dq = ds k / √D      dk = dsᵀ q / √D         (dk and dv summed over the H/K query heads that share them)
+        dq = ds @ k / √D    dk = dsᵀ @ q / √D       (dk and dv summed over the H/K query heads that share them)
     Neither s nor p is ever held whole: blocks of queries meet the keys that they may see, and backward computes p anew
     from the saved log-sum-exp of each row, L = log sum_j exp(s_j):  p = exp(s - L).  Memory grows with T, not with T².
     (FlashAttention, Dao et al. 2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) In half

@@ -8,7 +8,7 @@ from device import InputError
 from files import file_in, read_json
 from quantized import LEVELS
 
-_HF_ACTIVATION = {"gelu": "gelu_pytorch_tanh"}     # the others have the same name there
+_HF_ACTIVATION = {"gelu": "gelu_pytorch_tanh"}     # where the name there is another
 _HF_NAME = {"vocab_size": "vocab_size", "embedding_dim": "hidden_size", "n_block": "num_hidden_layers",
             "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "hidden_dim": "intermediate_size",
             "max_context": "max_position_embeddings", "eps": "rms_norm_eps", "rope_theta": "rope_theta",

@@ -64,6 +64,7 @@ class TokenDataset:
         return self.file.ids(self.first, self.last)
 
     def __len__(self):
+        # the first window, and steps until a window holds the last id: 1 + ⌈(n - T - 1) / stride⌉ for n ids
         return -((self.seq_len + 1 + self.first - self.last) // self.stride) + 1
 
     def windows(self, i):

@@ -1,10 +1,12 @@
 """NumPy or CuPy: the one file that knows which, and how to keep either busy.
 
-Everything above speaks to `device.xp`, which is NumPy or CuPy, and to four helpers:
+Everything above speaks to `device.xp`, which is NumPy or CuPy, and to these helpers:
 
     matmul(a, b)     the matrix product: cuBLAS on a GPU, BLAS split over our threads on a CPU
     sweep(f, n, b)   f(rows) for slices of rows: everything at once on a GPU, cache-sized blocks on a CPU
     fuse(formula)    an elementwise formula: one compiled kernel on a GPU, itself on a CPU
+    row_dot(a, b)    sum(a * b) along the last axis
+    add_rows(...)    out[ids[i]] += rows[i]
     to_host(array)   a NumPy array, wherever the data was
 
 Always write `device.xp`, never `from device import xp`: the device is chosen when `xp` is first read, by

@@ -106,7 +106,7 @@ class NanoLLM:
                              joint(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
                              one[at + "mlp.down_proj.weight"])
                        for at in (f"model.layers.{i}." for i in range(config.n_block))]
-        # angle of pair i at position t: t · θ^(-2i/D), from one turn in 2π positions to one in nearly 2πθ
+        # angle of pair i at position t: t · θ^(-2i/D), from one turn in 2π positions to one in 2πθ^(1-2/D)
         D = config.head_dim
         angles = np.outer(np.arange(config.max_context), np.tile(config.rope_theta ** (-np.arange(0, D, 2) / D), 2))
         self.cos, self.sin = (xp.asarray(table.astype(self.compute)) for table in (np.cos(angles), np.sin(angles)))
@@ -154,6 +154,7 @@ class NanoLLM:
     def hidden(self, ids, cache=None, drop=lambda h, place: h):
         """The last hidden state (B, T, C), normalised, of ids (B, T) that follow what `cache` has read.
 
+        `drop` is dropout, by default none; `place` numbers its places in the model, so that each has its own mask.
         Raises IndexError for an id outside the vocabulary, ValueError for more positions than max_context.
         """
         h = embedding(self.embed, ids)

@@ -36,8 +36,9 @@ class Adam:
         p ← p - lr · m̂ / (√v̂ + eps),   m̂ = m / (1-β₁ᵗ),  v̂ = v / (1-β₂ᵗ)
 
     m and v start at 0 and so are too small at first: for a constant g, m after t steps is
-    (1-β₁) (1 + β₁ + … + β₁ᵗ⁻¹) g = (1-β₁ᵗ) g, hence the divisors. While g keeps its sign, m̂/√v̂ is near ±1 whatever
-    the scale of g; otherwise it is smaller. So a weight moves by about lr a step at most.
+    (1-β₁) (1 + β₁ + … + β₁ᵗ⁻¹) g = (1-β₁ᵗ) g, hence the divisors. While g hardly changes, m̂/√v̂ is near ±1 whatever
+    its scale; where its sign changes, it is smaller. So a weight moves by about lr a step, seldom more (at a sudden
+    large g by up to (1-β₁)/√(1-β₂) of it, §2.1).
     Weight decay, p ← p - lr · weight_decay · p, is no part of g, or Adam would rescale it; only matrices decay. (As in
     PyTorch; the paper's λ is lr · weight_decay.)
 
@@ -142,7 +143,7 @@ def gradients(model, optimizer, train_set, state, args, progress):
     tokens, and backward(1 / grad_accum) has the parts' gradients add up to that mean's.
     """
     optimizer.zero_grad()
-    progress.phase("optimizer")
+    progress.phase("optimizer")                 # names the time that has passed since its last call
     loss = 0.0
     for _ in range(args.grad_accum):
         x, y = train_set.batch(state.windows, args.batch_size, args.seed)
@@ -159,7 +160,7 @@ def gradients(model, optimizer, train_set, state, args, progress):
 def adapt_loss_scale(state, finite):
     """Dynamic loss scaling, for float16.  (Micikevicius et al. 2018, §3.2 and §5)
 
-    Many gradients are smaller than the smallest positive float16, 6e-8, and would become 0. So backward begins not
+    Many gradients are below half the smallest positive float16, 3e-8, and would become 0. So backward begins not
     with 1 but with a large loss_scale, and Adam divides by it. As large as possible without an overflow: halved after
     one (the step is skipped), doubled after 1,000 steps without. Powers of two, which change no digit.
     """

@@ -1,9 +1,10 @@
 """Run what README.md reports and write it there:  python docs/results.py tinyshakespeare.txt
 
-Makes characters.json, the tokenizer that has each of the text's 65 characters as a token; the demo needs no file.
-Writes docs/demo.png, docs/shakespeare.png and the block between the `results` marks in README.md.
+The demo, which needs no file, and tinyshakespeare with a token for each of its 65 characters. Writes docs/demo.png,
+docs/shakespeare.png and the block between the `results` marks in README.md.
 """
 import csv
+import functools
 import json
 import platform
 import re
@@ -14,21 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+import characters
 
 ROOT = Path(__file__).resolve().parent.parent
 YARDSTICK = ("--n-block 4 --n-head 4 --embedding-dim 128 --hidden-dim 344 --max-context 64 --tie-embeddings "
              "--batch-size 12 --max-steps 2000 --learning-rate 1e-3 --min-lr 1e-4 --warmup-steps 100 --beta2 0.99 "
              "--weight-decay 0.1 --eval-every 250")
-
-
-def characters(text, path):
-    """Write a tokenizer.json that has each character of the text as a token."""
-    vocabulary = {character: number for number, character in enumerate(sorted(set(text)))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(path))
 
 
 def run(name, shown, flags, sampling):
@@ -62,6 +54,7 @@ def run(name, shown, flags, sampling):
     ]
 
 
+@functools.cache                # called before anything is written
 def commit():
     git = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -74,12 +67,13 @@ def cpu():
 
 
 def main():
+    commit()
     text = Path(sys.argv[1]).resolve()
     lines = run("demo", "python train.py --demo", ["--demo"],
                 ["--prompt", "The function returns", "--seed", "1", "--max-new-tokens", "80"])
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = Path(temporary, "characters.json")
-        characters(text.read_text("utf-8"), tokenizer)
+        characters.write(text, tokenizer)
         shown = f"python train.py --text tinyshakespeare.txt --tokenizer characters.json {YARDSTICK}"
         for flag in (" --n-block", " --batch", " --beta2"):
             shown = shown.replace(flag, f" \\\n       {flag}")
