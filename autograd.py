@@ -491,7 +491,7 @@ def _project(dn, x, r, along, out):
 def rope(x, cos, sin):
     """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t θ_i.
 
-    θ_i = θ^(-2i/D), i = 0 … D/2-1, with the base θ = 10,000: the first pairs turn fast, the last ones slowly.
+    θ_i = θ^(-2i/D), i = 0 … D/2-1, with the base θ, mostly 10,000: the first pairs turn fast, the last ones slowly.
     `cos` and `sin` (T, D) hold each angle twice, for x_i and for x_{i+D/2}. The halves x₁ and x₂ of a row become
 
         out₁ = x₁ cos - x₂ sin
@@ -546,7 +546,7 @@ def sigmoid(x):
 
 
 def gelu_pytorch_tanh(x):
-    """x Φ(x), Φ the normal distribution's, by ½x(1 + t), t = tanh(u), u = √(2/π)(x + 0.044715x³);
+    """x Φ(x), Φ the normal distribution function, nearly: ½x(1 + t), t = tanh(u), u = √(2/π)(x + 0.044715x³);
     slope ½(1+t) + ½x(1-t²)u', u' = √(2/π)(1 + 3 · 0.044715x²).  (GELU, Hendrycks & Gimpel 2016, §2)
     """
     a = 0.7978845608028654

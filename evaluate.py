@@ -55,7 +55,7 @@ def main(argv=None):
     parser.add("--batch-size", 8, number(int, 1), "windows at once")
     parser.add_argument("--figure", metavar="PNG", type=cli.text,
                         help="draw the loss by position and, token by token, the beginning of the text")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.switch("--json", "print one JSON object")
     parser.add_device()
     args = parser.parse_args(argv)
     if args.device:

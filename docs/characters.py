@@ -6,6 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 
 def write(text, path):
+    """Write it: text and path are the names of files."""
     vocabulary = {character: number for number, character in enumerate(sorted(set(Path(text).read_text("utf-8"))))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
