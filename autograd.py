@@ -9,8 +9,8 @@ them, and at the end the check that each of them has to pass.
 Shapes: B batch, T time, S keys (S >= T), C width, H heads, K key/value heads, D = C/H, F hidden width, V vocabulary,
 N rows: all leading axes as one, (..., C) -> (N, C).
 
-On `device` (device.py, which can be read later): `xp` is NumPy or CuPy; `matmul(a, b)` is `a @ b`, with `out=c` written
-into `c` and with `accumulate=True` added to it; `row_dot(a, b)` is `(a * b).sum(-1, keepdims=True)`;
+On `device` (hardware/device.py, to be read later): `xp` is NumPy or CuPy; `matmul(a, b)` is `a @ b`, with `out=c`
+written into `c` and with `accumulate=True` added to it; `row_dot(a, b)` is `(a * b).sum(-1, keepdims=True)`;
 `sweep(f, n, block)` calls `f` with slices that together are `range(n)`, a block of rows at a time, so that they stay in
 the cache; `fuse` marks a formula that becomes one kernel on a GPU.
 
@@ -32,8 +32,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-import device
-from quantized import Quantized
+from hardware import device
+from hardware.quantized import Quantized
 
 # ---------------------------------------------------------------- the engine
 

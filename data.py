@@ -10,8 +10,8 @@ import warnings
 
 import numpy as np
 
-from device import InputError
-from tokens import cached_tokens, load_tokenizer, refuse_short, vocab_size
+from storage.files import InputError
+from storage.tokens import cached_tokens, load_tokenizer, refuse_short, vocab_size
 
 # ---------------------------------------------------------------- windows and batches
 

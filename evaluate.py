@@ -7,19 +7,44 @@ tokens count: each is predicted from at least seq-len - N others, which shows be
 seq-len / N times as much.
 """
 import json
+import math
 import time
 from pathlib import Path
 
 import numpy as np
 
-import cli
-import device
-import figure
-from checkpoint import open_model
-from cli import number
+from autograd import no_grad, token_losses
+from console import cli, figure
+from console.cli import number
+from console.metrics import perplexity
 from data import TokenDataset
-from device import InputError
-from train import evaluate
+from generate import open_model
+from hardware import device
+from storage.files import InputError
+
+
+def evaluate(model, dataset, batch_size=8, see=None):
+    """The loss on a text: {loss, perplexity, bits_per_byte, tokens, bytes}; every token but the first is a target once.
+
+    loss is the mean cross-entropy in nats per token, perplexity its exponential: as unsure as an even choice among so
+    many tokens. bits_per_byte, total nats / ln 2 / source bytes, is comparable between tokenizers.
+    A dataset whose stride is below its seq_len gives each target more context, at more cost: its windows overlap.
+
+    see(start, losses, ranks), if given, gets each batch's losses and ranks, (B, n): those of the targets at positions
+    start … start + n - 1 of B windows; a rank is the number of other tokens that the model thought no less likely.
+    """
+    nats, count = 0.0, 0
+    with no_grad():
+        for x, y, new in dataset.in_order(batch_size):
+            start = x.shape[1] - new
+            losses, ranks = token_losses(model.hidden(x)[:, start:], model.lm_head, y[:, start:], see is not None)
+            losses = device.to_host(losses)
+            nats, count = nats + float(losses.sum(dtype=np.float64)), count + losses.size
+            if see:
+                see(start, losses, device.to_host(ranks))
+    loss = nats / count
+    return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": nats / math.log(2) / dataset.source_bytes,
+            "tokens": count, "bytes": dataset.source_bytes}
 
 
 class Scores:

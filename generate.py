@@ -8,35 +8,39 @@ token more comes than fit, the oldest half of the context is forgotten and the r
 import itertools
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
-import cli
-import device
-from checkpoint import open_model
-from cli import number
-from device import InputError
+from console import cli
+from console.cli import number
+from hardware import device
+from nanollm import NanoLLM
+from storage.checkpoint import checkpoints, resume_command
+from storage.files import InputError, read_json
+from storage.tokens import load_tokenizer, stream_text, vocab_size
 
 
-def stream_text(tokenizer, ids):
-    """Yield the text of an iterator of ids piece by piece, together tokenizer.decode of them all.
-
-    A tokenizer that works on bytes spreads a character over several tokens and decodes a part of it as U+FFFD: such a
-    piece waits for its next token. What follows is decoded behind the last words, as it may depend on them (the first
-    word loses its space), but not behind all of them: that would take ever longer.
-    """
-    window, shown, mark = [], "", 0             # window[mark:] came after a place where all characters were complete
-    for token in ids:
-        window.append(token)
-        text = tokenizer.decode(window)
-        if text.endswith("\ufffd"):
-            continue
-        if len(text) > len(shown):
-            yield text[len(shown):]
-        shown = text
-        if len(window) >= mark + 32:
-            window = window[mark:]
-            shown, mark = tokenizer.decode(window), len(window)
+def open_model(folder):
+    """(model, tokenizer, BOS id or None, EOS ids) of a Hugging Face folder. Raises InputError naming what is wrong."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give one that training or transformers has written")
+    if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
+        ready = [folder / "best"] * (folder / "best").exists() + checkpoints(folder)[::-1]
+        raise InputError(f"{folder} has no model yet, its training has not ended: "
+                         + (f"use {ready[0]}" if ready else f"go on with {resume_command(folder)}"))
+    model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
+    if vocab_size(tokenizer) > model.config.vocab_size:
+        raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, the model only "
+                         f"{model.config.vocab_size}")
+    config = read_json(folder / "config.json")
+    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for token in [*eos, *([] if bos is None else [bos])]:
+        if type(token) is not int or not 0 <= token < model.config.vocab_size:
+            raise InputError(f"{folder / 'config.json'}: {token!r} is no token id of this model")
+    return model, tokenizer, bos, eos
 
 
 def until_stop(pieces, stops, start=0):

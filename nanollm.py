@@ -1,4 +1,4 @@
-"""The model: a Llama-style transformer, its key/value cache, generation, and its folder on disk. Its shape: config.py.
+"""The model: a Llama-style transformer, its key/value cache, generation, and its folder on disk.
 
     ids (B, T) ─ embedding ─► h (B, T, C)
         n_block times:   h += attention(rmsnorm(h))      tokens look at themselves and those before
@@ -11,14 +11,15 @@ H n_head, K n_kv_head, D = C/H, F hidden_dim, V vocab_size. Weights are (out, in
 import functools
 import json
 from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import device
 from autograd import (
+    ACTIVATIONS,
     Tensor,
     attention,
     cast,
@@ -33,11 +34,155 @@ from autograd import (
     rope,
     token_ids,
 )
-from config import Config
-from device import InputError
-from files import find_tensors, read_json, replace_file
-from quantized import Quantized
-from sampling import check_sampling, sample
+from hardware import device
+from hardware.quantized import Quantized
+from storage import huggingface
+from storage.files import InputError, read_json, replace_file
+from storage.huggingface import find_tensors
+
+# ---------------------------------------------------------------- its shape
+
+_LARGEST = 1 << 20      # any size in a Config: a file that asks for more is broken, and would take all memory
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. Raises InputError that names the field and the rule."""
+    vocab_size: int
+    embedding_dim: int = 512
+    n_block: int = 6
+    n_head: int = 8
+    n_kv_head: int | None = None        # fewer key/value than query heads: grouped-query attention; None: n_head
+    max_context: int = 512
+    hidden_dim: int = 2048
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    activation: str = "silu"
+    tie_embeddings: bool = False        # lm_head is the embedding matrix itself
+
+    def __post_init__(self):
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        for name in ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head", "max_context", "hidden_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+                raise InputError(f"{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
+        for name in ("eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-30 < value < 1e30:
+                raise InputError(f"{name} must be a number above 0 that a float32 can hold, not {value!r}")
+        if self.embedding_dim % (2 * self.n_head):
+            raise InputError(f"embedding_dim ({self.embedding_dim}) must be a multiple of 2 * n_head ({self.n_head}): "
+                             "heads of one even size, for RoPE turns pairs")
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
+        if self.activation not in list(ACTIVATIONS):
+            raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise InputError(f"tie_embeddings must be True or False, not {self.tie_embeddings!r}")
+
+    @property
+    def head_dim(self):
+        return self.embedding_dim // self.n_head
+
+    def flops_per_token(self, seq_len):
+        """Floating-point operations of training on one token of a window, forward and backward, the model's own:
+        what is done again to save memory does not count.  (PaLM, Chowdhery et al. 2022, appendix B)
+
+        Each of a matrix's N weights is multiplied and added once forward and twice backward (dx, dw): 6 N. An embedding
+        is looked up and not multiplied, so it does not count, unless it is the lm_head, too. A token meets T/2 keys on
+        average, in two products of width C: 6 C T per block. (PaLM counts all T keys, masked or not: 12 C T.)
+        """
+        n = sum(shape[0] * shape[1] for shape in self.shapes().values() if len(shape) == 2)
+        n -= (not self.tie_embeddings) * self.vocab_size * self.embedding_dim
+        return 6 * n + 6 * self.n_block * self.embedding_dim * seq_len
+
+    def to_hugging_face(self):
+        """config.json of a LlamaForCausalLM."""
+        return huggingface.to_config(self)
+
+    @classmethod
+    def from_hugging_face(cls, hf):
+        """The Config of a Llama-type config.json. Raises InputError naming any setting that is not implemented here."""
+        return huggingface.from_config(hf, cls, ACTIVATIONS)
+
+    @classmethod
+    def load(cls, folder):
+        """The Config of a Hugging Face folder. Raises InputError naming the file."""
+        return huggingface.load_config(folder, cls, ACTIVATIONS)
+
+    def shapes(self):
+        """Every parameter's Hugging Face name and shape, in the order of the flat buffer.
+
+        Matrices first, for only they decay; q, k, v and gate, up of a block lie side by side, so that one product
+        serves them.
+        """
+        C, F, q, kv = self.embedding_dim, self.hidden_dim, self.embedding_dim, self.n_kv_head * self.head_dim
+        matrices, vectors = {"model.embed_tokens.weight": (self.vocab_size, C)}, {}
+        for i in range(self.n_block):
+            block = f"model.layers.{i}."
+            for name, shape in {
+                "self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C),
+                "self_attn.o_proj": (C, q), "mlp.gate_proj": (F, C), "mlp.up_proj": (F, C), "mlp.down_proj": (C, F),
+            }.items():
+                matrices[block + name + ".weight"] = shape
+            vectors[block + "input_layernorm.weight"] = vectors[block + "post_attention_layernorm.weight"] = (C,)
+        if not self.tie_embeddings:
+            matrices["lm_head.weight"] = (self.vocab_size, C)
+        return matrices | vectors | {"model.norm.weight": (C,)}
+
+
+# ---------------------------------------------------------------- from logits to the next token
+
+def check_sampling(temperature, top_k, top_p):
+    """Raise InputError unless `sample` can use these."""
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature must be 0 (greedy) or above, not {temperature}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"top_k must be a whole number of at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
+
+
+def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    """softmax(logits / temperature), (B, V) -> float64 (B, V), cut to the likeliest tokens: the top_k largest (and what
+    ties with the last of them); of these the fewest whose share reaches top_p (nucleus sampling, Holtzman et al. 2020,
+    §3.1). All others get 0, and what is left is scaled to sum to 1. At temperature 0 the largest logit gets it all.
+
+    >>> probabilities(np.log([[4, 3, 2, 1]]), top_k=3, top_p=0.7).round(4).tolist()     # 4/9 + 3/9 reach 0.7
+    [[0.5714, 0.4286, 0.0, 0.0]]
+    >>> probabilities(np.log([[1, 3]]), temperature=0.5).round(4).tolist()              # 1² : 3²
+    [[0.1, 0.9]]
+    """
+    z = np.asarray(logits, np.float64)
+    if temperature == 0:
+        return (np.arange(z.shape[1]) == z.argmax(1)[:, None]).astype(np.float64)
+    z = (z - z.max(1, keepdims=True)) / temperature         # near temperature 0: -inf, a probability of 0
+    if top_k is not None and top_k < z.shape[1]:
+        z[z < np.partition(z, -top_k, axis=1)[:, -top_k, None]] = -np.inf
+    p = np.exp(z)
+    p /= p.sum(1, keepdims=True)
+    if top_p is not None and top_p < 1:
+        order = np.argsort(-p, axis=1, kind="stable")
+        down = np.take_along_axis(p, order, 1)
+        down[np.cumsum(down, 1) - down >= top_p] = 0        # the share was reached before this token
+        np.put_along_axis(p, order, down, 1)
+        p /= p.sum(1, keepdims=True)
+    return p
+
+
+def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
+    """One token a row of logits (B, V), chosen by u (B,), uniform on [0, 1): where the cumulative p first exceeds u.
+
+    >>> logits = np.log([[1, 2, 1]] * 3)            # cumulative: 0.25, 0.75, 1
+    >>> sample(logits, np.array([0.1, 0.5, 0.9])).tolist()
+    [0, 1, 2]
+    """
+    if temperature == 0:
+        return np.asarray(logits).argmax(1)
+    total = np.cumsum(probabilities(logits, temperature, top_k, top_p), 1)
+    return (total > (u * total[:, -1])[:, None]).argmax(1)
+
 
 # ---------------------------------------------------------------- the key/value cache
 

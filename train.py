@@ -12,18 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
-import cli
-import device
-import metrics
-import options
-from autograd import no_grad, token_losses
+from console import cli, metrics, options
+from console.metrics import Progress, perplexity, say
 from data import TokenDataset
-from device import InputError
-from files import read_json
-from metrics import Progress, perplexity, say
+from evaluate import evaluate
+from hardware import device
 from nanollm import NanoLLM
-from tokens import load_tokenizer
+from storage import checkpoint
+from storage.files import InputError, file_hash, read_json
+from storage.tokens import load_tokenizer
 
 # ---------------------------------------------------------------- the optimizer
 
@@ -105,32 +102,6 @@ def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
         return peak
     progress = (step + 1 - warmup) / (steps - warmup)       # 1 at the last step
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-# ---------------------------------------------------------------- the measure of success
-
-def evaluate(model, dataset, batch_size=8, see=None):
-    """The loss on a text: {loss, perplexity, bits_per_byte, tokens, bytes}; every token but the first is a target once.
-
-    loss is the mean cross-entropy in nats per token, perplexity its exponential: as unsure as an even choice among so
-    many tokens. bits_per_byte, total nats / ln 2 / source bytes, is comparable between tokenizers.
-    A dataset whose stride is below its seq_len gives each target more context, at more cost: its windows overlap.
-
-    see(start, losses, ranks), if given, gets each batch's losses and ranks, (B, n): those of the targets at positions
-    start … start + n - 1 of B windows; a rank is the number of other tokens that the model thought no less likely.
-    """
-    nats, count = 0.0, 0
-    with no_grad():
-        for x, y, new in dataset.in_order(batch_size):
-            start = x.shape[1] - new
-            losses, ranks = token_losses(model.hidden(x)[:, start:], model.lm_head, y[:, start:], see is not None)
-            losses = device.to_host(losses)
-            nats, count = nats + float(losses.sum(dtype=np.float64)), count + losses.size
-            if see:
-                see(start, losses, device.to_host(ranks))
-    loss = nats / count
-    return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": nats / math.log(2) / dataset.source_bytes,
-            "tokens": count, "bytes": dataset.source_bytes}
 
 
 # ---------------------------------------------------------------- the loop
@@ -296,7 +267,7 @@ def make_model(args, tokenizer, newest):
 
 
 def file_hashes(args):
-    return {name: checkpoint.file_hash(getattr(args, name)) for name in ("text", "tokenizer")}
+    return {name: file_hash(getattr(args, name)) for name in ("text", "tokenizer")}
 
 
 def main(argv=None):

@@ -19,9 +19,8 @@ sys.path[:0] = str(ROOT), str(ROOT / "docs")
 
 from results import commit, cpu  # noqa: E402
 
-import device  # noqa: E402
-from config import Config  # noqa: E402
-from nanollm import NanoLLM  # noqa: E402
+from hardware import device  # noqa: E402
+from nanollm import Config, NanoLLM  # noqa: E402
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=5)

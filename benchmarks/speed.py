@@ -197,7 +197,9 @@ def line(row):
 
 
 def main():
-    import device  # only here, for it holds NumPy's BLAS to one thread, and every process below reads this file too
+    from hardware import (
+        device,  # only here, for it holds NumPy's BLAS to one thread, and every process below reads this file too
+    )
 
     parser = argparse.ArgumentParser(description=__doc__.split("  ")[0])
     parser.add_argument("--config", nargs="+", choices=CONFIGS, default=["base", "small", "char"])

@@ -60,10 +60,9 @@ class Side:
 
 class Nanollm(Side):
     def load(self, folder, threads, compiled):
-        import device
         import train
-        from config import Config
-        from nanollm import NanoLLM
+        from hardware import device
+        from nanollm import Config, NanoLLM
         device.use("gpu" if self.gpu else "cpu")
         device.tf32 = self.tf32
         self.threads, self.gradient_norm = device.threads, train.gradient_norm

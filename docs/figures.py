@@ -25,15 +25,12 @@ from results import ROOT, commit, cpu
 sys.path.insert(0, str(ROOT))
 from probes import attention_maps, hooked, training_step
 
-import demo
-import device
-import metrics
 from autograd import Tensor, no_grad, rmsnorm, rope
-from checkpoint import open_model
-from config import Config
+from console import demo, metrics
 from data import TokenDataset
-from nanollm import NanoLLM
-from sampling import probabilities
+from generate import open_model
+from hardware import device
+from nanollm import Config, NanoLLM, probabilities
 from train import Adam
 
 FOLDER, SEED = ROOT / "docs" / "figures", 0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))           # nanollm is run from its folder
-from files import replace_file  # noqa: E402
+from storage.files import replace_file  # noqa: E402
 
 FILES = "autograd.py", "nanollm.py", "data.py", "train.py"
 NO_BREAK, GAP = "\xa0", '<span class="gap"> </span>'

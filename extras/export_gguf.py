@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import device
-from checkpoint import open_model
-from device import InputError
+from console import cli
+from generate import open_model
+from hardware import device
+from storage.files import InputError
 
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",

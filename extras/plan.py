@@ -39,12 +39,10 @@ from pathlib import Path
 import numpy as np
 
 import autograd
-import cli
-import device
-import metrics
-import options
-from device import InputError
-from tokens import load_tokenizer
+from console import cli, metrics, options
+from hardware import device
+from storage.files import InputError
+from storage.tokens import load_tokenizer
 
 WIDE = 4                # bytes of a float32
 LARGEST_BATCH = 10**9   # that train.py takes

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import cli
-import device
-from checkpoint import open_model, sync
+from console import cli
 from data import TokenDataset
-from device import InputError
-from files import read_json
-from quantized import quantize
-from train import evaluate
+from evaluate import evaluate
+from generate import open_model
+from hardware import device
+from hardware.quantized import quantize
+from storage.files import InputError, read_json, sync
 
 BESIDE = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-import device
 from autograd import no_grad
-from config import Config
-from nanollm import NanoLLM
+from hardware import device
+from nanollm import Config, NanoLLM
 from train import Adam, learning_rate
 
 FIGURES = Path(__file__).parent / "figures"

@@ -18,8 +18,8 @@ the scale after an overflow and doubles it after 1,000 steps without one. Weight
 """
 import numpy as np
 
-import device
 from autograd import Tensor, linear_cross_entropy
+from hardware import device
 from lessons import common
 
 QUESTION = ("bfloat16 has only 16 bits, too. Why does nanollm train in it with a loss scale of 1, and what is the "

@@ -17,8 +17,8 @@ functions, the one of zeros among them, which the check must reject.
 """
 import numpy as np
 
-import device
 from autograd import Tensor, _result, gradcheck, softmax
+from hardware import device
 from lessons import common
 
 QUESTION = "One random dout is enough. Why is there no need to try many?"

@@ -20,7 +20,7 @@ import numpy as np
 
 import autograd
 from autograd import no_grad, softmax
-from device import to_host
+from hardware.device import to_host
 from lessons import common
 
 QUESTION = ("Someone shows you a loss of 0.05. Which two forward passes tell you whether their model peeks, and "

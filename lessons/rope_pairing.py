@@ -22,8 +22,8 @@ from unittest.mock import patch
 import numpy as np
 
 import autograd
-import device
 from autograd import Tensor
+from hardware import device
 from lessons import common
 from nanollm import NanoLLM
 

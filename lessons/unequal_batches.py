@@ -20,7 +20,7 @@ all tokens and divides once, by their number.
 """
 import numpy as np
 
-from device import to_host
+from hardware.device import to_host
 from lessons import common
 
 QUESTION = ("Here chance decides which windows stand in the small part, so the wrong gradient is only a noisier "

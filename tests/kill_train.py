@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
 
-from checkpoint import check_sums, checkpoints  # noqa: E402
+from storage.checkpoint import check_sums, checkpoints  # noqa: E402
 
 FLAGS = ("--embedding-dim 8 --n-block 1 --n-head 2 --hidden-dim 8 --max-context 8 --tie-embeddings --batch-size 3 "
          "--grad-accum 2 --learning-rate 0.01 --num-epochs 1000 --save-every 3 --log-every 2 --eval-every 7 "

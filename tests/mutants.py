@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {"autograd.py": None, "device.py": ("add_rows", "_product")}   # which of its functions; None: all
+FILES = {"autograd.py": None, "hardware/device.py": ("add_rows", "_product")}   # which of its functions; None: all
 TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 
 # Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
@@ -197,7 +197,7 @@ def uses():
     found = {}
     for top in ast.parse((ROOT / "autograd.py").read_text(encoding="utf-8")).body:
         names = {node.id for node in ast.walk(top) if isinstance(node, ast.Name)}
-        names |= {node.attr for node in ast.walk(top) if getattr(node, "attr", "") in FILES["device.py"]}
+        names |= {node.attr for node in ast.walk(top) if getattr(node, "attr", "") in FILES["hardware/device.py"]}
         targets = top.targets if isinstance(top, ast.Assign) else [top]
         found |= {name: names for target in targets if (name := getattr(target, "id", getattr(target, "name", "")))}
     return found
@@ -220,6 +220,8 @@ def workplace(folder):
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(file, folder)
+    for name in ("hardware", "storage", "console"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 

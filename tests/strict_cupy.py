@@ -585,7 +585,7 @@ cp = Module()
 @contextmanager
 def strict_gpu():
     """Inside, `import cupy` gives the stand-in and device.py uses it as its GPU."""
-    import device
+    from hardware import device
 
     cublas = types.ModuleType("cublas")
     cublas.gemmEx, cublas.gemmStridedBatchedEx, cublas.CUBLASError = gemmEx, gemmStridedBatchedEx, CUBLASError

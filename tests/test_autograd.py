@@ -19,8 +19,8 @@ from conftest import reference
 from threadpoolctl import threadpool_info
 
 import autograd as ag
-import device
 from autograd import Tensor, gradcheck, no_grad
+from hardware import device
 
 
 @pytest.fixture(autouse=True, params=[os.environ["NANOLLM_DEVICE"]])

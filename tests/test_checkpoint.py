@@ -38,18 +38,17 @@ from tiny import (
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-import checkpoint
 import data
-import device
-import metrics
-import options
-import tokens
+import generate
 import train
-from checkpoint import State, checkpoints, read_moments, read_trainer
-from config import Config
-from device import InputError, to_host
-from nanollm import NanoLLM
-from tokens import load_tokenizer
+from console import metrics, options
+from hardware import device
+from hardware.device import to_host
+from nanollm import Config, NanoLLM
+from storage import checkpoint, tokens
+from storage.checkpoint import State, checkpoints, read_moments, read_trainer
+from storage.files import InputError
+from storage.tokens import load_tokenizer
 from train import Adam
 
 ROOT = Path(train.__file__).parent
@@ -245,7 +244,8 @@ def test_a_signal_while_the_text_is_encoded(files, tmp_path, monkeypatch, cache_
 SLEEPER = """
 import sys, time
 sys.path[:0] = [{root!r}]
-import cli, train
+import train
+from console import cli
 def slow(self, *args, **named):
     print("in a step", flush=True)
     time.sleep(60)
@@ -273,7 +273,7 @@ def test_a_second_signal_quits_at_once(files, first, second):
 
 def test_signals_are_told_without_print():
     """print may be the very call that was interrupted, and does not bear that."""
-    tree = ast.parse((ROOT / "cli.py").read_text())
+    tree = ast.parse((ROOT / "console/cli.py").read_text())
     handler = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "ask")
     assert not [node for node in ast.walk(handler) if isinstance(node, ast.Name) and node.id == "print"]
 
@@ -633,7 +633,8 @@ def test_a_file_system_that_cannot_sync_folders(files, monkeypatch):
 
 def test_the_rows_of_a_checkpoint_are_on_the_disk_before_it(files, tmp_path, monkeypatch):
     events = []
-    monkeypatch.setattr(checkpoint, "sync", lambda path: events.append(Path(path).name))
+    for module in (checkpoint, sys.modules["storage.files"]):
+        monkeypatch.setattr(module, "sync", lambda path: events.append(Path(path).name))
     tiny.run(*files, "--max-steps", 3, "--artifact-dir", "run")
     assert events.index("metrics.csv") < events.index("SHA256SUMS")
 
@@ -1043,7 +1044,8 @@ def test_nothing_is_pickled_or_executed():
     """No module of ours so much as names what could run a file's content."""
     banned = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "eval", "exec", "__import__",
               "allow_pickle", "system", "popen"}
-    for path in sorted(ROOT.glob("*.py")):
+    folders = ".", "hardware", "storage", "console", "extras"
+    for path in sorted(path for folder in folders for path in (ROOT / folder).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         fields = ("id", "attr", "arg", "name", "module")
         names = {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
@@ -1087,7 +1089,7 @@ def assert_transformers_agrees(transformers, folder, text):
     import torch
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model, ours, bos, _ = checkpoint.open_model(folder)
+    model, ours, bos, _ = generate.open_model(folder)
     ids = ours.encode(text, add_special_tokens=False).ids
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
     assert tokenizer(text)["input_ids"] == ([] if bos is None else [bos]) + ids
@@ -1124,7 +1126,7 @@ def test_training_goes_on_from_a_folder_made_elsewhere(transformers, llama, file
     assert (code, err) == (0, "")
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
-    assert checkpoint.open_model("run")[2:] == (1, [2])
+    assert generate.open_model("run")[2:] == (1, [2])
     tokenizer = assert_transformers_agrees(transformers, tmp_path / "run", "the cat at the 却")
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     assert float(rows(tmp_path / "run")[-1]["train_loss"]) < float(rows(tmp_path / "run")[0]["train_loss"]) - 0.2

@@ -17,17 +17,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import QUICK, SHAPE, command, make_files, make_text, make_tokenizer, snapshot
 
-import cli
-import device
 import evaluate
 import generate
 import nanollm
-import options
 import train
-from cli import number
-from config import Config
-from device import InputError
-from nanollm import NanoLLM
+from console import cli, options
+from console.cli import number
+from hardware import device
+from nanollm import Config, NanoLLM
+from storage.files import InputError
 
 ROOT = Path(train.__file__).parent
 
@@ -280,14 +278,14 @@ def test_warnings_are_one_line_too():
 
 
 def test_what_a_terminal_cannot_show_does_not_stop_a_run(tmp_path):
-    code = "import cli\ncli.run(lambda: print('却说'))\n"
+    code = "from console import cli\ncli.run(lambda: print('却说'))\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False,
                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, rb"\u5374\u8bf4" + b"\n", b"")
 
 
 def test_a_reader_that_has_seen_enough(tmp_path):
-    code = "import cli\ncli.run(lambda: print('x' * 1_000_000))\n"
+    code = "from console import cli\ncli.run(lambda: print('x' * 1_000_000))\n"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         process.stdout.close()

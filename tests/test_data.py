@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
-import tokens
 from data import TokenDataset
-from device import InputError
-from tokens import load_tokenizer, vocab_size
+from storage import tokens
+from storage.files import InputError
+from storage.tokens import load_tokenizer, vocab_size
 
 CORPUS = ["The quick brown fox jumps over the lazy dog; it's the dog's 1,234th day.", "naïve café — “déjà vu”",
           "却说那孙悟空一个筋斗云，去了十万八千里。唐僧道：“悟空，休得无礼！”",

@@ -10,10 +10,10 @@ gguf = reference("gguf")
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
 from autograd import Tensor, rope  # noqa: E402
-from config import Config  # noqa: E402
-from device import InputError, to_host  # noqa: E402
 from extras import export_gguf  # noqa: E402
-from nanollm import NanoLLM  # noqa: E402
+from hardware.device import to_host  # noqa: E402
+from nanollm import Config, NanoLLM  # noqa: E402
+from storage.files import InputError  # noqa: E402
 
 TEXT = ["the cat sat on the mat, and the dog lay on the log", "a cat and a dog"] * 5
 

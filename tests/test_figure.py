@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 from tiny import command, make_text, make_tokenizer
 
 import evaluate
-import figure
-from config import Config
-from nanollm import NanoLLM
-from tokens import load_tokenizer
+from console import figure
+from nanollm import Config, NanoLLM
+from storage.tokens import load_tokenizer
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

@@ -12,14 +12,13 @@ import pytest
 import tiny
 
 import autograd
-import device
-import metrics
 import nanollm
 from autograd import Tensor
-from checkpoint import open_model
-from config import Config
+from console import metrics
 from data import TokenDataset
-from nanollm import NanoLLM
+from generate import open_model
+from hardware import device
+from nanollm import Config, NanoLLM
 from train import Adam
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))

@@ -18,13 +18,13 @@ reference("cupy")
 from strict_cupy import cp, strict_gpu, traced  # noqa: E402  (it needs CuPy)
 
 import autograd as ag  # noqa: E402
-import device  # noqa: E402
 import evaluate  # noqa: E402
 import generate  # noqa: E402
 import nanollm  # noqa: E402
 import train  # noqa: E402
 from autograd import Tensor  # noqa: E402
-from config import Config  # noqa: E402
+from hardware import device  # noqa: E402
+from nanollm import Config  # noqa: E402
 
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 

@@ -17,13 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-import device
 import nanollm
 from autograd import ACTIVATIONS, Tensor, recording
-from config import Config
-from device import InputError, to_host
-from nanollm import KVCache, NanoLLM
-from sampling import probabilities, sample
+from hardware import device
+from hardware.device import to_host
+from nanollm import Config, KVCache, NanoLLM, probabilities, sample
+from storage.files import InputError
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from tiny import SHAPE, command, make_tokenizer
 
-import demo
-import device
 from autograd import ACTIVATIONS
-from config import Config
+from console import demo
 from extras import plan
-from nanollm import NanoLLM
+from hardware import device
+from nanollm import Config, NanoLLM
 
 CONFIG = Config(300, 64, 2, 4, 2, 64, 172)
 

@@ -8,12 +8,11 @@ import tiny
 from tiny import rows
 
 import autograd
-import device
 import train
 from autograd import Tensor, dropout, gradcheck, linear, linear_cross_entropy, no_grad, recompute
-from config import Config
-from device import to_host
-from nanollm import NanoLLM
+from hardware import device
+from hardware.device import to_host
+from nanollm import Config, NanoLLM
 
 UNIT = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8}       # unit roundoff
 CONFIG = Config(vocab_size=50, embedding_dim=32, n_block=3, n_head=4, n_kv_head=2, hidden_dim=40, max_context=20)

@@ -9,17 +9,17 @@ from safetensors.numpy import load_file, save_file
 from tiny import command, snapshot
 
 import autograd
-import device
 import evaluate
 import generate
 import train
 from autograd import Tensor, no_grad
-from config import Config
-from device import InputError, to_host
 from extras import export_gguf, quantize
-from nanollm import NanoLLM
-from quantized import GROUP, LEVELS, Quantized, packed_shapes
-from quantized import quantize as to_integers
+from hardware import device
+from hardware.device import to_host
+from hardware.quantized import GROUP, LEVELS, Quantized, packed_shapes
+from hardware.quantized import quantize as to_integers
+from nanollm import Config, NanoLLM
+from storage.files import InputError
 
 
 @pytest.fixture(params=LEVELS)

@@ -14,7 +14,7 @@ reference("cupy")
 import strict_cupy  # noqa: E402  (it needs CuPy)
 from strict_cupy import CUBLASError, cp, strict_gpu  # noqa: E402
 
-import device  # noqa: E402
+from hardware import device  # noqa: E402
 
 host = np.arange(6, dtype=np.float32).reshape(2, 3)
 

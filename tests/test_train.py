@@ -18,19 +18,17 @@ from hypothesis import strategies as st
 from tiny import QUICK, SHAPE, command, make_files, make_text, make_tokenizer, rows
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-import checkpoint
-import demo
-import device
 import evaluate
 import generate
-import metrics
-import options
 import train
-from config import Config
+from console import demo, metrics, options
 from data import TokenDataset
-from device import InputError, to_host
-from nanollm import NanoLLM
-from tokens import load_tokenizer
+from hardware import device
+from hardware.device import to_host
+from nanollm import Config, NanoLLM
+from storage import checkpoint
+from storage.files import InputError
+from storage.tokens import load_tokenizer
 from train import Adam, gradient_norm, learning_rate
 
 draw_loss = metrics.draw_loss       # the real one
@@ -434,7 +432,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
 
 def test_a_closed_pipe_does_not_end_a_run():
     """`python train.py … | head`: what nobody reads is dropped, silently."""
-    code = "import metrics\nfor i in range(1000): metrics.say('x' * 1000)\n"
+    code = "from console import metrics\nfor i in range(1000): metrics.say('x' * 1000)\n"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           cwd=Path(train.__file__).parent) as process:
         process.stdout.read(10)
@@ -843,4 +841,4 @@ def test_a_run_that_has_not_ended_points_to_its_best(files, tmp_path):
     tiny.run(*files, "--max-steps", 5, "--eval-every", 2, "--artifact-dir", "run")
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(InputError, match="run/best"):
-        checkpoint.open_model(tmp_path / "run")
+        generate.open_model(tmp_path / "run")

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import cli
-import metrics
 import train
+from console import cli, metrics
 
 SENTENCES = ("the cat sat on the mat. ", "a dog ran to the cat! ", "the mat is red, ", "却说孙悟空一个筋斗云。",
              "who ran? \n", "no dog sat 👍 on it. ")

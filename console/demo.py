@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from files import replace_file
-from tokens import cache_folder
+from storage.files import replace_file
+from storage.tokens import cache_folder
 
 SETTINGS = {"embedding_dim": 192, "n_block": 4, "n_head": 6, "hidden_dim": 512, "max_context": 128,
             "tie_embeddings": True, "batch_size": 16, "num_epochs": 100, "max_steps": 300, "learning_rate": 3e-3,

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from device import InputError
-from files import replace_file
-from generate import stream_text
-from tokens import vocab_size
+from storage.files import InputError, replace_file
+from storage.tokens import stream_text, vocab_size
 
 TOKENS = 1000                                   # at most so many are shown
 COLUMNS, ROWS = 84, 26                          # of the text, in characters of

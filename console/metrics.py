@@ -9,9 +9,9 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-import device
 from autograd import no_grad
-from files import replace_file
+from hardware import device
+from storage.files import replace_file
 
 PHASES = "data", "forward", "backward", "optimizer"
 COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity", "val_bits_per_byte",

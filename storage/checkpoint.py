@@ -14,9 +14,7 @@ with a dot, synced to the disk and renamed. Whatever a crash leaves has such a n
 away when the run goes on.
 """
 import contextlib
-import errno
 import filecmp
-import hashlib
 import itertools
 import json
 import math
@@ -24,7 +22,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,81 +32,22 @@ import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-import device
-from device import InputError
-from files import read_json, replace_file
-from nanollm import NanoLLM
-from tokens import load_tokenizer, vocab_size
+from hardware import device
+from storage.files import (
+    InputError,
+    file_hash,
+    read_json,
+    recover,
+    remove_folder,
+    replace_file,
+    replace_folder,
+    sync,
+)
 
 try:
     import fcntl
 except ImportError:                     # Windows
     fcntl = None
-
-# ---------------------------------------------------------------- files and folders, whole or not at all
-
-def file_hash(path):
-    """SHA-256 of a file's bytes, in hexadecimal. Raises InputError where there is none to read."""
-    try:
-        if not Path(path).is_file():    # opening a pipe would wait for ever
-            raise InputError(f"{path}: there is no such file")
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as problem:
-        raise InputError(f"{path}: {problem.strerror}") from None
-
-
-def sync(path):
-    """Have the disk hold what was written to a file, or the names in a folder (which Windows cannot open)."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as problem:
-        if problem.errno != errno.EINVAL:       # which says that this file system cannot sync folders
-            raise
-    finally:
-        os.close(handle)
-
-
-def recover(folder):
-    """Clear away what a crash, or a disk that was full, has left in a run's folder."""
-    for leftover in folder.glob(".*"):
-        if match := re.fullmatch(r"\.(best|checkpoint-\d+)\.(new|old)", leftover.name):
-            path = leftover.with_name(match[1])
-            if match[2] == "old" and not path.exists():
-                leftover.rename(path)
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-        elif re.fullmatch(r"\.[a-z_]+\.(csv|png|json|safetensors)\.\d+", leftover.name):
-            leftover.unlink(missing_ok=True)
-
-
-def replace_folder(path, write):
-    """Have write(folder) fill a folder beside `path`, then put it there. One of that name gives way last."""
-    recover(path.parent)
-    beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    try:
-        beside.mkdir()
-        write(beside)
-        for file in beside.iterdir():
-            sync(file)
-        sync(beside)
-        if path.exists():
-            path.rename(old)            # killed here, nothing has the name: `recover` gives it back to the old one
-        beside.rename(path)
-        sync(path.parent)
-    finally:
-        recover(path.parent)
-
-
-def remove_folder(path):
-    """Remove a folder that, half removed, must not look like a whole one."""
-    gone = path.with_name(f".{path.name}.new")
-    path.rename(gone)
-    shutil.rmtree(gone)
-
 
 # ---------------------------------------------------------------- the folder of a run
 
@@ -339,27 +277,3 @@ def read_moments(checkpoint, optimizer):
                 target[...] = device.xp.asarray(values)
     except (OSError, SafetensorError) as problem:
         raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
-
-
-# ---------------------------------------------------------------- a finished model
-
-def open_model(folder):
-    """(model, tokenizer, BOS id or None, EOS ids) of a Hugging Face folder. Raises InputError naming what is wrong."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give one that training or transformers has written")
-    if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
-        ready = [folder / "best"] * (folder / "best").exists() + checkpoints(folder)[::-1]
-        raise InputError(f"{folder} has no model yet, its training has not ended: "
-                         + (f"use {ready[0]}" if ready else f"go on with {resume_command(folder)}"))
-    model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
-    if vocab_size(tokenizer) > model.config.vocab_size:
-        raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, the model only "
-                         f"{model.config.vocab_size}")
-    config = read_json(folder / "config.json")
-    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    for token in [*eos, *([] if bos is None else [bos])]:
-        if type(token) is not int or not 0 <= token < model.config.vocab_size:
-            raise InputError(f"{folder / 'config.json'}: {token!r} is no token id of this model")
-    return model, tokenizer, bos, eos

@@ -5,7 +5,8 @@ import signal
 import sys
 import warnings
 
-from device import InputError
+from hardware.device import Unavailable
+from storage.files import InputError
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,7 +95,7 @@ def run(main):
     try:
         code = main()
         sys.stdout.flush()
-    except InputError as problem:
+    except (InputError, Unavailable) as problem:
         code = fail(name, problem)
     except MemoryError as problem:
         code = fail(name, f"out of memory ({problem}): lower --batch-size (--grad-accum makes up for it) or "

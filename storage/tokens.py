@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from device import InputError
+from storage.files import InputError
 
 BLOCK = 1 << 18         # bytes read at once
 CHUNK = 1 << 16         # characters encoded by one call of the tokenizer
@@ -69,6 +69,27 @@ def unknown_token(tokenizer):
     if model["type"] == "Unigram":                  # an index into its list of (text, score)
         return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
     return model["unk_token"]
+
+
+def stream_text(tokenizer, ids):
+    """Yield the text of an iterator of ids piece by piece, together tokenizer.decode of them all.
+
+    A tokenizer that works on bytes spreads a character over several tokens and decodes a part of it as U+FFFD: such a
+    piece waits for its next token. What follows is decoded behind the last words, as it may depend on them (the first
+    word loses its space), but not behind all of them: that would take ever longer.
+    """
+    window, shown, mark = [], "", 0             # window[mark:] came after a place where all characters were complete
+    for token in ids:
+        window.append(token)
+        text = tokenizer.decode(window)
+        if text.endswith("\ufffd"):
+            continue
+        if len(text) > len(shown):
+            yield text[len(shown):]
+        shown = text
+        if len(window) >= mark + 32:
+            window = window[mark:]
+            shown, mark = tokenizer.decode(window), len(window)
 
 
 # ---------------------------------------------------------------- text -> chunks -> ids, in bounded memory

@@ -4,15 +4,14 @@ import os
 import sys
 from pathlib import Path
 
-import checkpoint
-import cli
-import demo
 from autograd import ACTIVATIONS
-from cli import number
-from config import Config
-from device import InputError
-from metrics import say
-from tokens import load_tokenizer, vocab_size
+from console import cli, demo
+from console.cli import number
+from console.metrics import say
+from nanollm import Config
+from storage import checkpoint
+from storage.files import InputError
+from storage.tokens import load_tokenizer, vocab_size
 
 ARCHITECTURE = [name for name in Config.__dataclass_fields__ if name != "vocab_size"]
 # what no resuming changes

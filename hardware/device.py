@@ -26,8 +26,8 @@ from threadpoolctl import ThreadpoolController
 np.seterr(over="ignore")    # infinity is a result, as on a GPU: train.py finds it in the gradients; NaN still warns
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used; the message names it, and the remedy, in one line."""
+class Unavailable(ValueError):
+    """There is no such device here; the message says why, in one line."""
 
 
 # ---------------------------------------------------------------- the choice
@@ -40,11 +40,11 @@ def use(name="auto"):
     """Choose the device: "gpu" is CuPy, "cpu" is NumPy, "auto" is the GPU where one works.
 
     Call it before a model is made. `device.reason` then says what was chosen and why.
-    Raises InputError for another name, and for "gpu" where none works (with the reason that CuPy gave).
+    Raises Unavailable for another name, and for "gpu" where none works (with the reason that CuPy gave).
     """
     global xp, on_gpu, reason
     if name not in ("auto", "gpu", "cpu"):
-        raise InputError(f"device {name!r}: must be auto, gpu or cpu")
+        raise Unavailable(f"device {name!r}: must be auto, gpu or cpu")
     xp, on_gpu, reason = np, False, f"cpu (NumPy {np.__version__}, {threads} threads)"
     if name == "cpu":
         return
@@ -59,7 +59,7 @@ def use(name="auto"):
     except Exception as problem:                # whatever CuPy or CUDA raise: there is no GPU to use
         why = " ".join(str(problem).split()) or type(problem).__name__
         if name == "gpu":
-            raise InputError(f"device gpu: {why}; use --device cpu, or install CuPy and CUDA (see README)") from None
+            raise Unavailable(f"device gpu: {why}; use --device cpu, or install CuPy and CUDA (see README)") from None
         reason += f"; no GPU: {why}"
 
 

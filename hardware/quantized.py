@@ -14,7 +14,7 @@ large for all that share it, hence the small groups where steps are few. Symmetr
 """
 import numpy as np
 
-import device
+from hardware import device
 
 GROUP = 64              # weights of a row that share a scale, in 4 bits
 LEVELS = {8: 127, 4: 7}
