@@ -98,18 +98,23 @@ class Config:
         return 6 * n + 6 * self.n_block * self.embedding_dim * seq_len
 
     def to_hugging_face(self):
-        """config.json of a LlamaForCausalLM."""
+        """The settings in config.json of a LlamaForCausalLM."""
         return huggingface.to_config(self)
 
     @classmethod
-    def from_hugging_face(cls, hf):
-        """The Config of a Llama-type config.json. Raises InputError naming any setting that is not implemented here."""
-        return huggingface.from_config(hf, cls, ACTIVATIONS)
+    def from_hugging_face(cls, settings, path=None):
+        """The Config of a Llama-type config.json. Raises InputError that names the setting, and the file if given."""
+        with huggingface.in_words_of(path):
+            config = cls(**huggingface.to_fields(settings))
+            if settings.get("head_dim") not in (None, config.head_dim):
+                raise InputError(f"head_dim {settings['head_dim']} is not embedding_dim / n_head; not implemented")
+            return config
 
     @classmethod
     def load(cls, folder):
-        """The Config of a Hugging Face folder. Raises InputError naming the file."""
-        return huggingface.load_config(folder, cls, ACTIVATIONS)
+        """The Config of a Hugging Face folder. Raises InputError that names the file."""
+        path, settings = huggingface.read_config(folder)
+        return cls.from_hugging_face(settings, path)
 
     def shapes(self):
         """Every parameter's Hugging Face name and shape, in the order of the flat buffer.

@@ -1,34 +1,45 @@
-"""A Hugging Face model folder: config.json in both directions, and its tensors, checked before anything is read."""
+"""A Hugging Face model folder: what config.json calls things, and the tensors, checked before any is read."""
+import contextlib
+import json
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from hardware.quantized import LEVELS, packed_shapes
-from storage.files import InputError, read_json
+from storage.files import InputError, read_json, replace_file
 
-_HF_ACTIVATION = {"gelu": "gelu_pytorch_tanh"}     # where the name there is another
-_HF_NAME = {"vocab_size": "vocab_size", "embedding_dim": "hidden_size", "n_block": "num_hidden_layers",
-            "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "hidden_dim": "intermediate_size",
-            "max_context": "max_position_embeddings", "eps": "rms_norm_eps", "rope_theta": "rope_theta",
-            "activation": "hidden_act", "tie_embeddings": "tie_word_embeddings"}
+# ---------------------------------------------------------------- config.json
+
+# Config's field: its name in config.json
+NAMES = {"vocab_size": "vocab_size", "embedding_dim": "hidden_size", "n_block": "num_hidden_layers",
+         "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "hidden_dim": "intermediate_size",
+         "max_context": "max_position_embeddings", "eps": "rms_norm_eps", "rope_theta": "rope_theta",
+         "activation": "hidden_act", "tie_embeddings": "tie_word_embeddings"}
+REQUIRED = "vocab_size", "embedding_dim", "n_block", "n_head", "hidden_dim"
+TANH_GELU = "gelu_pytorch_tanh"         # is our "gelu"; their "gelu" is the exact one
 
 
 def to_config(config):
-    """config.json of a LlamaForCausalLM (rope_theta as version 4 spells it, rope_parameters as version 5 does)."""
+    """The settings in config.json of a LlamaForCausalLM; `config` is a nanollm.Config."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        **{name: getattr(config, field) for field, name in _HF_NAME.items()},
-        "head_dim": config.head_dim, "hidden_act": _HF_ACTIVATION.get(config.activation, config.activation),
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **{name: getattr(config, field) for field, name in NAMES.items()},
+        "head_dim": config.head_dim, "hidden_act": {"gelu": TANH_GELU}.get(config.activation, config.activation),
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},   # version 5 of transformers
         "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
         "bos_token_id": None, "eos_token_id": None,     # if absent, transformers takes 1 and 2
     }
 
 
-def from_config(hf, Config, ACTIVATIONS):
-    """The Config of a Llama-type config.json. Raises InputError naming any setting that is not implemented here."""
+def to_fields(hf):
+    """{field of nanollm.Config: value} of the settings in a Llama-type config.json; Config checks the values.
+
+    Raises InputError that names any setting that is not implemented here.
+    """
     if hf.get("model_type") != "llama":
         raise InputError(f"model_type {hf.get('model_type')!r} is not implemented, only 'llama'")
     ropes = {name: hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
@@ -42,38 +53,44 @@ def from_config(hf, Config, ACTIVATIONS):
     for name in ("attention_bias", "mlp_bias"):
         if hf.get(name):
             raise InputError(f"{name} is not implemented")
-    ours = [{"quant_method": "nanollm", "bits": bits} for bits in LEVELS]
-    if hf.get("quantization_config") and hf["quantization_config"] not in ours:
+    if hf.get("quantization_config") and hf["quantization_config"] not in [quantization(bits) for bits in LEVELS]:
         raise InputError("quantization_config: only what extras.quantize writes is implemented")
     if hf.get("pretraining_tp") not in (None, 1):
         raise InputError("pretraining_tp other than 1 is not implemented")
-    activations = {_HF_ACTIVATION.get(name, name): name for name in ACTIVATIONS} | {"swish": "silu"}
-    if hf.get("hidden_act", "silu") not in list(activations):
-        raise InputError(f"hidden_act {hf['hidden_act']!r} is not implemented")
-    for field in ("vocab_size", "embedding_dim", "n_block", "n_head", "hidden_dim"):
-        if _HF_NAME[field] not in hf:
-            raise InputError(f"{_HF_NAME[field]} is missing")
-    values = {"max_context": 2048} | {field: hf[name] for field, name in _HF_NAME.items() if name in hf}
-    values["activation"] = activations[hf.get("hidden_act", "silu")]
-    values |= next(({"rope_theta": r["rope_theta"]} for r in ropes.values() if "rope_theta" in r), {})
-    try:
-        config = Config(**values)
-    except InputError as problem:       # in the file's words
-        words = r"\b(" + "|".join(_HF_NAME) + r")\b"
-        raise InputError(re.sub(words, lambda found: _HF_NAME[found[0]], str(problem))) from None
-    if hf.get("head_dim") not in (None, config.head_dim):
-        raise InputError(f"head_dim {hf['head_dim']} is not hidden_size/num_attention_heads; not implemented")
-    return config
+    for field in REQUIRED:
+        if NAMES[field] not in hf:
+            raise InputError(f"{NAMES[field]} is missing")
+    fields = {"max_context": 2048} | {field: hf[name] for field, name in NAMES.items() if name in hf}
+    fields |= next(({"rope_theta": r["rope_theta"]} for r in ropes.values() if "rope_theta" in r), {})
+    match fields.get("activation"):
+        case "gelu":
+            raise InputError(f"hidden_act 'gelu' is not implemented, {TANH_GELU!r} is")
+        case "swish":
+            fields["activation"] = "silu"
+        case name if name == TANH_GELU:
+            fields["activation"] = "gelu"
+    return fields
 
 
-def load_config(folder, Config, ACTIVATIONS):
-    """The Config of a Hugging Face folder. Raises InputError naming the file."""
+def quantization(bits):
+    """What extras.quantize writes as quantization_config, for matrices of 8 or 4 bits."""
+    return {"quant_method": "nanollm", "bits": bits}
+
+
+def read_config(folder):
+    """(path, settings) of a folder's config.json. Raises InputError that names the file."""
     path = file_in(Path(folder), "config.json")
-    hf = read_json(path)
+    return path, read_json(path)
+
+
+@contextlib.contextmanager
+def in_words_of(path=None):
+    """An InputError about a Config's fields becomes one about the settings of config.json (`path`, where known)."""
     try:
-        return from_config(hf, Config, ACTIVATIONS)
+        yield
     except InputError as problem:
-        raise InputError(f"{path}: {problem}") from None
+        text = re.sub(r"\b(" + "|".join(NAMES) + r")\b", lambda found: NAMES[found[0]], str(problem))
+        raise InputError(f"{path}: {text}" if path else text) from None
 
 
 def file_in(folder, name):
@@ -84,13 +101,44 @@ def file_in(folder, name):
     return path
 
 
+# ---------------------------------------------------------------- tensors
+
+def save_model(folder, settings, tensors):
+    """Write model.safetensors with the arrays {name: on the host}, then config.json with the settings, into folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    config = json.dumps(settings, indent=2) + "\n"
+    replace_file(folder / "config.json", lambda path: path.write_text(config))
+
+
+def tensor_reader(folder, config, bits=None):
+    """read(name) gives a tensor of the folder as an array on the host: float32, or a quantised matrix's integers.
+
+    Names, shapes and types are checked against the Config here and now (see `find_tensors`), the values by `read`.
+    Both raise InputError that names the file.
+    """
+    found = find_tensors(Path(folder), config, bits)
+
+    def read(name):
+        with safe_open(found[name], framework="numpy") as file, np.errstate(all="ignore"):
+            array = file.get_tensor(name)
+            if array.dtype not in (np.int8, np.uint8):
+                array = array.astype(np.float32, copy=False)
+        if not np.isfinite(array).all():
+            raise InputError(f"{found[name]}: {name} holds NaN or infinity, or more than a float32 can")
+        return array
+    return read
+
+
 def find_tensors(folder, config, bits=None):
     """{tensor's name: the .safetensors file that holds it}, after checking names, shapes and types against config.
 
     With `bits` 8 or 4 each matrix is two tensors, its integers and, under its name and ".scale", their scales.
 
     Only headers are read: a file that claims more than it holds, or a config that asks for more, allocates nothing.
-    Raises InputError naming the file.
+    Raises InputError that names the file.
     """
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not os.path.lexists(folder / names[0]) and os.path.lexists(index):
@@ -99,28 +147,13 @@ def find_tensors(folder, config, bits=None):
         if not (isinstance(weight_map, dict) and weight_map and all(isinstance(x, str) for x in weight_map.values())):
             raise InputError(f"{index}: weight_map must name a file for every tensor")
         names = sorted(set(weight_map.values()))
-    headers, found = {}, {}
+    headers = {}
     for path in [file_in(folder, name) for name in names]:
-        try:
-            if not path.is_file():
-                raise InputError(f"{path}: there is no such file; is this a model's folder?")
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():        # noqa: SIM118 (it is no dict)
-                    header = file.get_slice(name)
-                    headers[name] = path, tuple(header.get_shape()), header.get_dtype()
-        except OSError as problem:
-            raise InputError(f"{path}: {problem.strerror or problem}; is this a model's folder?") from None
-        except SafetensorError as problem:
-            raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
+        headers |= read_headers(path)
     if config.n_block > len(headers):       # before `shapes` lists the parameters of a billion blocks
         raise InputError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_block}, "
                          f"but the model's files hold {len(headers)} tensors in all")
-    expected = {name: (shape, ("F32", "F16", "BF16", "F64")) for name, shape in config.shapes().items()}
-    if bits:
-        for name, (shape, _) in list(expected.items()):
-            if len(shape) == 2:
-                integers, scales = packed_shapes(shape, bits)
-                expected |= {name: (integers, ("I8" if bits == 8 else "U8",)), name + ".scale": (scales, ("F32",))}
+    expected, found = stored(config.shapes(), bits), {}
     for name, (path, shape, dtype) in headers.items():
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
             continue        # RoPE's angles follow from the config; a tied head is the embedding
@@ -136,3 +169,32 @@ def find_tensors(folder, config, bits=None):
     if missing:
         raise InputError(f"{folder / names[0]}: tensor {missing} is missing")
     return found
+
+
+def read_headers(path):
+    """{name: (path, shape, type)} of the tensors in a .safetensors file. Raises InputError that names the file."""
+    headers = {}
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such file; is this a model's folder?")
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():        # noqa: SIM118 (it is no dict)
+                header = file.get_slice(name)
+                headers[name] = path, tuple(header.get_shape()), header.get_dtype()
+    except OSError as problem:
+        raise InputError(f"{path}: {problem.strerror or problem}; is this a model's folder?") from None
+    except SafetensorError as problem:
+        raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
+    return headers
+
+
+def stored(shapes, bits):
+    """{tensor's name: (shape, allowed types)} that the files of a model with these parameters must hold."""
+    expected = {}
+    for name, shape in shapes.items():
+        expected[name] = shape, ("F32", "F16", "BF16", "F64")
+        if bits and len(shape) == 2:
+            integers, scales = packed_shapes(shape, bits)
+            expected[name] = integers, ("I8" if bits == 8 else "U8",)
+            expected[name + ".scale"] = scales, ("F32",)
+    return expected
