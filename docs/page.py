@@ -1,11 +1,11 @@
-"""The core as an annotated book, docs/index.html, one page that needs no network:  python docs/page.py [--check]
+"""Write the core as an annotated book, docs/index.html, one page that needs no network:  python docs/page.py [--check]
 
-Everything comes from the sources: a module's docstring opens a chapter, a rule (`# ------ the engine`) a section, and
-each definition's docstring stands beside its code. `--check` writes nothing and fails if the page is not up to date.
+Everything comes from the sources: a module's docstring opens a chapter, a rule (`# ------ the engine`) opens a section,
+and each definition's docstring is shown next to its code. `--check` writes nothing and fails if the page is old.
 
-In a docstring, unindented lines are prose and flow. Indented ones are formulas: parts that two lines begin below each
-other, with two spaces or an = before them, stay so; a remark at the end of a line goes below it. Diagrams, which have
-arrows or frames, and examples (>>>) stay as they are.
+In a docstring, unindented lines are prose and the browser wraps them. Indented lines are formulas: parts that
+are aligned in two lines, after two spaces or before an =, stay aligned, and a remark at the end of a line moves below
+it. Diagrams, which contain arrows or frames, and examples (>>>) are copied as they are.
 """
 import ast
 import inspect
@@ -44,7 +44,7 @@ MATH = re.compile(
     f"|(?P<raised>[{''.join(RAISED)}]+)|(?P<lowered>[{''.join(LOWERED)}]+)"     # x², β₁
     r"|(?P<number>\d[\d.]*(?:e-?\d+)?)|(?P<sign>->|>=|<=|'s\b|[-*']|sum(?=_\w\b))|(?P<name>[A-Za-zα-ω]+\u0302?)")
 
-# In prose, these words are mathematics wherever they stand, and so is what stands beside an operator.
+# In prose, these words are always mathematics, and so is a word next to an operator.
 IS_MATH = re.compile(r"-\w.*|[b-zB-HJ-Zα-ω]|d[a-np-z]|d(?:out|L\w+)\b.*|\w'?[(\[].*|.*\b\w[*/]\w\b.*"
                      f"|.*[_^√∂½|=·±≈α-ω{''.join(RAISED)}{''.join(LOWERED)}].*")
 OPERATORS = {*"=+-*/@·≈←<>≤≥×…", "//", "->", ">=", "<=", "+=", "=="}
@@ -105,7 +105,7 @@ class Chapter:
         self.code = self.highlight()
 
     def docstring(self, node):
-        """It is shown as prose, so its lines are no code."""
+        """The docstring, which is shown as prose; its lines are hidden from the code."""
         if doc := ast.get_docstring(node):
             self.hidden |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
         return doc or ""
@@ -131,7 +131,7 @@ class Chapter:
         anchor = f"{self.stem}.{title}"
         doc = self.docstring(node)
         if not doc and (owner or node.name.startswith("_")):
-            return                      # a helper: it stays with what stands above it
+            return                      # a helper: it stays in the row above it
         if owner:
             self.methods[title] = anchor
         start = min(part.lineno for part in [node, *node.decorator_list])
@@ -143,7 +143,7 @@ class Chapter:
     # ------------------------------------------------------------ code
 
     def highlight(self):
-        """{line: HTML}, by Python's own tokenizer; a name that means a definition of the book is a link to it."""
+        """{line: HTML}, by Python's own tokenizer; a name that stands for a definition in the book links to it."""
         headed, local, owner, marks = {row.anchor for row in self.rows}, {}, {}, {}
         for node in ast.walk(self.tree):
             span = range(node.lineno, node.end_lineno + 1) if hasattr(node, "lineno") else ()
@@ -203,14 +203,14 @@ class Chapter:
             elif lines[0]:
                 while n < len(lines) and lines[n] and lines[n].startswith(" ") == indented and (
                         indented or lines[n - 1][-1] != "." or len(lines[n - 1] + lines[n].split()[0]) >= 110):
-                    n += 1              # (a full stop with room behind it was meant to end a paragraph)
+                    n += 1              # (a line that ends early, with a full stop, ends a paragraph)
                 out.append(self.formulas(lines[:n], names) if indented else
                            f"<p>{self.inline(' '.join(lines[:n]), names)}</p>")
             del lines[:n]
         return "\n".join(out)
 
     def inline(self, text, names):
-        """HTML of running text, in which code and mathematics are known by their looks."""
+        """HTML of running text, in which code and mathematics are recognised by their form."""
         kept = []
 
         def keep(found):
@@ -252,7 +252,7 @@ class Chapter:
         return re.sub("[\ue000-\uf8ff]", lambda found: kept[ord(found[0]) & 0xFFF], re.sub("  +", GAP, out))
 
     def formulas(self, lines, names):
-        """HTML of indented lines: a grid, with a column wherever parts of two lines begin below each other."""
+        """HTML of indented lines: a grid, with a column where parts of two lines are aligned."""
         lines = inspect.cleandoc("\n" + "\n".join(lines)).splitlines()
         if re.search("[─-╿►]|--", "".join(lines)):
             return plain(lines)
@@ -277,7 +277,7 @@ class Chapter:
             cuts = sorted(own & set(stops)) or [0]
             for a, b in zip(cuts, [*cuts[1:], None], strict=True):
                 parts = []
-                for part in re.split("  +", line[a:b].strip()):     # a line may break there and before a second =
+                for part in re.split("  +", line[a:b].strip()):     # a line may break there or before a second =
                     html = typeset(part, names).replace(" = ", "</span> <span>= ").replace("</span> <span>", " ", 1)
                     parts.append(self.inline(part, names) if words(part) > 2 else f"<span>{html}</span>")
                 end = -1 if b is None else stops.index(b) + 1
@@ -296,19 +296,20 @@ class Chapter:
         return out.replace("<p></p>", "") + "</p></div>\n"
 
     def html(self, stops):
-        """The rows; `stops` are the anchors of all chapters and sections, for the way back and on."""
+        """The rows; `stops` are the anchors of all chapters and sections, for the links back and forward."""
         out = ""
         for row, end in zip(self.rows, [*(row.line for row in self.rows[1:]), len(self.lines) + 1], strict=True):
             about = f'<span class="at">{self.file}:{row.line}</span>'
             if row.level < 3:
                 at = stops.index(row.anchor)
                 about += "".join(f' <a class="at" href="#{stops[to]}" title="{title}">{arrow}</a>'
-                                 for to, title, arrow in ((at - 1, "back", "←"), (at + 1, "on", "→"))
+                                 for to, title, arrow in ((at - 1, "back", "←"), (at + 1, "forward", "→"))
                                  if 0 <= to < len(stops))
-            out += (f'<section class="r{row.level}"><div class="p"><h{row.level} id="{row.anchor}"><a '
+            # The section has the id: its heading is in a sticky column, and a browser scrolls to where that is stuck.
+            out += (f'<section class="r{row.level}" id="{row.anchor}"><div class="p"><h{row.level}><a '
                     f'href="#{row.anchor}">{escape(row.title)}</a></h{row.level}> {about}\n{self.prose(row)}</div>\n')
             shown = []
-            for n in range(row.line, end):      # without empty lines at the ends, and two in a row
+            for n in range(row.line, end):      # no empty line at either end, and never two in a row
                 if n not in self.hidden and (self.lines[n - 1] or (shown and self.lines[shown[-1] - 1])):
                     shown.append(n)
             if shown and not self.lines[shown[-1] - 1]:
@@ -320,12 +321,12 @@ class Chapter:
 
 
 def plain(lines):
-    kind = ' class="e"' if lines[0].lstrip().startswith(">>>") else ""      # an example may be wrapped, a diagram not
+    kind = ' class="e"' if lines[0].lstrip().startswith(">>>") else ""      # an example may wrap, a diagram may not
     return f"<pre{kind}>{escape(chr(10).join(lines))}</pre>"
 
 
 def tokens(source):
-    """[(type, text, start, end)] of what shows; an f-string is one string in every version of Python."""
+    """[(type, text, start, end)] of the visible tokens; an f-string is one string in every version of Python."""
     out, starts = [], []
     for t in tokenize.generate_tokens(io.StringIO(source).readline):
         kind = token.tok_name[t.type]
@@ -354,9 +355,9 @@ def page():
 <nav><a href="#top">nanollm</a>{"".join(f'<a href="#{x.stem}">{x.file}</a>' for x in chapters)}<span></span></nav>
 <header id="top">
 <h1>nanollm, annotated</h1>
-<p>A Llama-style language model, trained from scratch in Python with arrays and nothing else. These are its four central
-files, whole and in reading order: each definition with its explanation, each gradient with its derivation, beside the
-code that computes it.</p>
+<p>A Llama-style language model, trained from scratch with NumPy or CuPy and no deep-learning framework. These are its
+four central files, complete and in reading order. Each definition is next to its explanation, and each gradient next to
+its derivation. Line numbers jump where a docstring was moved to the left.</p>
 <div class="toc">
 {"".join(x.contents() for x in chapters)}</div>
 </header>
@@ -371,7 +372,7 @@ def main():
     target, text = ROOT / "docs" / "index.html", page()
     if "--check" in sys.argv[1:]:
         if not target.exists() or target.read_text(encoding="utf-8") != text:
-            sys.exit("docs/index.html is not what the sources give: run python docs/page.py")
+            sys.exit("docs/index.html is out of date: run python docs/page.py")
     else:
         replace_file(target, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
 

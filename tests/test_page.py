@@ -12,6 +12,8 @@ from docs import page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PLANTED = '<a href="#nowhere">x</a><div style="width: 500px">x</div><script>console.error("planted")</script>'
+ANCHOR = '<section class="r3" id="autograd.attention"><div class="p"><h3>'
+IN_THE_STICKY_COLUMN = '<section class="r3"><div class="p"><h3 id="autograd.attention">'
 HARNESS = """<iframe src="page.html" width="390" height="800"></iframe>
 <iframe src="planted.html" width="390" height="800"></iframe>
 <script>
@@ -19,24 +21,36 @@ onload = () => document.body.textContent = JSON.stringify([...document.querySele
   const window = frame.contentWindow, page = frame.contentDocument, ids = [...page.querySelectorAll("[id]")];
   window.scrollTo(0, page.getElementById("autograd.gradcheck").offsetTop);
   window.look();
-  return {
+  const seen = {
     width: page.documentElement.scrollWidth, bar: page.querySelector("nav span").textContent,
     links: page.links.length, twice: ids.length - new Set(ids.map(x => x.id)).size,
     broken: [...page.links].filter(x => x.href != page.URL + x.hash || !page.getElementById(x.hash.slice(1)))
       .map(x => x.getAttribute("href")),
     loaded: window.performance.getEntriesByType("resource").map(x => x.name)};
+  frame.width = 1300;
+  frame.height = 1000;
+  const bar = page.querySelector("nav").getBoundingClientRect().bottom;
+  seen.hidden = ids.filter(target => {                  // by the bar, after a link from further down
+    const spot = target.closest("u, section");
+    window.scrollTo(0, page.body.scrollHeight);
+    target.scrollIntoView();
+    return spot && spot.getBoundingClientRect().top < bar - 1;
+  }).map(target => target.id);
+  return seen;
 }));
 </script>"""
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What the browser says of the page, and of one with three planted defects, in a frame of a phone's width."""
+    """What the browser says of the page, and of one with four planted defects."""
     if BROWSER is None:
         pytest.skip("no chromium to look at the page with")
     folder, text = tmp_path_factory.mktemp("page"), page.page()
     (folder / "page.html").write_text(text, encoding="utf-8")
-    (folder / "planted.html").write_text(text.replace("</main>", PLANTED + "</main>"), encoding="utf-8")
+    assert ANCHOR in text
+    planted = text.replace("</main>", PLANTED + "</main>").replace(ANCHOR, IN_THE_STICKY_COLUMN)
+    (folder / "planted.html").write_text(planted, encoding="utf-8")
     (folder / "harness.html").write_text(HARNESS, encoding="utf-8")
     flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
              "--disable-component-update --disable-dev-shm-usage --hide-scrollbars --allow-file-access-from-files "
@@ -53,12 +67,13 @@ def seen(tmp_path_factory):
 def test_a_browser_finds_nothing_wrong(seen):
     good, _ = seen
     assert good.pop("links") > 500
-    assert good == {"width": 390, "bar": "gradcheck", "twice": 0, "broken": [], "loaded": [], "console": []}
+    assert good == {"width": 390, "bar": "gradcheck", "twice": 0, "broken": [], "loaded": [], "console": [],
+                    "hidden": []}
 
 
-def test_a_browser_would_find_a_wide_page_a_broken_link_and_an_error(seen):
+def test_a_browser_would_find_a_wide_page_a_broken_link_a_hidden_target_and_an_error(seen):
     _, bad = seen
-    assert bad["width"] > 390 and bad["broken"] == ["#nowhere"]
+    assert bad["width"] > 390 and bad["broken"] == ["#nowhere"] and bad["hidden"] == ["autograd.attention"]
     assert len(bad["console"]) == 1 and "planted" in bad["console"][0]
 
 
@@ -135,7 +150,7 @@ def test_a_name_links_to_what_it_means(chapter):
     assert page.Chapter("two.py").code[3] == '<u id="two.four">four</u> = <a href="#one.half">half</a>(8)'
 
 
-def test_check_fails_for_an_old_page_and_writing_mends_it(tmp_path, monkeypatch):
+def test_check_fails_for_an_old_page_and_writing_fixes_it(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     for file in (*page.FILES, "docs/page.css", "docs/page.js"):
         shutil.copy(page.ROOT / file, tmp_path / file)
