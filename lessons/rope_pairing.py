@@ -14,7 +14,7 @@ head of W_q and W_k to row 2i, row i + D/2 to row 2i + 1, and turning neighbours
 Converters between Meta's files (neighbours) and Hugging Face's (halves) do this.
 
 How nanollm avoids it. `rope` in autograd.py turns halves, as Hugging Face's Llama does, so no row is ever moved, and
-tests/test_nanollm.py compares the logits of the same folder with those of transformers.
+tests/test_huggingface.py compares the logits of the same folder with those of transformers.
 """
 import tempfile
 from unittest.mock import patch

@@ -6,6 +6,8 @@ in this process on the stand-in for one (strict_cupy.py).
 
 import importlib
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,3 +67,72 @@ def rng():
 def dtype(request):
     """The test runs once in each precision."""
     return request.param
+
+
+@pytest.fixture
+def cheap(monkeypatch, tmp_path):
+    """Nothing waits for the disk, nothing is drawn, and the current folder is the test's own."""
+    import tiny
+    tiny.make_cheap(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    import tiny
+    return tiny.make_files(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(folder, flags for its text and tokenizer, what it printed): three epochs, evaluated in their middle too.
+
+    Only read by the tests that share it.
+    """
+    import tiny
+
+    import train
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("finished")
+        patch.setenv("NANOLLM_CACHE", str(root / "cache"))
+        tiny.make_cheap(patch)
+        files = tiny.make_files(root)
+        code, out, err = tiny.command(train.main, *tiny.SHAPE, *tiny.QUICK, *files, "--num-epochs", 3, "--stride", 8,
+                                      "--batch-size", 17, "--eval-every", 4, "--sample-every", 8, "--prompt",
+                                      "the cat", "--artifact-dir", root / "run")
+        assert (code, err) == (0, "")
+        return root / "run", files, out
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory):
+    """A run that was stopped after step 10 of 20, with checkpoint-5 and checkpoint-10. Use a copy of it."""
+    import tiny
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("stopped")
+        patch.setenv("NANOLLM_CACHE", str(root / "cache"))
+        tiny.make_cheap(patch)
+        tiny.stop_at(patch, 10)
+        flags = [*tiny.make_files(root), "--max-steps", 20, "--eval-every", 4, "--artifact-dir", root / "run"]
+        assert tiny.run(*flags) == 143
+        return root / "run"
+
+
+@pytest.fixture
+def halfway(stopped, tmp_path):
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(text, tokenizer, ...): a TokenDataset of a text and a tokenizer that are saved for it."""
+    from kinds import KINDS
+
+    from data import TokenDataset
+
+    def make(text, tokenizer="byte-bpe", seq_len=8, stride=None):
+        path, bytes_ = tmp_path / "text.txt", text.encode() if isinstance(text, str) else text
+        path.write_bytes(bytes_)
+        KINDS.get(tokenizer, tokenizer).save(str(tmp_path / "tokenizer.json"))
+        return TokenDataset.from_text(path, tmp_path / "tokenizer.json", seq_len, stride)
+    return make

@@ -1,6 +1,4 @@
 """A run's folder: what is killed, full, read-only or damaged at any moment goes on exactly, or is refused by name."""
-
-import ast
 import contextlib
 import errno
 import json
@@ -11,30 +9,28 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 from conftest import reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tiny import (
     QUICK,
     SHAPE,
     TIMINGS,
+    Killed,
     assert_same,
     command,
     contents,
-    make_files,
     make_text,
     make_tokenizer,
     rows,
     snapshot,
+    stop_at,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
@@ -46,24 +42,15 @@ from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
 from storage import checkpoint, tokens
-from storage.checkpoint import State, checkpoints, read_moments, read_trainer
+from storage.checkpoint import State, checkpoints, read_trainer
 from storage.files import InputError
 from storage.tokens import load_tokenizer
 from train import Adam
 
+pytestmark = pytest.mark.usefixtures("cheap")
+
 ROOT = Path(train.__file__).parent
 EPOCHS = "--num-epochs 3 --stride 8 --batch-size 17 --eval-every 4".split()        # an epoch has 7 steps and some
-
-
-@pytest.fixture(autouse=True)
-def cheap(monkeypatch, tmp_path):
-    tiny.make_cheap(monkeypatch)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def files(tmp_path):
-    return make_files(tmp_path)
 
 
 @pytest.fixture
@@ -73,40 +60,6 @@ def exact():
     device.use("cpu")
     yield
     device.xp, device.on_gpu, device.reason = choice
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A run that was stopped after step 10 of 20, with checkpoint-5 and checkpoint-10. Use a copy of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("stopped")
-        patch.setenv("NANOLLM_CACHE", str(root / "cache"))
-        tiny.make_cheap(patch)
-        stop_at(patch, 10)
-        assert tiny.run(*make_files(root), "--max-steps", 20, "--eval-every", 4, "--artifact-dir", root / "run") == 143
-        return root / "run"
-
-
-@pytest.fixture
-def halfway(stopped, tmp_path):
-    return Path(shutil.copytree(stopped, tmp_path / "run"))
-
-
-class Killed(BaseException):
-    """Stands for kill -9: no `except Exception` sees it."""
-
-
-def stop_at(patch, step, number=signal.SIGTERM):
-    """Send this process a signal, or let it die of Killed, within that step."""
-    before = Adam.step
-
-    def with_signal(self, *args, **named):
-        before(self, *args, **named)
-        if self.t == step:
-            if number is None:
-                raise Killed
-            os.kill(os.getpid(), number)
-    patch.setattr(Adam, "step", with_signal)
 
 
 def resume(folder, *flags):
@@ -239,43 +192,6 @@ def test_a_signal_while_the_text_is_encoded(files, tmp_path, monkeypatch, cache_
             signal.signal(signal.SIGINT, before)
         assert (got, err) == (code, line)
         assert not (tmp_path / "run").exists() and not list(cache_folder.glob("*"))
-
-
-SLEEPER = """
-import sys, time
-sys.path[:0] = [{root!r}]
-import train
-from console import cli
-def slow(self, *args, **named):
-    print("in a step", flush=True)
-    time.sleep(60)
-train.Adam.step = slow
-cli.run(train.main)
-"""
-
-
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGINT)])
-def test_a_second_signal_quits_at_once(files, first, second):
-    flags = [*SHAPE, *QUICK, *files, "--device", "cpu", "--artifact-dir", "run"]
-    with subprocess.Popen([sys.executable, "-c", SLEEPER.format(root=str(ROOT)), *flags], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for line in process.stdout:
-            if line == "in a step\n":
-                break
-        process.send_signal(first)
-        assert "once more" in process.stderr.readline() + process.stderr.readline()
-        began = time.monotonic()
-        process.send_signal(second)
-        assert process.wait(50) == -second
-        assert time.monotonic() - began < 45
-        assert process.stderr.read() == ""
-
-
-def test_signals_are_told_without_print():
-    """print may be the very call that was interrupted, and does not bear that."""
-    tree = ast.parse((ROOT / "console/cli.py").read_text())
-    handler = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "ask")
-    assert not [node for node in ast.walk(handler) if isinstance(node, ast.Name) and node.id == "print"]
 
 
 # ---------------------------------------------------------------- what --resume refuses, and what it lets change
@@ -571,66 +487,6 @@ def test_a_crash_at_any_moment_of_a_run_goes_on_exactly(exact, files, tmp_path, 
             assert call < 40
 
 
-def test_leftovers_are_never_taken_for_a_run_or_a_checkpoint(tmp_path):
-    run = tmp_path / "run"
-    for name in (".checkpoint-5.new", ".checkpoint-3.old", ".best.new"):
-        (run / name).mkdir(parents=True)
-        (run / name / "trainer.json").write_text("{}")
-    for name in (".metrics.csv.123", ".model.safetensors.99", ".loss.png.1", ".generation_config.json.4"):
-        (run / name).touch()
-    (run / "checkpoint-3").mkdir()
-    assert [path.name for path in checkpoints(run)] == ["checkpoint-3"]
-    checkpoint.recover(run)
-    assert [path.name for path in run.iterdir()] == ["checkpoint-3"]
-    (run / "checkpoint-3").rename(run / ".checkpoint-3.old")
-    assert checkpoints(run) == [] and not checkpoint.holds_run(run)
-    checkpoint.recover(run)
-    assert [path.name for path in run.iterdir()] == ["checkpoint-3"]
-
-
-def test_all_is_on_the_disk_before_it_has_its_name(files, tmp_path, monkeypatch):
-    synced, order = {}, []
-
-    def look(path):
-        info = os.stat(path)
-        return info.st_size, info.st_mtime_ns
-
-    def fsync(handle):
-        info = os.fstat(handle)
-        synced[info.st_ino] = (info.st_size, info.st_mtime_ns)
-        order.append(info.st_ino)
-
-    def checked(operation):
-        def move(source, target, **named):
-            name = os.path.basename(target)
-            if not name.startswith("."):
-                inside = [os.path.join(source, file) for file in os.listdir(source)] if os.path.isdir(source) else []
-                for path in [source, *inside]:
-                    assert synced.get(os.stat(path).st_ino) == look(path), f"{path} was not synced"
-                moved.append((name, os.stat(os.path.dirname(target)).st_ino, len(order)))
-            operation(source, target, **named)
-        return move
-    moved = []
-    monkeypatch.setattr(os, "fsync", fsync)
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, checked(getattr(os, name)))
-    tiny.run(*files, "--max-steps", 4, "--eval-every", 2, "--save-every", 2, "--artifact-dir", "run")
-    assert {name for name, *_ in moved} >= {"checkpoint-0", "checkpoint-2", "checkpoint-4", "best", "model.safetensors",
-                                            "config.json", "metrics.csv"}
-    for name, parent, when in moved:        # and then, at once, the folder that has the new name
-        if name in ("checkpoint-2", "best", "config.json"):
-            assert order[when] == parent, name
-
-
-def test_a_file_system_that_cannot_sync_folders(files, monkeypatch):
-    """As some of those that are mounted over a network."""
-    def fsync(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert tiny.run(*files, "--max-steps", 2, "--artifact-dir", "run") == 0
-
-
 def test_the_rows_of_a_checkpoint_are_on_the_disk_before_it(files, tmp_path, monkeypatch):
     events = []
     for module in (checkpoint, sys.modules["storage.files"]):
@@ -764,63 +620,7 @@ def test_a_resumed_run_counts_on(files, tmp_path, monkeypatch):
         resume("run", "--max-steps", 13)
 
 
-def diagnosed():
-    model = NanoLLM(Config(50, 16, 3, 2, 2, 8, 24))
-    x = np.arange(8)[None]
-    model.loss(x, x).backward()
-    return model, x
-
-
-def test_the_diagnosis_names_the_first_place():
-    model, x = diagnosed()
-    assert metrics.diagnose(model, x) == "loss"
-    model.parameters()["model.layers.2.mlp.up_proj.weight"].grad[0, 0] = np.inf
-    assert metrics.diagnose(model, x) == "gradient of model.layers.2.mlp.up_proj.weight"
-    model, x = diagnosed()
-    blocks = model.blocks
-    for name in ("up", "down"):
-        model.parameters()[f"model.layers.1.mlp.{name}_proj.weight"].data[...] = 3e38
-    with np.errstate(all="ignore"):
-        assert metrics.diagnose(model, x) == "activations after block 1"
-    assert model.blocks is blocks
-    model.parameters()["model.layers.0.self_attn.k_proj.weight"].data[1, 1] = np.nan
-    assert metrics.diagnose(model, x) == "weights of model.layers.0.self_attn.k_proj.weight"
-
-
 # ---------------------------------------------------------------- metrics.csv
-
-ROW = {"step": 3, "epoch": 0.5, "tokens": 7, "train_loss": 1 / 3, "learning_rate": 1e-4, "grad_norm": 2.0,
-       "tokens_per_second": 5, "seconds": 1.5}
-
-
-def test_rewind_forgets_later_rows_and_torn_lines(tmp_path):
-    path = tmp_path / "metrics.csv"
-    metrics.rewind(path, 0)
-    for step in (3, 6, 9):
-        metrics.append(path, ROW | {"step": step})
-    whole = path.read_text()
-    assert len(metrics.read(path)) == 3 and float(metrics.read(path)[0]["train_loss"]) == 1 / 3
-    for torn in ("12,0.5,7", "12,", "\0\0\0\0", "12,0.5,7,,,,,,,,5,6,7,8\n", "x" * 50 + "\n",
-                 "12,0.5,7,0.3,,,,0.1,2.0,5"):
-        path.write_text(whole + torn)
-        assert [row["step"] for row in metrics.read(path)] == ["3", "6", "9"]
-        metrics.rewind(path, 9)
-        assert path.read_text() == whole
-    path.write_bytes(whole.encode() + b"\xff\xfe\x00")
-    metrics.rewind(path, 6)
-    assert [row["step"] for row in metrics.read(path)] == ["3", "6"]
-    metrics.rewind(path, 0)
-    assert path.read_text() == ",".join(metrics.COLUMNS) + "\n"
-    path.unlink()
-    assert metrics.read(path) == []
-
-
-def test_cells_with_nothing_to_say_are_empty(tmp_path):
-    path = tmp_path / "metrics.csv"
-    metrics.rewind(path, 0)
-    metrics.append(path, ROW | {"train_loss": math.nan, "grad_norm": math.inf})
-    assert path.read_text().splitlines()[1] == "3,0.5,7,,,,,0.0001,,,,5,,,,,,1.5"
-
 
 def test_a_torn_line_of_a_killed_run_does_not_stop_it(halfway):
     expected = rows(halfway, TIMINGS)
@@ -898,26 +698,6 @@ def test_the_older_checkpoint_is_a_way_on(exact, files, tmp_path, monkeypatch):
         resume(run, "--max-steps", 30)
 
 
-@given(st.data())
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-def test_any_flipped_bytes_are_found(stopped, data):
-    newest = stopped / "checkpoint-10"
-    name = data.draw(st.sampled_from(FILES))
-    content = bytearray((newest / name).read_bytes())
-    before = bytes(content)
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-    content = content[:data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
-    if bytes(content).split() == before.split():
-        return                      # white space at the end of a list of hashes
-    try:
-        (newest / name).write_bytes(content)
-        with pytest.raises(InputError, match="checkpoint-10/"):
-            checkpoint.check_sums(newest)
-    finally:
-        (newest / name).write_bytes(before)
-
-
 def with_sums(folder):
     """Renew the hashes, so that what is wrong inside a file must be seen by its reader."""
     (folder / "SHA256SUMS").unlink()
@@ -968,28 +748,6 @@ def test_missing_values_and_other_json_are_refused(halfway):
         refused(halfway, "trainer.json")
 
 
-word = st.text(max_size=5)
-anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | word,
-                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(word, inner, max_size=3))
-
-
-@given(anything, st.data())
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-def test_any_json_is_a_state_or_refused(stopped, value, data):
-    folder = stopped.parent / "any"
-    folder.mkdir(exist_ok=True)
-    about = json.loads((stopped / "checkpoint-10/trainer.json").read_text())
-    about[data.draw(st.sampled_from(sorted(about)))] = value
-    (folder / "trainer.json").write_text(json.dumps(about))
-    try:
-        state, _ = read_trainer(folder)
-    except InputError as problem:
-        assert str(folder / "trainer.json") in str(problem)
-    else:
-        for number in asdict(state).values():
-            assert number is None or (0 <= number < math.inf and not isinstance(number, bool))
-
-
 def moments_of(halfway):
     path = halfway / "checkpoint-10/optimizer.safetensors"
     return path, load_file(path)
@@ -1021,35 +779,6 @@ def test_wrong_moments_are_refused(halfway, how):
 def test_headers_that_lie_are_refused(halfway, content):
     moments_of(halfway)[0].write_bytes(content)
     refused(halfway, "optimizer.safetensors")
-
-
-@given(st.binary(max_size=40), st.integers(0, 400))
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_any_bytes_are_moments_or_refused(stopped, noise, where):
-    model = NanoLLM(Config(290, 16, 2, 2, 1, 8, 24))
-    folder = stopped.parent / "noise"
-    folder.mkdir(exist_ok=True)
-    content = (stopped / "checkpoint-10/optimizer.safetensors").read_bytes()
-    (folder / "optimizer.safetensors").write_bytes(content[:where] + noise + content[where + len(noise):])
-    optimizer = Adam(model)
-    try:
-        read_moments(folder, optimizer)
-    except InputError as problem:
-        assert str(folder / "optimizer.safetensors") in str(problem)
-    else:
-        assert np.isfinite(to_host(optimizer.m)).all() and (to_host(optimizer.v) >= 0).all()
-
-
-def test_nothing_is_pickled_or_executed():
-    """No module of ours so much as names what could run a file's content."""
-    banned = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "eval", "exec", "__import__",
-              "allow_pickle", "system", "popen"}
-    folders = ".", "hardware", "storage", "console", "extras"
-    for path in sorted(path for folder in folders for path in (ROOT / folder).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        fields = ("id", "attr", "arg", "name", "module")
-        names = {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
-        assert not names & banned, path.name
 
 
 # ---------------------------------------------------------------- other people's tools, other people's models
@@ -1171,20 +900,6 @@ def test_another_vocabulary_is_refused(llama, files, tmp_path):
     with pytest.raises(InputError, match=r"smaller\.json.*vocabulary"):
         train.main([*flags, "--tokenizer", str(smaller)])
     assert train.main([*flags, "--tokenizer", "copy.json"]) == 0
-
-
-def test_the_demo_goes_on_too(tmp_path, monkeypatch):
-    """--resume with --demo or without is the same; where the run is no demo it is refused (see above)."""
-    files = make_files(tmp_path)
-    monkeypatch.setattr(options.demo, "files", lambda: (files[1], files[3]))
-    flags = [*SHAPE, *QUICK, "--max-steps", "4", "--eval-every", "50", "--sample-every", "100"]
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert train.main(["--demo", *flags]) == 143
-    assert train.main(["--resume", "--demo", "--max-steps", "3"]) == 0
-    assert train.main(["--resume"]) == 0
-    args = read_trainer(Path("runs/llm/checkpoint-3"))[1]["command"]
-    assert args["demo"] is True and args["tie_embeddings"] is True and args["beta2"] == 0.99
 
 
 def test_a_model_without_a_gpu_moves_with_its_folder(halfway, tmp_path):

@@ -1,5 +1,4 @@
 """The picture of an evaluation: what stands where and in which colour, in any script, and that it is written whole."""
-import itertools
 import os
 from pathlib import Path
 
@@ -7,8 +6,6 @@ import matplotlib
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib import font_manager
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
@@ -18,8 +15,6 @@ import evaluate
 from console import figure
 from nanollm import Config, NanoLLM
 from storage.tokens import load_tokenizer
-
-quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True)
@@ -45,23 +40,6 @@ def test_a_piece_has_all_tokens_of_its_characters(tokenizer):
     sizes = dict(found)
     assert sizes["the"] == 1 and sizes["却"] == len(encode(tokenizer, "却")) and sizes["x"] == 1
     assert figure.pieces(tokenizer, ids[:-1]) == found[:-1]         # a part of 👍 alone has no look
-
-
-@quick
-@given(st.lists(st.tuples(st.text("ab \n\r\t$却é\u0301\0", max_size=9) | st.text(max_size=300), st.integers(1, 4)),
-                max_size=60))
-def test_layout_keeps_every_token_and_lets_no_text_overlap(found):
-    losses = np.arange(sum(n for _, n in found), dtype=float)
-    lines = figure.layout(found, losses)
-    placed = [piece for line in lines for piece in line]
-    shown = [loss for _, _, of_tokens in placed for loss in of_tokens]
-    assert shown == losses[:len(shown)].tolist() and len(lines) <= figure.ROWS
-    if len(lines) < figure.ROWS:
-        assert len(shown) == len(losses)
-    for line in lines:
-        assert line and line[0][0] == 0 and line[-1][0] + figure.cells(line[-1][1]) <= figure.COLUMNS
-        assert all(b == a + max(figure.cells(text), 1) for (a, text, _), (b, _, _) in itertools.pairwise(line))
-        assert all(text.isprintable() for _, text, _ in line) and not any("↵" in text for _, text, _ in line[:-1])
 
 
 def test_a_line_feed_is_shown_and_begins_a_line():

@@ -24,3 +24,15 @@ def test_imports_go_down():
 
 def test_every_file_has_its_room():
     assert {path.stem for path in ROOT.glob("*.py")} <= set(ORDER)
+
+
+def test_nothing_is_pickled_or_executed():
+    """No module of ours so much as names what could run a file's content."""
+    banned = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "eval", "exec", "__import__",
+              "allow_pickle", "system", "popen"}
+    folders = ".", "hardware", "storage", "console", "extras"
+    for path in sorted(path for folder in folders for path in (ROOT / folder).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        fields = ("id", "attr", "arg", "name", "module")
+        names = {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
+        assert not names & banned, path.name

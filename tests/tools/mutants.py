@@ -1,8 +1,8 @@
 """Plant one bug after another in a copy of autograd.py and report those that no test of its gradients caught.
 
-    python tests/mutants.py                  every mutant: some minutes on two cores
-    python tests/mutants.py softmax rope     only those in these functions
-    python tests/mutants.py --list           show them, run nothing
+    python tests/tools/mutants.py                  every mutant: some minutes on two cores
+    python tests/tools/mutants.py softmax rope     only those in these functions
+    python tests/tools/mutants.py --list           show them, run nothing
 
 The bugs are made from the syntax tree, so they follow the source wherever it goes: in every function each product
 loses a factor and each sum a term, signs turn, transposes vanish, gradients become 0 or 0.1 % too large, what adds
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = {"autograd.py": None, "hardware/device.py": ("add_rows", "_product")}   # which of its functions; None: all
 TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 

@@ -1,20 +1,29 @@
 """A text, a tokenizer and a command line so small that a test trains in a fraction of a second."""
-
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import train
+from autograd import ACTIVATIONS
 from console import cli, metrics
+from hardware import device
+from hardware.device import to_host
+from nanollm import Config, NanoLLM
+from storage.files import InputError
+from train import Adam
 
 SENTENCES = ("the cat sat on the mat. ", "a dog ran to the cat! ", "the mat is red, ", "却说孙悟空一个筋斗云。",
              "who ran? \n", "no dog sat 👍 on it. ")
@@ -106,3 +115,77 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert a[name] == b[name], name
+
+
+def set_gradients(model, seed):
+    model.flat_grad[...] = device.xp.asarray(np.random.default_rng(seed).standard_normal(model.flat.size, np.float32))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no `except Exception` sees it."""
+
+
+def stop_at(patch, step, number=signal.SIGTERM):
+    """Send this process a signal, or let it die of Killed, within that step."""
+    before = Adam.step
+
+    def with_signal(self, *args, **named):
+        before(self, *args, **named)
+        if self.t == step:
+            if number is None:
+                raise Killed
+            os.kill(os.getpid(), number)
+    patch.setattr(Adam, "step", with_signal)
+
+
+GOOD = [*SHAPE, *QUICK, *"--text text.txt --tokenizer tokenizer.json --artifact-dir run".split()]
+
+
+def check(outcome, *words, name="train.py"):
+    code, out, err = outcome
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith(f"{name}: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert re.search(".*".join(words), err), err
+
+
+def small(**changes):
+    return Config(**{"vocab_size": 29, "embedding_dim": 24, "n_block": 2, "n_head": 4, "n_kv_head": 2,
+                     "max_context": 16, "hidden_dim": 20, "eps": 1e-5} | changes)
+
+
+def lively(config=None, seed=0, dtype=np.float32):
+    """A model whose weights are large enough that every part of it shows in the logits; no norm weight is 1."""
+    model, rng = NanoLLM(config or small(), dtype=dtype), np.random.default_rng(seed)
+    weights = rng.standard_normal(model.flat.size) * 0.4
+    weights[model.n_matrix:] += 1
+    model.flat[...] = device.xp.asarray(weights.astype(dtype))
+    return model
+
+
+def random_ids(config, *shape, seed=1):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape)
+
+
+def logits_of(model, ids):
+    return to_host(model(ids).data)
+
+
+def refused(call, *words):
+    """call() raises InputError with one line that has all these words in it."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert message and message.isprintable(), f"not one clean line: {message!r}"
+    for word in words:
+        assert re.search(rf"(?<!\w){re.escape(word)}", message), f"{word!r} is not named in: {message}"
+
+
+SHAPES = list(itertools.product(ACTIVATIONS, (4, 2, 1), (False, True)))
+every_shape = pytest.mark.parametrize("activation, n_kv_head, tied", SHAPES)
+
+
+def edit_config(folder, *without, **values):
+    path = folder / "config.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k not in without}
+    path.write_text(json.dumps(kept | values))

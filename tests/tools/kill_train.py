@@ -1,7 +1,7 @@
 """Kill training with SIGKILL at random moments and let it go on each time; it must end as if nothing had happened.
 
-    python tests/kill_train.py                  50 kills
-    python tests/kill_train.py --disk-full      30 times a limit on the size of files ends training (RLIMIT_FSIZE)
+    python tests/tools/kill_train.py                  50 kills
+    python tests/tools/kill_train.py --disk-full      30 times a limit on the size of files ends training (RLIMIT_FSIZE)
 
 Short runs save every third step. Whenever one has ended in spite of all, its folder must equal, byte for byte, that
 of a run nobody disturbed: weights, moments, every column of metrics.csv but the timings; then the next one begins.
@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/tools")]
 
 import tiny  # noqa: E402
 

@@ -1,0 +1,418 @@
+"""Folders in Hugging Face's format: read, written, compared with transformers, and bad ones refused."""
+import json
+import os
+import shutil
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import reference
+from safetensors.numpy import load_file, save_file
+from tiny import edit_config, every_shape, lively, logits_of, random_ids, refused, small
+
+import nanollm
+from hardware.device import to_host
+from nanollm import Config, NanoLLM
+
+# ---------------------------------------------------------------- folders
+
+def read_tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def write_tensors(folder, tensors):
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model of the smallest sort."""
+    tiny = Config(3, embedding_dim=4, n_block=1, n_head=2, n_kv_head=1, max_context=8, hidden_dim=3)
+    lively(tiny).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@every_shape
+def test_a_saved_model_loads_bit_for_bit(tmp_path, activation, n_kv_head, tied):
+    config = small(activation=activation, n_kv_head=n_kv_head, tie_embeddings=tied, rope_theta=123.5, eps=3e-4)
+    model = lively(config)
+    model.save(tmp_path / "new" / "folder")
+    again = NanoLLM.load(tmp_path / "new" / "folder")
+    assert again.config == config and again.flat.dtype == np.float32
+    assert (to_host(again.flat) == to_host(model.flat)).all()
+    assert (logits_of(again, random_ids(config, 2, 9)) == logits_of(model, random_ids(config, 2, 9))).all()
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_is_named_by_a_string_too_and_settings_are_written_along(tmp_path, folder):
+    model = NanoLLM.load(str(folder))
+    model.save(str(folder), eos_token_id=2, model_type="llama")     # over the old one
+    config = json.loads((folder / "config.json").read_text())
+    assert config["eos_token_id"] == 2 and config["bos_token_id"] is None
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000     # transformers 4 and 5
+    assert (to_host(NanoLLM.load(folder).flat) == to_host(model.flat)).all()
+
+
+def test_a_save_that_fails_leaves_the_old_model(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(nanollm, "save_file", full_disk)
+    with pytest.raises(OSError):
+        lively(NanoLLM.load(folder).config, seed=9).save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["float16", "float64", "bfloat16"])
+def test_other_float_types_are_converted(folder, name):
+    dtype = getattr(reference("ml_dtypes"), name) if name == "bfloat16" else np.dtype(name)
+    stored = {key: value.astype(dtype) for key, value in read_tensors(folder).items()}
+    write_tensors(folder, stored)
+    model = NanoLLM.load(folder)
+    assert model.flat.dtype == np.float32
+    for key, t in model.parameters().items():
+        assert (to_host(t.data) == stored[key].astype(np.float32)).all()
+
+
+def shard(folder, parts=3):
+    """Spread model.safetensors over several files and an index."""
+    tensors = sorted(read_tensors(folder).items())
+    weight_map = {}
+    for i in range(parts):
+        file = f"model-{i + 1:05}-of-{parts:05}.safetensors"
+        save_file(dict(tensors[i::parts]), folder / file)
+        weight_map |= {name: file for name, _ in tensors[i::parts]}
+    (folder / "model.safetensors").unlink()
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_shards_are_put_together(folder):
+    whole = to_host(NanoLLM.load(folder).flat)
+    shard(folder)
+    assert (to_host(NanoLLM.load(folder).flat) == whole).all()
+
+
+def test_tensors_that_follow_from_others_are_skipped(tmp_path):
+    model = lively(small(tie_embeddings=True))
+    model.save(tmp_path)
+    tensors = read_tensors(tmp_path)
+    write_tensors(tmp_path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"],
+                                       "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)})
+    assert (to_host(NanoLLM.load(tmp_path).flat) == to_host(model.flat)).all()
+
+
+def test_settings_that_may_be_absent_have_llamas_defaults(folder):
+    edit_config(folder, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+                "rope_parameters", "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias", "architectures")
+    tensors = read_tensors(folder)
+    for x in "kv":
+        name = f"model.layers.0.self_attn.{x}_proj.weight"
+        tensors[name] = np.tile(tensors[name], (2, 1))
+    write_tensors(folder, tensors)
+    assert NanoLLM.load(folder).config == Config(3, 4, 1, 2, 2, 2048, 3, 1e-6, 10000.0, "silu", False)
+
+
+@pytest.mark.parametrize("spelling", [
+    {"rope_theta": 77.0}, {"rope_theta": 77}, {"rope_theta": 77.0, "rope_scaling": None},
+    {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, {"rope_parameters": {"rope_theta": 77.0}},
+    {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}},   # as transformers 5 decides
+    {"rope_theta": 77.0, "rope_scaling": {"type": "default"}}, {"rope_theta": 77.0, "rope_parameters": {}},
+    {"rope_theta": 77.0, "rope_scaling": {"rope_type": "default"}, "rope_parameters": None},
+])
+def test_every_spelling_of_ropes_theta(folder, spelling):
+    edit_config(folder, "rope_theta", "rope_parameters", **spelling)
+    assert NanoLLM.load(folder).config.rope_theta == 77
+
+
+# ---------------------------------------------------------------- folders that are refused
+
+@pytest.mark.parametrize("setting, value, words", [
+    ("model_type", "gpt2", ["gpt2"]), ("model_type", None, []), ("model_type", ["llama"], []),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}, ["linear"]), ("rope_scaling", {"factor": 2.0}, []),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, ["llama3"]), ("rope_scaling", "linear", []),
+    ("rope_scaling", [1], []), ("rope_scaling", 2.0, []), ("rope_scaling", {"type": ["default"]}, []),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}, ["yarn"]), ("rope_parameters", "default", []),
+    ("rope_parameters", {"full_attention": {"rope_type": "default"}}, []),
+    ("attention_bias", True, []), ("mlp_bias", True, []), ("quantization_config", {"bits": 4}, []),
+    ("pretraining_tp", 2, []),
+    ("head_dim", 4, ["4"]), ("head_dim", "2", []), ("head_dim", 0, []),
+    ("hidden_act", "gelu", ["gelu"]), ("hidden_act", "tanh", []), ("hidden_act", None, []), ("hidden_act", 1, []),
+    ("hidden_act", ["silu"], []), ("hidden_act", {}, []),
+    *((name, value, []) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                     "max_position_embeddings", "intermediate_size")
+      for value in ("4", None, [4], {}, 4.0, True, 0, -1, 10**13, 10**30)),
+    *(("num_key_value_heads", value, []) for value in ("1", [1], 1.0, True, 0, 3, 10**30)),
+    *((name, value, []) for name in ("rms_norm_eps",) for value in ("1e-6", None, [1], 0, -1, True, 10**400)),
+    ("tie_word_embeddings", "false", []), ("tie_word_embeddings", None, []), ("tie_word_embeddings", 1, []),
+])
+def test_a_setting_that_is_wrong_or_not_implemented_is_named(folder, setting, value, words):
+    edit_config(folder, **{setting: value})
+    refused(lambda: NanoLLM.load(folder), "config.json", setting, *words)
+
+
+@pytest.mark.parametrize("value", ["1", None, [1], {}, True, 0, -1])
+def test_a_wrong_rope_theta_is_named_in_either_spelling(folder, value):
+    edit_config(folder, "rope_parameters", rope_theta=value)
+    refused(lambda: NanoLLM.load(folder), "config.json", "rope_theta")
+    edit_config(folder, "rope_theta", rope_parameters={"rope_type": "default", "rope_theta": value})
+    refused(lambda: NanoLLM.load(folder), "config.json", "rope_theta")
+
+
+@pytest.mark.parametrize("setting", ["model_type", "vocab_size", "hidden_size", "num_hidden_layers",
+                                     "num_attention_heads", "intermediate_size"])
+def test_a_missing_setting_is_named(folder, setting):
+    edit_config(folder, setting)
+    refused(lambda: NanoLLM.load(folder), "config.json", setting)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"llama"', b"\xff\xfe{}", b"[" * 100_000,
+                                     b'{"model_type": "llama", "vocab_size": ' + b"1" * 5000 + b"}"])
+def test_a_config_that_is_no_json_object(folder, content):
+    (folder / "config.json").write_bytes(content)
+    refused(lambda: NanoLLM.load(folder), "config.json")
+
+
+def test_missing_files(folder, tmp_path):
+    refused(lambda: NanoLLM.load(tmp_path / "nowhere"), "config.json", "nowhere")
+    refused(lambda: NanoLLM.load(folder / "config.json"), "config.json")
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "config.json").unlink()
+    refused(lambda: NanoLLM.load(tmp_path / "other"), "config.json")
+    (folder / "model.safetensors").unlink()
+    refused(lambda: NanoLLM.load(folder), "model.safetensors")
+    (folder / "model.safetensors").mkdir()
+    refused(lambda: NanoLLM.load(folder), "model.safetensors")
+
+
+NORM, DOWN = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop(DOWN), [DOWN, "missing"]),
+    (lambda t: t.pop("lm_head.weight"), ["lm_head.weight", "missing"]),
+    (lambda t: t.update({"model.layers.1.mlp.down_proj.weight": t[DOWN]}), ["model.layers.1.mlp.down_proj.weight"]),
+    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t[NORM]}), ["model.layers.0.self_attn.q_proj.bias"]),
+    (lambda t: t.update({"two\nlines\x1b[2J": t[NORM]}), ["two"]),
+    (lambda t: t.update({DOWN: t[DOWN].T.copy()}), [DOWN, "(3, 4)", "(4, 3)"]),
+    (lambda t: t.update({DOWN: t[DOWN].reshape(-1)}), [DOWN, "(12,)"]),
+    (lambda t: t.update({NORM: t[NORM][:0]}), [NORM, "(0,)"]),
+    (lambda t: t.update({NORM: t[NORM].astype(np.int32)}), [NORM, "I32"]),
+    (lambda t: t.update({NORM: t[NORM].astype(np.uint8)}), [NORM, "U8"]),
+    (lambda t: t.update({NORM: t[NORM] > 0}), [NORM, "BOOL"]),
+    *((lambda t, bad=bad, name=name: t.update({name: np.where(np.arange(t[name].size).reshape(t[name].shape) == 1,
+                                                              np.float32(bad), t[name])}), [name, "NaN"])
+      for bad in ("nan", "inf", "-inf") for name in (NORM, DOWN)),
+    (lambda t: t.update({NORM: np.array([1, 1, 1, np.inf], np.float16)}), [NORM, "NaN"]),
+    (lambda t: t.update({NORM: np.array([1, 1, 1, 1e300])}), [NORM]),         # infinite as float32
+])
+def test_wrong_tensors_are_named(folder, change, words):
+    tensors = read_tensors(folder)
+    change(tensors)
+    write_tensors(folder, tensors)
+    refused(lambda: NanoLLM.load(folder), "model.safetensors", *words)
+
+
+def test_a_file_cut_short_anywhere(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for length in [*range(12), *range(12, len(whole), 23), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        refused(lambda: NanoLLM.load(folder), "model.safetensors")
+    path.write_bytes(whole + b"\0")
+    refused(lambda: NanoLLM.load(folder), "model.safetensors")
+
+
+def allocated(call):
+    """The most bytes that call() held at once."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def with_header(folder, header, length=None, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+@pytest.mark.parametrize("header, length", [
+    ({NORM: {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}, None),
+    ({NORM: {"dtype": "F32", "shape": [2**63, 2**63], "data_offsets": [0, 8]}}, None),
+    ({NORM: {"dtype": "F32", "shape": [-1], "data_offsets": [0, 8]}}, None),
+    ({NORM: {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, None),
+    ({NORM: {"dtype": "F32", "shape": [2], "data_offsets": [0, 2**64]}}, None),
+    ({NORM: {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}, None),
+    ({NORM: None}, None), ([], None), (b"\xff\xff", None), (b"[" * 50_000, None),
+    ({}, 2**40), ({}, 2**63), ({}, 90_000_000), ({}, 0), ({}, None),
+])
+def test_a_header_that_lies_is_refused_before_anything_is_allocated(folder, header, length):
+    with_header(folder, header, length, bytes(8))
+    assert allocated(lambda: refused(lambda: NanoLLM.load(folder), "model.safetensors")) < 10e6
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": 10**6}, {"num_hidden_layers": 10**12}, {"vocab_size": 10**12}, {"vocab_size": 10**6},
+    {"hidden_size": 2**20}, {"hidden_size": 2**40}, {"intermediate_size": 2**20}, {"intermediate_size": 2**62},
+    {"max_position_embeddings": 10**12}, {"hidden_size": 2**20, "head_dim": 2**19, "num_hidden_layers": 10**6},
+])
+def test_a_config_that_asks_for_terabytes_is_refused_before_anything_is_allocated(folder, changes):
+    edit_config(folder, **changes)
+    assert allocated(lambda: refused(lambda: NanoLLM.load(folder), str(folder))) < 10e6
+
+
+def test_nothing_outside_the_folder_is_opened(folder, tmp_path):
+    outside = tmp_path / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+    refused(lambda: NanoLLM.load(folder), "model.safetensors", "out of")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "weights")
+    refused(lambda: NanoLLM.load(folder), "model.safetensors")
+    outside.rename(folder / "weights")
+    NanoLLM.load(folder)                                            # a link within the folder is fine,
+    (tmp_path / "link").symlink_to(folder)
+    NanoLLM.load(tmp_path / "link")                                 # and so is a link to the folder
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    refused(lambda: NanoLLM.load(folder), "config.json", "out of")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", ".", "", "sub/x.safetensors", "a\0b",
+                                  "\ud800", "a\nb", "x" * 5000, "gone.safetensors"])
+def test_an_index_names_files_in_the_folder_only(folder, name):
+    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    weight_map = shard(folder)
+    write_index(folder, weight_map | {NORM: name})
+    refused(lambda: NanoLLM.load(folder), str(folder))
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "model.safetensors", {}, {NORM: None}, {NORM: 3}, {NORM: ["a"]}])
+def test_an_index_without_a_map_is_refused(folder, weight_map):
+    shard(folder)
+    write_index(folder, weight_map)
+    refused(lambda: NanoLLM.load(folder), "model.safetensors.index.json")
+
+
+def test_a_missing_shard_is_named(folder):
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    refused(lambda: NanoLLM.load(folder), "model-00002-of-00003.safetensors")
+
+
+def test_a_tensor_in_no_shard_is_named(folder):
+    weight_map = shard(folder)
+    tensors = load_file(folder / weight_map[NORM])
+    del tensors[NORM]
+    save_file(tensors, folder / weight_map[NORM])
+    refused(lambda: NanoLLM.load(folder), NORM, "missing")
+
+
+# ---------------------------------------------------------------- Hugging Face's own model
+
+@pytest.fixture(scope="module")
+def torch():
+    torch = reference("torch")
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture(scope="module")
+def transformers(torch):
+    transformers = reference("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def their_model(transformers, torch, config, **settings):
+    """Hugging Face's Llama of the same shape, with random weights that are all large enough to matter."""
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.embedding_dim, intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.n_block, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.max_context, rms_norm_eps=config.eps, tie_word_embeddings=config.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        hidden_act={"gelu": "gelu_pytorch_tanh"}.get(config.activation, config.activation), **settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.copy_(torch.randn(weight.shape) * 0.3 + (weight.dim() == 1))
+    return theirs.eval()
+
+
+def assert_same_text(theirs, torch, ours, length=40):
+    """Greedy text is equal wherever the two best logits differ by more than 1e-4; and logits to 1e-4."""
+    ids = random_ids(ours.config, 2, 5)
+    text = np.concatenate([ids, np.stack(list(ours.generate(ids, length, temperature=0)), 1)], 1)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(text)).logits.float().numpy()
+    np.testing.assert_allclose(logits_of(ours, text), logits, atol=1e-4)
+    best, second = np.sort(logits, -1)[:, 4:-1, :-3:-1].transpose(2, 0, 1)
+    clear = best - second > 1e-4
+    assert clear.mean() > 0.9 and (text[:, 5:][clear] == logits[:, 4:-1].argmax(-1)[clear]).all()
+
+
+@every_shape
+def test_logits_and_gradients_equal_those_of_transformers(transformers, torch, tmp_path, activation, n_kv_head, tied):
+    config = small(activation=activation, n_kv_head=n_kv_head, tie_embeddings=tied, max_context=64, rope_theta=500.0,
+                   eps=1e-3)
+    theirs = their_model(transformers, torch, config)
+    theirs.save_pretrained(tmp_path)
+    ours = NanoLLM.load(tmp_path)
+    assert ours.config == config
+    assert_same_text(theirs, torch, ours)
+
+    ids, targets = random_ids(config, 2, 20), random_ids(config, 2, 20, seed=2)
+    loss = torch.nn.functional.cross_entropy(theirs(torch.tensor(ids)).logits.flatten(0, 1),
+                                             torch.tensor(targets).flatten())
+    loss.backward()
+    mine = ours.loss(ids, targets)
+    mine.backward()
+    assert float(mine.data) == pytest.approx(loss.item(), abs=1e-5)
+    gradients = {name: weight.grad.numpy() for name, weight in theirs.named_parameters()}
+    assert gradients.keys() == ours.parameters().keys()
+    for name, t in ours.parameters().items():
+        scale = abs(gradients[name]).max()
+        np.testing.assert_allclose(to_host(t.grad), gradients[name], atol=1e-4 * scale, err_msg=name)
+
+
+@every_shape
+def test_transformers_opens_what_is_saved_here(transformers, torch, tmp_path, activation, n_kv_head, tied):
+    ours = lively(small(activation=activation, n_kv_head=n_kv_head, tie_embeddings=tied, max_context=64,
+                        rope_theta=500.0, eps=1e-3))
+    ours.save(tmp_path)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.dtype == torch.float32
+    assert not any(info[x] for x in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert theirs.config.bos_token_id is None and theirs.config.eos_token_id is None
+    assert_same_text(theirs.eval(), torch, ours)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "4KB"])
+def test_their_shards_and_half_precision_load(transformers, torch, tmp_path, dtype, max_shard_size):
+    reference("ml_dtypes")
+    theirs = their_model(transformers, torch, small(max_context=64)).to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "4KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_same_text(theirs.eval(), torch, NanoLLM.load(tmp_path))
+
+
+@pytest.mark.parametrize("spelling", [{"rope_theta": 30.0}, {"rope_theta": 30.0, "rope_scaling": None},
+                                      {"rope_parameters": {"rope_theta": 30.0, "rope_type": "default"}},
+                                      {"rope_parameters": {"rope_theta": 30.0}, "rope_theta": 7.0}])
+def test_transformers_and_we_read_ropes_theta_alike(transformers, torch, tmp_path, spelling):
+    lively(small(max_context=64)).save(tmp_path)
+    edit_config(tmp_path, "rope_theta", "rope_parameters", **spelling)
+    assert_same_text(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), torch, NanoLLM.load(tmp_path))

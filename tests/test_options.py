@@ -1,0 +1,91 @@
+"""The flags of training: each number's range, the defaults, and that each reaches what it is named for."""
+import json
+import re
+
+import pytest
+import tiny
+from tiny import GOOD, check, command, snapshot
+
+import evaluate
+import generate
+import train
+from console import options
+from nanollm import Config, NanoLLM
+from train import Adam
+
+pytestmark = pytest.mark.usefixtures("cheap")
+
+WHOLE = ("embedding-dim n-block n-head n-kv-head max-context hidden-dim seq-len stride num-epochs max-steps batch-size "
+         "grad-accum eval-every save-every keep-last log-every sample-every patience").split()
+WRONG = {name: ["0", "-1", "1.5", "x", "", "nan", "1e3", "10000000000"] for name in WHOLE}
+WRONG |= {name: ["-1", "1.5", "x", "", "nan", "inf"] for name in ("seed", "warmup-steps")}
+WRONG |= {name: ["0", "-1", "x", "", "nan", "inf", "1e999"] for name in ("learning-rate", "eps", "rope-theta")}
+WRONG |= {name: ["-0.1", "1", "2", "x", "", "nan", "inf"] for name in ("beta1", "beta2", "val-fraction", "dropout")}
+WRONG |= {name: ["-1", "x", "", "nan", "inf"] for name in ("min-lr", "weight-decay", "clip-norm")}
+
+
+def test_every_flag_with_a_number_is_here():
+    args = vars(options.command_line().parse_args([]))
+    words = {"text", "tokenizer", "artifact_dir", "init_from", "prompt", "activation", "lr_schedule", "device", "dtype"}
+    switches = {name for name, value in args.items() if value is False}
+    assert {name.replace("-", "_") for name in WRONG} == set(args) - words - switches
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_numbers_out_of_range(name, tmp_path):
+    for value in WRONG[name]:
+        outcome = command(train.main, *GOOD, f"--{name}={value}")
+        check(outcome, f"--{name}: must be a (whole )?number (of at least|above) [01]", re.escape(f"not '{value}'"))
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("flags", [[], ["--text", "text.txt"], ["--tokenizer", "tokenizer.json"], ["--text", ""]])
+def test_text_and_tokenizer_are_needed(flags, tmp_path):
+    check(command(train.main, *flags), "--text FILE and --tokenizer FILE are needed", "--demo")
+    assert snapshot(tmp_path) == {}
+
+
+# ---------------------------------------------------------------- cli.py itself
+
+def test_help_tells_every_flag_and_its_default(capsys):
+    for main in (train.main, generate.main, evaluate.main):
+        with pytest.raises(SystemExit) as end:
+            main(["--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert "(None)" not in text and "%" not in text.replace("1 % of", "")
+    parser = options.command_line()
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        assert action.option_strings[-1] in text and action.help
+        if action.default not in (None, False, "==SUPPRESS=="):
+            assert f"({action.default})" in text
+
+
+# ---------------------------------------------------------------- what a run shows and writes
+
+def test_the_defaults_are_the_documented_ones():
+    args = vars(options.command_line().parse_args([]))
+    assert args == {
+        "text": None, "tokenizer": None, "demo": False, "artifact_dir": None, "resume": False, "init_from": None,
+        "embedding_dim": 512, "n_block": 6, "n_head": 8, "n_kv_head": None, "max_context": 512, "hidden_dim": 2048,
+        "eps": 1e-6, "rope_theta": 10000.0, "activation": "silu", "tie_embeddings": False, "seq_len": None,
+        "stride": None, "val_fraction": 0.1, "num_epochs": 10, "max_steps": None, "batch_size": 4, "grad_accum": 1,
+        "dtype": "float32", "tf32": False, "recompute": False, "dropout": 0.0,
+        "learning_rate": 1e-4, "lr_schedule": "cosine", "warmup_steps": None, "min_lr": None, "beta1": 0.9,
+        "beta2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0, "seed": 0, "eval_every": None, "save_every": 500,
+        "keep_last": 2, "log_every": 10, "sample_every": None, "prompt": None, "patience": None, "device": None}
+
+
+def test_every_flag_reaches_what_it_is_named_for(files, tmp_path, monkeypatch):
+    built = []
+    init = Adam.__init__
+    monkeypatch.setattr(Adam, "__init__", lambda self, *args, **named: built.append((args, named)) or init(
+        self, *args, **named))
+    tiny.run(*files, "--max-steps", 1, "--eps", 1e-4, "--rope-theta", 500, "--activation", "relu", "--tie-embeddings",
+             "--seq-len", 6, "--stride", 2, "--beta1", 0.8, "--beta2", 0.9, "--weight-decay", 0.05,
+             "--artifact-dir", "run")
+    assert NanoLLM.load(tmp_path / "run").config == Config(290, 16, 2, 2, 1, 8, 24, 1e-4, 500.0, "relu", True)
+    assert (built[0][0][1:], built[0][1]) == ((0.01, (0.8, 0.9)), {"weight_decay": 0.05})
+    command = json.loads((tmp_path / "run/checkpoint-1/trainer.json").read_text())["command"]
+    assert (command["seq_len"], command["stride"], command["n_kv_head"]) == (6, 2, 1)

@@ -1,0 +1,44 @@
+"""The progress of a run, on a terminal and in plain lines."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import rows
+
+import train
+from console import metrics
+
+pytestmark = pytest.mark.usefixtures("cheap")
+
+
+# ---------------------------------------------------------------- what a run shows and writes
+
+def test_progress_in_plain_lines(finished):
+    lines = [line for line in finished[2].splitlines() if re.match(r"step \d+/21 ", line)]
+    assert len(lines) == len(rows(finished[0]))
+    for line in lines:
+        assert re.fullmatch(r"step \d+/21  loss \d+\.\d{4}  ppl [\d,]+\.\d  lr \d\.\de-\d+  \|g\| \d+\.\d\d  "
+                            r"[\d,]+ tok/s  [\d,]+\.\d GFLOP/s  [\d:]+ left", line)
+
+
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with metrics.Progress(10, 4, 60.0, 1000) as progress:
+        progress.advance(100)
+        progress.show(5, 2.0, 1e-3, 0.5)
+        assert 60 <= progress.seconds < 70 and progress.speed > 0
+    out, err = capsys.readouterr()
+    assert out == "" and "5/10" in err and "loss 2.0000  ppl 7.4  lr 1.0e-03  |g| 0.50" in err
+
+
+def test_a_closed_pipe_does_not_end_a_run():
+    """`python train.py … | head`: what nobody reads is dropped, silently."""
+    code = "from console import metrics\nfor i in range(1000): metrics.say('x' * 1000)\n"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          cwd=Path(train.__file__).parent) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

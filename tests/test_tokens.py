@@ -1,0 +1,236 @@
+"""Text to ids: whatever the text and the tokenizer, the ids are those of encoding it whole, and none is lost."""
+import os
+import sys
+import time
+
+import numpy as np
+import pytest
+import tokenizers
+from kinds import CORPUS, KINDS, byte_bpe, characters, every_kind, whole, wordpiece
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from data import TokenDataset
+from storage import tokens
+from storage.files import InputError
+from storage.tokens import load_tokenizer, vocab_size
+
+# ---------------------------------------------------------------- chunks
+
+@pytest.mark.parametrize("text", [
+    "a" * 9000, "x " + "the" * 3000 + " dog", " " * 9000 + "dog", "7" * 9000, "\r\n" * 4000, "e\u0301" * 4000,
+    "dog" + "\u0301" * 9000 + "dog", "却" * 9000, "[MASK]" * 1500])
+@every_kind
+def test_a_text_with_hardly_a_place_to_cut(kind, text, monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK", 700)
+    parts = tokens.encode_text(KINDS[kind], [text])
+    assert [i for _, _, ids in parts for i in ids] == whole(text, KINDS[kind])
+
+
+def test_a_special_token_that_takes_the_spaces_before_it(monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK", 1000)
+    t, text = byte_bpe(), "the dog " * 100 + " " * 9000 + "<mask> the" + " the" * 3000
+    t.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])        # RoBERTa's
+    assert [i for _, _, ids in tokens.encode_text(t, [text]) for i in ids] == whole(text, t)
+
+
+@every_kind
+def test_ordinary_text_is_cut_near_the_size_asked_for(kind, monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK", 700)
+    sizes = [len(body) for _, body, _ in tokens.encode_text(KINDS[kind], [" ".join(CORPUS) * 4])]
+    assert len(sizes) > 4 and max(sizes) < 3 * 700
+
+
+# ---------------------------------------------------------------- reading and the cache
+
+@every_kind
+def test_tokens_are_those_of_the_file(kind, make, cache_folder):
+    text = "\r\n".join(CORPUS)
+    ds = make(text, kind)
+    assert ds.tokens.tolist() == whole(text, KINDS[kind])
+    assert isinstance(ds.tokens, np.memmap) and ds.tokens.ndim == 1 and ds.tokens.dtype == np.uint16
+    assert ds.vocab_size == vocab_size(KINDS[kind]) > ds.tokens.max()
+    assert ds.source_bytes == len(text.encode())
+    assert sorted(p.suffix for p in cache_folder.iterdir()) == [".ids", ".json"]
+
+
+def test_line_ends_stay_and_a_byte_order_mark_goes(make):
+    ds = make(b"\xef\xbb\xbfone\r\ntwo\rthree\nfour " * 1 + "\ufeffé".encode())
+    assert ds.tokens.tolist() == whole("one\r\ntwo\rthree\nfour \ufeffé", KINDS["byte-bpe"])
+    assert ds.source_bytes == len("one\r\ntwo\rthree\nfour \ufeffé".encode())
+
+
+def test_blocks_may_end_inside_a_character(make, monkeypatch):
+    monkeypatch.setattr(tokens, "BLOCK", 5)
+    text = "".join(CORPUS) + "\ufeff" * 9
+    assert make(text).tokens.tolist() == whole(text, KINDS["byte-bpe"])
+
+
+def test_special_tokens_are_kept_where_written_and_never_inserted(make):
+    ds = make("[CLS] the [SEP] dog aaaa the lazy theme then", "wordpiece-cased")
+    assert ds.tokens.tolist().count(2) == ds.tokens.tolist().count(3) == 1
+
+
+def test_truncation_padding_and_dropout_are_switched_off(make):
+    t = byte_bpe()
+    t.enable_truncation(4)
+    t.enable_padding(length=500)
+    t.model.dropout = 0.5
+    assert make(CORPUS[0], t).tokens.tolist() == whole(CORPUS[0], KINDS["byte-bpe"])
+
+
+def test_ids_of_a_large_vocabulary_need_32_bits_and_may_have_gaps(make):
+    t = Tokenizer(models.WordLevel({"a": 0, "b": 70_000, "?": 5}, unk_token="?"))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    ds = make("a b a b b a b a b b", t)
+    assert vocab_size(t) == ds.vocab_size == 70_001
+    assert ds.tokens.dtype == np.uint32 and ds.tokens.max() == 70_000
+
+
+def test_a_second_time_nothing_is_encoded(make, monkeypatch):
+    first = make(CORPUS[0]).tokens.tolist()
+    monkeypatch.setattr(tokens, "encode_text", None)
+    assert make(CORPUS[0], seq_len=4).tokens.tolist() == first
+
+
+def test_another_text_or_tokenizer_is_another_cache(make, cache_folder):
+    for text, kind in (("the quick fox", "byte-bpe"), ("the quick dog", "byte-bpe"), ("the quick fox", "characters")):
+        make(text, kind, seq_len=2)
+    assert len(list(cache_folder.glob("*.ids"))) == 3
+
+
+@pytest.mark.parametrize("suffix", [".ids", ".json"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:9] + bytes([b[9] ^ 1]) + b[10:],
+                                    lambda b: b + b"\0\0", lambda b: b"[1]", None])
+def test_a_damaged_cache_is_made_again(make, cache_folder, suffix, damage):
+    wanted = make("\n".join(CORPUS)).tokens.tolist()
+    path, = cache_folder.glob("*" + suffix)
+    good = path.read_bytes()
+    path.write_bytes(damage(good)) if damage else path.unlink()
+    assert make("\n".join(CORPUS)).tokens.tolist() == wanted
+    assert path.read_bytes() == good
+
+
+def test_leftovers_of_a_killed_run_go_after_a_day(make, cache_folder):
+    cache_folder.mkdir()
+    old, new = cache_folder / "a.ids.1.partial", cache_folder / "b.ids.2.partial"
+    old.touch(), new.touch()
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    make(CORPUS[0])
+    assert not old.exists() and new.exists()
+
+
+def test_the_cache_folder_is_the_users_unless_named(monkeypatch, tmp_path):
+    assert tokens.cache_folder() == tmp_path / "nanollm-cache"
+    monkeypatch.delenv("NANOLLM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert tokens.cache_folder() == tmp_path / "xdg" / "nanollm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tokens.cache_folder() == tmp_path / ".cache" / "nanollm"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert tokens.cache_folder() == tmp_path / "Library" / "Caches" / "nanollm"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    assert tokens.cache_folder() == tmp_path / "local" / "nanollm"
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(make, monkeypatch, capsys):
+    monkeypatch.setattr(tokens, "CHUNK", 700)
+    make("\n".join(CORPUS) * 3)
+    assert capsys.readouterr().err == ""                # it was quick
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 10_000, 4)).__next__)
+    make("\n".join(CORPUS) * 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all("text.txt: " in line and line.endswith("%") for line in lines)
+
+
+# ---------------------------------------------------------------- unknown tokens
+
+@pytest.mark.parametrize("text, share", [("却说那孙悟空 " * 20, "100%"), ("the dog " * 8 + "却", "6%")])
+def test_unknown_tokens_warn_also_from_the_cache(make, text, share):
+    t = wordpiece()
+    t.train_from_iterator(["the dog a cat"], trainers.WordPieceTrainer(special_tokens=["[UNK]"], show_progress=False))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"{share} of the tokens of .*text.txt are unknown to .*byte-level BPE"):
+            make(text, t)
+
+
+def test_no_warning_for_few_unknown_tokens_or_those_spelled_out(make):
+    make("the dog " * 100 + "😀", "wordpiece")             # pytest makes every warning an error
+    make("the dog [UNK] " * 9, "wordpiece")
+    make("the\nquick\nbrown\nox\n" * 9, characters("the quickbrownx", "\n"))
+
+
+# ---------------------------------------------------------------- bad input
+
+GB = "却说那孙悟空一个筋斗云，去了十万八千里。".encode("gb18030")
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"", r"text.txt is empty"), (b"\xef\xbb\xbf", r"text.txt is empty"),
+    (b"abc\n" * 100_000 + GB, r"not UTF-8 at byte 400004 and looks like GB18030: iconv -f GB18030 .*text.txt > "),
+    ("bon caf\xe9, d\xe9j\xe0 vu".encode("latin-1"), r"not UTF-8 at byte 7 and looks like ISO-8859-1: iconv "),
+    ("hello".encode("utf-16"), r"not UTF-8 at byte 0 and looks like UTF-16: iconv"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"not UTF-8 at byte 0 and looks like no text at all"),
+    ("the dog é".encode()[:-1], r"ends inside a character, at byte 8: "),
+    ("ab", r"text.txt has 2 tokens, and one window needs 9 \(seq_len \+ 1\)")])
+def test_bad_texts(make, cache_folder, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        make(text)
+    assert "\n" not in str(caught.value)
+    assert not list(cache_folder.glob("*"))
+
+
+def test_texts_that_cannot_be_opened(make, tmp_path):
+    make(CORPUS[0])
+    for path, why in ((tmp_path / "none.txt", "No such file"), (tmp_path, "directory")):
+        with pytest.raises(InputError, match=f"cannot read the text .*{why}"):
+            TokenDataset.from_text(path, tmp_path / "tokenizer.json", 4)
+    with pytest.raises(InputError, match="not a regular file"):
+        TokenDataset.from_text(os.devnull, tmp_path / "tokenizer.json", 4)
+
+
+def test_a_text_that_changes_while_it_is_read(make, monkeypatch, cache_folder, tmp_path):
+    real = tokens.unknown_token
+
+    def meddle(tokenizer):                              # called between the two readings
+        (tmp_path / "text.txt").write_text(CORPUS[0] + "!")
+        return real(tokenizer)
+    monkeypatch.setattr(tokens, "unknown_token", meddle)
+    with pytest.raises(InputError, match="changed while it was read"):
+        make(CORPUS[0])
+    assert not list(cache_folder.glob("*"))
+
+
+@pytest.mark.parametrize("content, message", [
+    ("not json", "is not JSON"), ("", "is not JSON"), (b"\xff\xfe\0", "is not JSON"), ("{}", "JSON but no tokenizer"),
+    ('{"model_type": "llama"}', "JSON but no tokenizer"), ("[1, 2]", "JSON but no tokenizer"),
+    (Tokenizer(models.BPE()).to_str(), "has no tokens")])
+def test_bad_tokenizers(tmp_path, content, message):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        load_tokenizer(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tokenizers_that_cannot_be_opened(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(InputError, match=r"cannot read the tokenizer .*Hugging Face tokenizer\.json"):
+            load_tokenizer(path)
+
+
+def test_a_tokenizer_without_its_unknown_token_cannot_encode_everything(make, cache_folder):
+    t = Tokenizer(models.WordLevel({"the": 0, "dog": 1}, unk_token="[UNK]"))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(InputError, match=r"cannot encode .*text\.txt"):
+        make("the dog the dog the dog the cat", t)
+    assert not list(cache_folder.glob("*"))
+
+
+def test_a_cache_that_cannot_be_written(make, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOLLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"cannot write the token cache .*set NANOLLM_CACHE"):
+        make(CORPUS[0])
