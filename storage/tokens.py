@@ -90,6 +90,9 @@ def stream_text(tokenizer, ids):
         if len(window) >= mark + 32:
             window = window[mark:]
             shown, mark = tokenizer.decode(window), len(window)
+    rest = tokenizer.decode(window).rstrip("\ufffd")        # the last token may end one character and begin the next
+    if len(rest) > len(shown):
+        yield rest[len(shown):]
 
 
 # ---------------------------------------------------------------- text -> chunks -> ids, in bounded memory

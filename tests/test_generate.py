@@ -2,6 +2,7 @@
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,6 +290,12 @@ def test_text_comes_as_soon_as_a_character_is_complete():
     for n in range(1, len(ids) + 1):
         shown.append("".join(generate.stream_text(tokenizer, ids[:n])))
     assert shown[0] == "a" and shown[-1] == "a却👍" and set(shown) == {"a", "a却", "a却👍"}
+
+
+def test_the_last_character_is_shown_although_its_token_begins_another():
+    words = [b"a\xc2", b"\xa9\xe5"]
+    in_bytes = SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"))
+    assert "".join(generate.stream_text(in_bytes, [0, 1])) == "a©"
 
 
 def test_streaming_takes_time_in_proportion():
