@@ -1,8 +1,8 @@
-"""What --recompute costs and saves:  python benchmarks/recompute.py [--steps N]
+"""Measure what --recompute costs and saves:  python benchmarks/recompute.py [--steps N]
 
-The configuration `small` of speed.py, with and without, a step of each in turn: time (median) and the peak of what
-Python's arrays hold in a step (tracemalloc, in a step of its own). Writes the table between the `recompute` marks in
-README.md.
+It trains the configuration `small` of speed.py with and without, one step of each in turn. It measures the time of a
+step (the median) and the peak of what Python's arrays hold (tracemalloc, in a separate step), and it writes the table
+between the `recompute` marks in README.md.
 """
 import argparse
 import re
@@ -48,7 +48,7 @@ for model.recompute in seconds:
     tracemalloc.stop()
 ratio = statistics.median(b / a for a, b in zip(seconds[False], seconds[True], strict=True))
 lines = ["| `python benchmarks/recompute.py` (4 blocks, 256 wide, batch 16 × 256) | peak of a step's arrays, MB "
-         "| forward and backward, s | ratio |", "|---|---|---|---|"]
+         "| forward and backward, s | time ratio |", "|---|---|---|---|"]
 for again, name in (False, "activations kept"), (True, "`--recompute`"):
     lines.append(f"| {name} | {peaks[again] / 1e6:.0f} | {statistics.median(seconds[again]):.2f} "
                  f"| {ratio if again else 1:.2f} |")

@@ -1,7 +1,8 @@
-"""Run what README.md reports and write it there:  python docs/results.py tinyshakespeare.txt
+"""Make the runs that README.md reports and write them there:  python docs/results.py tinyshakespeare.txt
 
-The demo, which needs no file, and tinyshakespeare with a token for each of its 65 characters. Writes docs/demo.png,
-docs/shakespeare.png and the block between the `results` marks in README.md.
+They are the demo, which needs no file, and tiny Shakespeare with a token for each of its 65 characters. This writes
+docs/demo.png, docs/shakespeare.png and the block between the `results` marks in README.md; docs/tables.py then copies
+the block into README.zh.md.
 """
 import csv
 import functools
@@ -23,8 +24,8 @@ YARDSTICK = ("--n-block 4 --n-head 4 --embedding-dim 128 --hidden-dim 344 --max-
              "--weight-decay 0.1 --eval-every 250")
 
 
-def run(name, shown, flags, sampling):
-    """Train in a temporary folder and generate with the flags `sampling`; the lines of README.md about it."""
+def run(name, title, shown, flags, sampling):
+    """Train in a temporary folder, generate with the flags `sampling`, return the lines of README.md about both."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
         train = [sys.executable, "train.py", *flags, "--artifact-dir", str(folder)]
@@ -41,7 +42,7 @@ def run(name, shown, flags, sampling):
     speeds = sorted(float(row["tokens_per_second"]) for row in rows)
     parameters = re.search(r"model +([\d,]+) parameters", log)[1]
     return [
-        f"### {name}", "", f"    {shown}", "",
+        f"### {title}", "", f"    {shown}", "",
         "| parameters | steps | tokens | training loss | validation loss | perplexity | bits per byte "
         "| tokens/s | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -49,12 +50,13 @@ def run(name, shown, flags, sampling):
         f"| **{float(last['val_loss']):.3f}** | {float(last['val_perplexity']):.2f} "
         f"| {float(last['val_bits_per_byte']):.3f} | {speeds[len(speeds) // 2]:,.0f} | {float(last['seconds']):.0f} |",
         "", f"{about['versions']['device'].split(';')[0]}, {cpu()}; seed {about['command']['seed']}; "
-        f"commit {commit()}. The model writes (`python generate.py FOLDER {shlex.join(sampling)}`):", "",
+        f"commit {commit()}. `python generate.py FOLDER {shlex.join(sampling)}` prints this and stops at its limit:",
+        "",
         *("    " + line for line in sample.strip().splitlines()), "",
     ]
 
 
-@functools.cache                # called before anything is written
+@functools.cache                # main calls it before anything is written
 def commit():
     git = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -69,7 +71,7 @@ def cpu():
 def main():
     commit()
     text = Path(sys.argv[1]).resolve()
-    lines = run("demo", "python train.py --demo", ["--demo"],
+    lines = run("demo", "The demo", "python train.py --demo", ["--demo"],
                 ["--prompt", "The function returns", "--seed", "1", "--max-new-tokens", "80"])
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = Path(temporary, "characters.json")
@@ -77,7 +79,8 @@ def main():
         shown = f"python train.py --text tinyshakespeare.txt --tokenizer characters.json {YARDSTICK}"
         for flag in (" --n-block", " --batch", " --beta2"):
             shown = shown.replace(flag, f" \\\n       {flag}")
-        lines += run("shakespeare", shown, ["--text", str(text), "--tokenizer", str(tokenizer), *YARDSTICK.split()],
+        lines += run("shakespeare", "Tiny Shakespeare", shown,
+                     ["--text", str(text), "--tokenizer", str(tokenizer), *YARDSTICK.split()],
                      ["--prompt", "ROMEO:", "--seed", "1", "--max-new-tokens", "300"])
     lines.insert(-1, "\n![training and validation loss on tinyshakespeare](docs/shakespeare.png)")
     readme = ROOT / "README.md"

@@ -1,9 +1,12 @@
-"""Fill in the figures of README.md and README.zh.md:  python docs/tables.py [--check]
+"""Fill in the numbers of README.md and README.zh.md:  python docs/tables.py [--check]
 
-Lines of each file, the place of each op and how many tests it has, and the comparison in docs/speed.json, written by
-benchmarks/speed.py. README.zh.md takes from README.md what docs/results.py and benchmarks/recompute.py wrote there.
-Words are the authors', numbers are the scripts'. With --check nothing is written; exit status 1 says that something is
-out of date.
+They are: the lines of each Python file at the root, the line of each op in autograd.py and the number of its tests, and
+the comparison in docs/speed.json, which benchmarks/speed.py writes. README.zh.md gets the parts of README.md that
+docs/results.py and benchmarks/recompute.py wrote, with their captions translated. People write the words, scripts write
+the numbers.
+
+Exit status 1: README's table of the root has no row for a file or folder there, or names something that does not
+exist. With --check nothing is written, and the status is also 1 if a page is out of date.
 """
 import ast
 import functools
@@ -15,13 +18,53 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "README.md", ROOT / "README.zh.md"
+ROW = re.compile(r"(?m)^(\| \[`([\w./-]+)`\]\([^)]+\) \| )\d* ?\|(.*)$")      # | [`name`](name) | 123 | what it is |
+CHINESE = {
+    "parameters | steps | tokens | training loss | validation loss | perplexity | bits per byte | tokens/s | seconds":
+        "参数量 | 步数 | token 数 | 训练损失 | 验证损失 | 困惑度 | 每字节比特数 | token/秒 | 秒",
+    " prints this and stops at its limit:": " 的输出，到数目上限为止：",
+    "### The demo": "### demo",
+    "### Tiny Shakespeare": "### tiny Shakespeare",
+    "training and validation loss on tinyshakespeare": "tiny Shakespeare 的训练损失与验证损失",
+    "(4 blocks, 256 wide, batch 16 × 256) | peak of a step's arrays, MB | forward and backward, s | time ratio":
+        "（4 层，宽度 256，batch 16 × 256）| 一步中数组的内存峰值，MB | 前向与反向，秒 | 时间之比",
+    "activations kept": "保留激活值",
+    "compared with | its figure | time ratio (range) | peak MB of both | share of the sgemm rate of both":
+        "对比对象 | 对方的数值 | 时间之比（范围）| 双方的内存峰值，MB | 双方达到 sgemm 速率的比例",
+    ": training step |": "：训练步 |",
+    ": generation |": "：文本生成 |",
+    "| tokenisation |": "| 分词 |",
+    "tokenizers, its lines": "tokenizers，逐行",
+    "tokens/s |": "token/秒 |",
+    "MB/s |": "MB/秒 |",
+    " ms |": " 毫秒 |",
+}
+
+
+@functools.cache
+def tracked():
+    """The paths of all files of the project."""
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def lines_of(text):
-    """| [`name.py`](name.py) | 123 | …: the second cell of each row about a file."""
+    """Fill the second cell of each row about a file of Python."""
     def count(match):
-        return f"{match[1]}{len((ROOT / match[2]).read_text(encoding='utf-8').splitlines())} |"
-    return re.sub(r"(?m)^(\| \[`([\w/]+\.py)`\]\([^)]+\) \| )\d* ?\|", count, text)
+        start, name, rest = match.groups()
+        lines = f"{len((ROOT / name).read_text(encoding='utf-8').splitlines())} " if name.endswith(".py") else ""
+        return f"{start}{lines}|{rest}"
+    return ROW.sub(count, text)
+
+
+def map_errors(text):
+    """What is wrong with the rows about the files and folders of the root."""
+    rows = {name: rest for _, name, rest in ROW.findall(text)}
+    there = {re.sub("/.*", "/", path) for path in tracked() if path[0] != "."}
+    named = {name + file for name, rest in rows.items() if name.endswith("/")
+             for file in re.findall(r"`(\w+\.py|\w+/)`", rest)}
+    return [*(f"has no row for {name}" for name in sorted(there - rows.keys())),
+            *(f"names {name}, which does not exist" for name in sorted(rows.keys() - there)),
+            *(f"names {name}, which does not exist" for name in sorted(named) if not (ROOT / name).exists())]
 
 
 def places():
@@ -32,14 +75,14 @@ def places():
 
 @functools.cache
 def tests():
-    """The ids of all tests of the ops, "…test_gradient[softmax-batch]", one a line."""
+    """The ids of all tests of the ops, "…test_gradient[softmax-batch]", one per line."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", "-p", "no:cacheprovider",
                "tests/test_autograd.py", "tests/test_precision.py"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def ops_of(text):
-    """| `name`, `name` | forward | backward | where | tests |: the last two cells of each row about ops."""
+    """| `name`, `name` | forward | backward | line | tests |: fill the last two cells of each row about ops."""
     known, ids = places(), tests()
 
     def fill(match):
@@ -55,7 +98,7 @@ def ops_of(text):
 
 
 def speed():
-    """The runs in docs/speed.json, each as a table under what it was."""
+    """The runs in docs/speed.json: a table for each, below its command and machine."""
     rows = []
     for run in json.loads((ROOT / "docs" / "speed.json").read_text(encoding="utf-8")):
         about = run["header"]
@@ -63,7 +106,8 @@ def speed():
         rows += [f"`{about['command']}`  ",
                  f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; "
                  f"seed {about['seed']}; commit {about['commit']}; {versions}", "",
-                 "| | nanollm | beside | | ratio of times (range) | peak MB | share of the sgemm rate |",
+                 "| | nanollm | compared with | its figure | time ratio (range) | peak MB of both "
+                 "| share of the sgemm rate of both |",
                  "|---|---|---|---|---|---|---|"]
         for row in run["rows"]:
             memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
@@ -84,25 +128,38 @@ def block(name, text):
     return re.search(rf"(?s)<!-- {name}: .*?<!-- /{name} -->", text)[0]
 
 
-def filled(text):
-    text = ops_of(lines_of(text))
-    for name in ("results", "recompute"):
-        text = text.replace(block(name, text), block(name, PAGES[0].read_text(encoding="utf-8")))
-    return re.sub(r"(?s)(<!-- speed: written by docs/tables.py -->\n).*?(<!-- /speed -->)",
-                  lambda match: f"{match[1]}{speed()}{match[2]}", text)
+def translated(text):
+    for english, chinese in CHINESE.items():
+        text = text.replace(english, chinese)
+    return text
+
+
+def filled(page):
+    """(its text, its text with every number up to date)"""
+    before = text = page.read_text(encoding="utf-8")
+    text = re.sub(r"(?s)(<!-- speed: written by docs/tables.py -->\n).*?(<!-- /speed -->)",
+                  lambda match: f"{match[1]}{speed()}{match[2]}", ops_of(lines_of(text)))
+    if page != PAGES[0]:
+        english = PAGES[0].read_text(encoding="utf-8")
+        for name in ("results", "recompute"):
+            text = text.replace(block(name, text), block(name, english))
+        for name in ("results", "recompute", "speed"):
+            text = text.replace(block(name, text), translated(block(name, text)))
+    return before, text
 
 
 def main():
-    stale = 0
+    wrong = []
     for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        after = filled(before)
+        before, after = filled(page)
+        wrong += [f"{page.name} {error}" for error in map_errors(after)]
         if "--check" not in sys.argv:
             page.write_text(after, encoding="utf-8")
         elif after != before:
-            stale = 1
-            print(f"{page.name} is out of date: python docs/tables.py", file=sys.stderr)
-    return stale
+            wrong.append(f"{page.name} is out of date: python docs/tables.py")
+    for error in wrong:
+        print(error, file=sys.stderr)
+    return bool(wrong)
 
 
 if __name__ == "__main__":
