@@ -288,7 +288,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(files, tmp_path):
     assert snapshot(tmp_path / "run") == before
     assert resume("run", "--max-steps", 8) == 0
     tiny.run(*files, "--max-steps", 8, "--lr-schedule", "constant", "--artifact-dir", "whole")
-    assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "whole")] + []
+    assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "whole")]
     assert checkpoints("run")[-1].name == "checkpoint-8"
 
 

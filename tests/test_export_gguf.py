@@ -128,7 +128,7 @@ def test_refusals(tmp_path):
     _, folder = folder_of(tmp_path, characters)
     with pytest.raises(InputError, match="WordLevel"):
         export_gguf.export(folder, tmp_path / "m.gguf")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"] or not list(tmp_path.glob("*.gguf*"))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
     (tmp_path / "there").write_text("mine")
     with pytest.raises(InputError, match="overwritten"):
         export_gguf.main([str(folder), str(tmp_path / "there")])

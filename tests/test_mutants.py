@@ -27,10 +27,7 @@ def folder(tmp_path_factory):
     return mutants.workplace(tmp_path_factory.mktemp("mutants"))
 
 
-@pytest.mark.parametrize("function, change", [
-    ("linear", "drop a transpose"), ("softmax", "scale"), ("_add_scaled", "overwrite"), ("_project", "drop a term"),
-    ("embedding", "zero"),
-])
+@pytest.mark.parametrize("function, change", [("linear", "drop a transpose"), ("softmax", "scale")])
 def test_a_planted_bug_is_caught(function, change, folder):
     bug = next(m for m in mutants.everything()[0] if (m.function, m.change) == (function, change))
     assert not mutants.survives(bug, folder)
