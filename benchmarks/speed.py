@@ -1,12 +1,13 @@
-"""nanollm beside PyTorch: training step, memory, generation, tokenisation.      python benchmarks/speed.py --help
+"""Compare nanollm with PyTorch: training step, memory, generation, tokenisation.  python benchmarks/speed.py --help
 
-Both sides start from one checkpoint, see the same fresh batch each step, use the same Adam and clipping, and live in
-processes of their own with equally many threads. They take turns, A B A B ..., one at work at a time. A ratio is
-nanollm's time by the other's in the turn that follows; the median is given with the range. Both must compute the same
-loss before the first step and hold the same weights after the last; if not, the program says so and exits with 1.
+Both sides start from one checkpoint, see the same new batch at each step, and use the same Adam and clipping. Each runs
+in its own process, with the same number of threads. They take turns, A B A B ..., and only one works at a time. A ratio
+is nanollm's time divided by the other side's time in the turn that follows; the table shows the median and the range.
+Both sides must compute the same loss before the first step and hold the same weights after the last one. Otherwise the
+program says so and exits with 1.
 
-A step's FLOPs are the model's own (nanollm's Config.flops_per_token): their share of the rate of a large product of the
-same type is the share of what the machine can do (on a GPU also called MFU).
+A step's FLOPs are counted by nanollm's Config.flops_per_token. Divided by the time, and by the rate of a large product
+of the same type, they give the share of what the machine can do (on a GPU also called MFU).
 """
 import argparse
 import contextlib
@@ -38,7 +39,7 @@ CONFIGS = {     # steps in a turn, then the fields; every window is max_context 
     "tiny": (2, 50, 16, 2, 4, 2, 24, 16, False, 2),     # tests this program
 }
 LOSS_TOLERANCE = {"float32": 1e-5, "tf32": 2e-3, "float16": 2e-3, "bfloat16": 1e-2}     # relative
-# ‖ours - theirs‖ / ‖theirs - start‖, the worst tensor's: Adam makes whole steps of the rounding of small gradients
+# ‖ours - theirs‖ / ‖theirs - start‖ of the worst tensor: Adam turns the rounding of small gradients into whole steps
 WEIGHT_TOLERANCE = {"float32": 3e-3, "tf32": 0.3, "float16": 0.3, "bfloat16": 0.6}
 
 
@@ -60,7 +61,7 @@ def call(method, *arguments):
 
 @contextlib.contextmanager
 def running(**sides):
-    """{name: ask} for {name: (class, options)}, an object in a fresh process each; ask(method, ...) calls it there."""
+    """{name: ask} for {name: (class, options)}: each object has a new process; ask(method, ...) calls it there."""
     with contextlib.ExitStack() as stack:
         def start(*side):
             context = multiprocessing.get_context("spawn")
@@ -70,9 +71,9 @@ def running(**sides):
 
 
 def compare(what, unit, ask, rounds, request, shown):
-    """(rows of the table, last results): nanollm beside each other side.
+    """(rows of the table, last results): nanollm compared with each other side.
 
-    ask[name](*request(turn)) answers (seconds, result) for turn 0, which is the warm-up, and then `rounds` more;
+    ask[name](*request(turn)) answers (seconds, result): for turn 0, the warm-up, and then for `rounds` more turns.
     shown(seconds) is the figure in this unit.
     """
     turns, results = {name: [] for name in ask}, {}
@@ -80,7 +81,7 @@ def compare(what, unit, ask, rounds, request, shown):
         for name in ask:
             seconds, results[name] = ask[name](*request(turn))
             turns[name].append(seconds)
-            time.sleep(0.2)                             # its threads may spin for a while
+            time.sleep(0.2)                             # let its threads stop spinning
     rows, ours = [], turns.pop("nanollm")[1:]
     for name, (_, *theirs) in turns.items():
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
@@ -93,7 +94,7 @@ def compare(what, unit, ask, rounds, request, shown):
 # ---------------------------------------------------------------- what is compared
 
 def weight_difference(start, ours, theirs):
-    """Of three checkpoints: the largest |ours - theirs|, and the worst tensor's ‖ours - theirs‖ / ‖theirs - start‖."""
+    """The largest |ours - theirs| of two checkpoints, and the worst tensor's ‖ours - theirs‖ / ‖theirs - start‖."""
     largest = share = 0.0
     with contextlib.ExitStack() as stack:
         s, a, b = (stack.enter_context(safe_open(Path(folder, "model.safetensors"), "numpy"))
@@ -107,7 +108,7 @@ def weight_difference(start, ours, theirs):
 
 
 def training(name, c, steps, folder, rate, args):
-    """The training step, from the checkpoint in `folder`."""
+    """Compare training steps, from the checkpoint in `folder`."""
     common = {"c": c, "args": args, "folder": folder}
     sides = {"nanollm": (Nanollm, common), "PyTorch": (PyTorch, common)}
     if args.compile:
@@ -138,7 +139,7 @@ def training(name, c, steps, folder, rate, args):
 
 
 def generation(name, c, folder, args):
-    """Greedy, one prompt, with the cache, from the checkpoint in `folder`; both must generate the same."""
+    """Compare greedy generation from one prompt, with the cache; both sides must generate the same tokens."""
     count = min(128, c["max_context"] // 2)
     request = "generate", list(range(count // 4)), count
     sides = {"nanollm": (Nanollm, {"c": c, "args": args, "folder": folder}),
@@ -150,7 +151,7 @@ def generation(name, c, folder, args):
 
 
 def tokenisation(folder, args):
-    """A text of random words, by a byte-level BPE trained on it; the ids must be those of the text encoded whole."""
+    """Compare a byte-level BPE on a text of random words; the ids must be those of the whole text encoded at once."""
     from tokenizers import ByteLevelBPETokenizer
     rng = np.random.default_rng(args.seed)
     words = ["".join(rng.choice(list("etaoinshrdlu"), length)) + end
@@ -173,7 +174,7 @@ def tokenisation(folder, args):
 # ---------------------------------------------------------------- the report
 
 def header(args):
-    """What another run must share to be compared with this one."""
+    """What another run must share with this one to be comparable."""
     git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], text=True,
                                         capture_output=True).stdout
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -186,7 +187,7 @@ def header(args):
 
 
 def line(row):
-    """A row of the Markdown table; memory and share of the matrix product's rate only where they were measured."""
+    """A row of the Markdown table, with memory and the share of the product's rate if they were measured."""
     cells = [row["what"], row["unit"], f"{row['nanollm']:.4g}", row["against"], f"{row['other']:.4g}",
              "{:.2f} ({:.2f}–{:.2f})".format(*row["ratio"])]
     if "peak_bytes" in row:
@@ -208,21 +209,21 @@ def main():
     parser.add_argument("--batch-size", type=int, help="windows in a batch")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=LOSS_TOLERANCE, default="float32")
-    parser.add_argument("--compile", action="store_true", help="also beside torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also compare with torch.compile")
     parser.add_argument("--threads", type=int, default=device.threads)
     parser.add_argument("--megabytes", type=float, default=4, help="of text to tokenise (4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for all that was measured")
     args = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "NANOLLM_THREADS"):
-        os.environ[name] = str(args.threads)            # read by the processes started from here
+        os.environ[name] = str(args.threads)            # the processes started from here read them
     os.environ["HF_HUB_OFFLINE"] = "1"
     result = {"header": header(args), "rows": []}
     with running(gemm=(Gemm, {"args": args})) as ask:
         rates = result["header"]["gemm_flops_per_second"] = ask["gemm"]("rates")
     for key, value in result["header"].items():
         print(f"- {key}: {value}")
-    print("\n| what | unit | nanollm | beside | its figure | time ratio (range) | peak MB | ratio | of gemm rate |"
+    print("\n| what | unit | nanollm | compared with | its figure | time ratio (range) | peak MB | ratio | of gemm |"
           "\n|---|---|---|---|---|---|---|---|---|")
 
     def show(rows):

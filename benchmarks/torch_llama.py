@@ -1,6 +1,6 @@
-"""Llama in PyTorch as a good PyTorch user would write it: the yardstick that speed.py holds nanollm against.
+"""Llama in PyTorch, as a good PyTorch user would write it; speed.py compares nanollm with it.
 
-c is a dict of nanollm's Config fields. Weights come and go under Hugging Face's names.
+c is a dict of nanollm's Config fields. Weights are read and written under Hugging Face's names.
 """
 import torch
 import torch.nn as nn

@@ -1,4 +1,4 @@
-"""What runs in the processes that speed.py times: each side of a comparison, behind the same methods."""
+"""What runs in the processes that speed.py times: each side of a comparison, with the same methods."""
 import os
 import resource
 import sys
@@ -19,12 +19,12 @@ def timed(f):
 
 
 class Side:
-    """One training, of the checkpoint in `folder`; load, loss, step and save are the subclass's own."""
+    """One training of the checkpoint in `folder`; a subclass provides load, loss, step and save."""
 
     def __init__(self, c, args, folder, compiled=False):
         self.c, self.seed, self.gpu, self.tf32 = c, args.seed, args.device == "gpu", args.dtype == "tf32"
         self.dtype = "float32" if self.tf32 else args.dtype
-        self.wait = lambda: None                    # a GPU is waited for
+        self.wait = lambda: None                    # load replaces it on a GPU
         self.load(folder, args.threads, compiled)
 
     def batch(self, step):
@@ -37,14 +37,14 @@ class Side:
         return self.loss(*self.batch(0)).item()
 
     def steps(self, first, count):
-        """(seconds, None) of `count` steps, a fresh batch each; the batches are drawn before the clock starts."""
+        """(seconds, None) of `count` steps, each on a new batch; the batches are drawn before the clock starts."""
         batches = [self.batch(step) for step in range(first, first + count)]
         self.wait()
         seconds, _ = timed(lambda: ([self.step(*batch) for batch in batches], self.wait()))
         return seconds, None
 
     def facts(self):
-        """(threads, peak bytes): resident memory (ru_maxrss begins with the parent's), or what the GPU reserved."""
+        """(threads, peak bytes) of resident memory (ru_maxrss would include the parent's), or reserved GPU memory."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if (status := Path("/proc/self/status")).exists():
             peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
@@ -143,7 +143,7 @@ class Transformers:
 
 
 class Text:
-    """Tokenisation of a file: by nanollm into a fresh cache, by `tokenizers` whole, or its lines on all threads."""
+    """Tokenisation of a file: by nanollm into a new cache, or by `tokenizers`, whole or line by line on all threads."""
 
     def __init__(self, way, text, tokenizer):
         self.way, self.text, self.tokenizer = way, text, tokenizer
@@ -170,7 +170,7 @@ class Gemm:
         self.dtype = getattr(torch, args.dtype) if self.gpu and args.dtype != "tf32" else torch.float32
 
     def rates(self):
-        """{library: FLOP/s of the quickest of ten large products, on a GPU of this dtype}, with all threads."""
+        """{library: FLOP/s of the fastest of ten large products}, with all threads; on a GPU in this dtype."""
         n = 8192 if self.gpu else 2048
         a = self.torch.rand(n, n, device="cuda" if self.gpu else "cpu", dtype=self.dtype)
         products = {"torch": lambda: (a @ a, self.gpu and self.torch.cuda.synchronize())}

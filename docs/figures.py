@@ -1,8 +1,8 @@
 """Draw the figures of the documentation from runs of the real code:  python docs/figures.py [NAME ...]
 
-Each function of FIGURES runs what it shows and returns (figure, what one sees in it). `main` writes them to
-docs/figures/NAME.svg, and what they show and how they were made to docs/figures/README.md. Those of a trained model
-share one run of train.py.
+Each function in FIGURES runs what it shows and returns (figure, caption). `main` writes the figures to
+docs/figures/NAME.svg, and their captions and commands to docs/figures/README.md. The figures of a trained model share
+one run of train.py.
 """
 import functools
 import html
@@ -39,9 +39,9 @@ FLAGS = r"""--demo --embedding-dim 128 --n-block 4 --n-head 4 --hidden-dim 344 -
 LARGER = Config(2048, 256, 8, 4, max_context=256, hidden_dim=688)       # for `memory`
 SENTENCE, CONTEXT = " If the file does not exist, the file is created.", "This function can be used"
 
-# ---------------------------------------------------------------- one look
+# ---------------------------------------------------------------- the common style
 
-BLUE, RED, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"     # told apart by all eyes (Okabe & Ito 2008)
+BLUE, RED, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"     # safe for the colour-blind (Okabe & Ito 2008)
 INK, GREY, PALE, PAPER = "#24292f", "#6e7781", "#dde1e5", "#fcfcfa"
 STYLE = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
          "axes.titlesize": 11, "axes.titlelocation": "left", "axes.edgecolor": GREY, "axes.spines.top": False,
@@ -52,21 +52,21 @@ SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#9ecae1", BLUE, "#
 
 
 def canvas(title, height, layout="constrained"):
-    """A figure of the common width and this height, in inches, with the finding above."""
+    """A figure of the common width and this height, in inches, with its finding as the title."""
     figure = Figure(figsize=(7, height), layout=layout)
     figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold")
     return figure
 
 
 def bare(axes):
-    """Neither frame nor grid nor ticks."""
+    """Remove the frame, the grid and the ticks."""
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
 
 
 def dotted(axes, y, label, color=GREY, x=1):
-    """A level with its name above it, which ends at x."""
+    """Draw a level, with its name above it and ending at x."""
     axes.axhline(y, color=color, linestyle=":", linewidth=1.4)
     axes.text(x, y, label, transform=axes.get_yaxis_transform(), color=color, ha="right", va="bottom", fontsize=10)
 
@@ -78,7 +78,7 @@ def scientific(x):
 
 
 def words(tokenizer, ids):
-    """Each token as it reads, its space a dot."""
+    """The text of each token, with a dot for a space."""
     return [tokenizer.decode([i]).replace(" ", "·").replace("\n", "⏎") for i in ids]
 
 
@@ -89,7 +89,7 @@ Trained = namedtuple("Trained", "model tokenizer train_set rows")       # rows: 
 
 @functools.cache
 def trained():
-    """What one run of train.py with FLAGS made, and from what."""
+    """The model of one run of train.py with FLAGS, its data and its metrics."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         subprocess.run([sys.executable, "train.py", *FLAGS.replace("\\", "").split(), "--seed", str(SEED),
@@ -110,12 +110,13 @@ def graph():
     """The graph of a small expression, its values and gradients."""
     svg = graph_svg("((x * w).sum() + b) ** 2", {"x": [1.0, 2.0, 3.0], "w": [0.5, -1.0, 2.0], "b": -3.0})
     return svg, (
-        "Each box is an op of the graph with its value, out, and dLoss/dout below, which backward found by walking "
-        "the boxes from right to left. Under a box stands its op's backward rule, to check the numbers by.")
+        "Each box is an op of the graph. It shows the op's value, out, and below it dLoss/dout, which backward found "
+        "by walking through the boxes from right to left. The rule under a box is the op's backward rule: check the "
+        "numbers with it.")
 
 
 def graph_svg(expression, leaves):
-    """The graph that a scalar expression of these leaves has left behind, drawn after its backward."""
+    """The graph of a scalar expression of these leaves, drawn after its backward."""
     def text(x, y, words, size=13, color=INK, weight="normal"):
         style = f'font-size="{size}" font-weight="{weight}" fill="{color}"'
         return f'<text x="{x:g}" y="{y:g}" {style}>{html.escape(words)}</text>'
@@ -130,7 +131,7 @@ def graph_svg(expression, leaves):
         op.row = sum(parent.row for parent in op.parents) / len(op.parents)
         for parent in op.parents:
             if not parent.parents:
-                parent.column = op.column - 1       # a leaf stands beside the op that uses it
+                parent.column = op.column - 1       # a leaf is drawn next to the op that uses it
         boxes[id(out._node)] = op
 
     def backward(op, dout):
@@ -174,8 +175,8 @@ def graph_svg(expression, leaves):
 
 
 def step_size():
-    """The error of finite differences by their step."""
-    rng = np.random.default_rng(SEED)       # float32 numbers, so that each type has the same
+    """The error of finite differences for each step size."""
+    rng = np.random.default_rng(SEED)       # float32 numbers, so that all types start from the same
     x, w, d = (rng.standard_normal(shape, np.float32) for shape in ((3, 8), 8, (3, 8)))
 
     def gradient(dtype):
@@ -212,11 +213,11 @@ def step_size():
         axes.text(right, up, label, color=color)
     axes.set(xlabel="step h", ylabel="relative error of the gradient", ylim=(1e-17, 30), xlim=(1e-12, 1))
     return figure, (
-        "The error of central differences through `rmsnorm` falls with h² until rounding, u/h "
-        "(u = 1.1·10⁻¹⁶ in float64), takes over: at best "
-        f"{scientific(min(wide))} in float64 but {scientific(min(narrow))} in float32, so gradients are checked in "
-        "float64. A backward pass that is wrong by 0.1 % (dashed) cannot hide, for its curve stays at 10⁻³; the right "
-        "one's own rounding (dotted) lies below all differences of its type.")
+        "The error of central differences through `rmsnorm` falls with h² until rounding takes over, which grows like "
+        f"u/h (u = 1.1·10⁻¹⁶ in float64). The best error is {scientific(min(wide))} in float64 but only "
+        f"{scientific(min(narrow))} in float32, so gradients are checked in float64. A backward pass that is wrong by "
+        "0.1 % (dashed) cannot hide, because its curve stays at 10⁻³. The rounding of the right backward pass itself "
+        "(dotted) is smaller than every difference of its type.")
 
 
 # ---------------------------------------------------------------- positions and attention
@@ -228,10 +229,10 @@ def rope_products(q, k, cos, sin):
 
 
 def rotation():
-    """Pairs turn like the hands of clocks; the product of two vectors depends on their distance alone."""
+    """Pairs turn like the hands of clocks; the product of two vectors depends only on their distance."""
     model = NanoLLM(Config(8, 64, 1, 2, max_context=64, hidden_dim=8), dtype=np.float64)
     D, T, shown = model.config.head_dim, model.config.max_context, 13
-    ones = np.tile(np.repeat([1.0, 0.0], D // 2), (T, 1))                   # each pair (1, 0): its hand at 3 o'clock
+    ones = np.tile(np.repeat([1.0, 0.0], D // 2), (T, 1))                   # each pair is (1, 0), a hand at 3 o'clock
     hands = rope(Tensor(ones), model.cos, model.sin).data
     q = np.random.default_rng(SEED).standard_normal(D)
     products = rope_products(q, q, model.cos, model.sin)
@@ -260,9 +261,10 @@ def rotation():
     curve.plot(distance.ravel(), products.ravel(), ".", markersize=4, rasterized=True)
     curve.set(xlabel="distance t - s", title=f"the same {T * T:,} products", box_aspect=1)
     return figure, (
-        "Above, four pairs of a head's coordinates at successive positions: the first pairs turn fast and tell "
-        "neighbours apart, the last turn slowly and tell far from near. Below, one vector as q at every position t "
-        f"and as k at every s: all {T * T:,} products fall on one curve over t - s (within {scientific(spread)}).")
+        "The upper part shows four pairs of a head's coordinates at successive positions. The first pairs turn fast "
+        "and tell neighbours apart; the last ones turn slowly and tell far from near. The lower part takes one vector "
+        f"as q at every position t and as k at every s. All {T * T:,} products fall on one curve over t - s (within "
+        f"{scientific(spread)}).")
 
 
 def attention():
@@ -270,7 +272,7 @@ def attention():
     model, tokenizer, train_set, _ = trained()
     ids = tokenizer.encode(SENTENCE, add_special_tokens=False).ids[:model.config.max_context]
     maps, labels = attention_maps(model, ids), [word.strip("·") for word in words(tokenizer, ids)]
-    real = train_set.windows(np.arange(8))[0]           # a sentence is too short to judge a head by
+    real = train_set.windows(np.arange(8))[0]           # a sentence is too short to judge a head
     share = np.mean([attention_maps(model, row) for row in real], 0)
     heads = []
     for back in (0, 1):
@@ -291,9 +293,9 @@ def attention():
     bar.set_label("share of attention")
     bar.outline.set_visible(False)
     return figure, (
-        "One map for each head, block.head, of the trained model: row t shows which tokens token t reads from, darker "
-        "is more, each row sums to 1, and the future (upper right) stays empty. The shares in the title are means over "
-        f"{real.size} tokens of the training text.")
+        "There is one map for each head (block.head) of the trained model. Row t shows which tokens token t reads "
+        "from: darker means more, and each row sums to 1. The future (upper right) stays empty. The shares in the "
+        f"title are means over {real.size} tokens of the training text.")
 
 
 # ---------------------------------------------------------------- training
@@ -335,10 +337,11 @@ def gradient_flow():
     axes[1, 0].set_ylabel("norm of the weights")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, (
-        "One batch's gradient in each block's matrices: at step 0 a token attends to all before it almost equally, "
-        "so what q and k are hardly matters, and they receive little. Then each part's gradient differs over the depth "
-        f"by at most a factor of {(before.max(1) / before.min(1)).max():.1f}, no block is starved or flooded; after "
-        f"training by up to {(after.max(1) / after.min(1)).max():.0f}, and the first block learns most.")
+        "These are the norms of one batch's gradient in each block's matrices. At step 0 a token attends almost "
+        "equally to all earlier tokens, so q and k hardly matter and receive little gradient. Over the depth each "
+        f"part's gradient then differs by at most a factor of {(before.max(1) / before.min(1)).max():.1f}, so no block "
+        f"is starved or flooded. After training it differs by up to {(after.max(1) / after.min(1)).max():.0f}, and the "
+        "first block learns most.")
 
 
 def training():
@@ -366,11 +369,10 @@ def training():
     axes[2].set(xlabel="step", ylim=0)
     figure.align_ylabels()
     return figure, (
-        "From the run's metrics.csv: after a warm-up of a few steps the learning rate falls along half a "
-        "cosine, and the "
-        "gradient's norm settles below 1, where nothing is clipped. The loss starts at an even guess among V tokens "
-        f"and ends at {float(last['train_loss']):.2f} in training, {float(last['val_loss']):.2f} on the end of the "
-        "text, which training never sees.")
+        "The curves are from the run's metrics.csv. After a warm-up of a few steps the learning rate falls along half "
+        "a cosine. The gradient's norm settles below 1, where nothing is clipped. The loss starts at an even guess "
+        f"among V tokens and ends at {float(last['train_loss']):.2f} in training and at {float(last['val_loss']):.2f} "
+        "on the end of the text, which training never sees.")
 
 
 # ---------------------------------------------------------------- what a step costs
@@ -405,9 +407,10 @@ def memory(size=8):
         ax.set(title=title, xlabel="op of the step", xlim=(0, end), ylim=(0, kept * 1.18))
     axes[0].set_ylabel("memory (MB)")
     return figure, (
-        f"The most memory held in each op of a training step ({LARGER.n_block} blocks, {size} windows of "
-        f"{LARGER.max_context} tokens): it climbs while forward keeps what backward will need, and goes back op by op. "
-        "With recompute only the blocks' inputs are kept; each tooth is one block, run again and taken apart.")
+        f"The curves show the most memory held in each op of a training step ({LARGER.n_block} blocks, {size} windows "
+        f"of {LARGER.max_context} tokens). Memory climbs while forward keeps what backward will need, and backward "
+        "frees it op by op. With recompute only the blocks' inputs are kept. Each tooth is one block, which is run "
+        "again and then freed.")
 
 
 def shares(steps=6):
@@ -418,7 +421,7 @@ def shares(steps=6):
         found = [training_step(model, optimizer, lambda i=i: train_set.batch(i * 32, 32, SEED)) for i in range(steps)]
     finally:
         device.threads = threads
-    least = np.min([[span.seconds for span in step] for step in found], 0)     # the machine has other work, too
+    least = np.min([[span.seconds for span in step] for step in found], 0)     # the machine does other work, too
     total, by = least.sum(), Counter()
     for span, seconds in zip(found[0], least, strict=True):
         by[span.op, span.phase] += 100 * seconds / total
@@ -439,9 +442,10 @@ def shares(steps=6):
     bare(ax)
     ax.legend(loc="lower right")
     return figure, (
-        f"A training step of the run's model and batch, each op's quickest of {steps}: `linear` is every product with "
-        "a block's weights, `linear_cross_entropy` the output layer and the loss, whose gradients are made in forward, "
-        "with the logits at hand. The rest is mostly bound by memory, so it is done in blocks that fit into the cache.")
+        f"This is a training step of the run's model and batch, with each op's fastest time of {steps} runs. `linear` "
+        "is every product with a block's weights. `linear_cross_entropy` is the output layer and the loss; it computes "
+        "its gradients in forward, while it has the logits. Most of the rest is limited by memory bandwidth, so it is "
+        "done in blocks that fit into the cache.")
 
 
 # ---------------------------------------------------------------- sampling
@@ -472,9 +476,9 @@ def sampling():
     axes[0].invert_yaxis()
     figure.supxlabel("probability of the next token (%)", fontsize=11)
     return figure, (
-        "The trained model's next token after these words (· is a space), as `sampling.probabilities` gives it to the "
-        "sampler; under each setting the number of tokens that can still come. Top-k keeps a fixed number, top-p as "
-        "many as the model's doubt asks for.")
+        "The bars are the probabilities of the trained model's next token after these words (· is a space), as "
+        "`probabilities` gives them to the sampler. The number below each setting is the number of tokens that can "
+        "still come. Top-k keeps a fixed number of tokens; top-p keeps more when the model is less certain.")
 
 
 # ---------------------------------------------------------------- docs/figures/
@@ -483,15 +487,15 @@ FIGURES = {"graph": graph, "step_size": step_size, "rope": rotation, "attention"
            "gradient_flow": gradient_flow, "memory": memory, "time": shares, "sampling": sampling}
 HEAD = f"""# Figures
 
-`python docs/figures.py` makes them all, `python docs/figures.py NAME` one; both write this page. The trained model in
-`attention`, `training`, `gradient_flow`, `time` and `sampling` is that of
+`python docs/figures.py` draws all figures, `python docs/figures.py NAME` draws one, and both write this page. The
+trained model in `attention`, `training`, `gradient_flow`, `time` and `sampling` comes from
 
     python train.py {FLAGS}
 """
 
 
 def main(names):
-    """Make these figures, by default all."""
+    """Draw these figures, by default all."""
     page, made_of = FOLDER / "README.md", commit()
     FOLDER.mkdir(exist_ok=True)
     old = page.read_text(encoding="utf-8").split("\n## ")[1:] if page.exists() else []
@@ -514,5 +518,5 @@ def main(names):
 if __name__ == "__main__":
     if wrong := [name for name in sys.argv[1:] if name not in FIGURES]:
         sys.exit(f"figures.py: there is no figure {wrong[0]!r}, only {', '.join(FIGURES)}")
-    device.use("cpu")           # where time and memory can be seen op by op
+    device.use("cpu")           # time and memory can be measured op by op there
     main(sys.argv[1:])

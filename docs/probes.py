@@ -1,4 +1,4 @@
-"""Look into the real code while it runs (on a CPU): a training step's ops, their time and memory; attention's maps."""
+"""Watch the real code while it runs (on a CPU): a training step's ops, their time and memory; attention's maps."""
 import math
 import time
 import tracemalloc
@@ -14,8 +14,9 @@ import nanollm
 
 @contextmanager
 def hooked(forward, backward):
-    """Inside, each op calls forward(op, its result) when it is done, and backward(op, dout) before its backward. `op`
-    is an object of its own with the function's name; it keeps whatever the two put there.
+    """Inside, each op calls forward(op, its result) when it is done, and backward(op, dout) before its backward.
+
+    `op` is an object with the function's name; forward and backward may store what they like in it.
     """
     plain = autograd._result
 
@@ -35,12 +36,13 @@ def hooked(forward, backward):
         autograd._result = plain
 
 
-Span = namedtuple("Span", "op phase seconds peak")      # phase: one of metrics.PHASES
+Span = namedtuple("Span", "op phase seconds peak")      # phase: data, forward, backward or optimizer
 
 
 def training_step(model, optimizer, batch):
-    """The Spans of a training step on x, y = batch(): one for each op forward and one backward, in their order. What
-    the engine does with an op's result is the op's. peak: the most bytes held in it, if tracemalloc is on.
+    """The Spans of a training step on x, y = batch(): one for each op in forward and one in backward, in order.
+
+    The engine's work on an op's result counts as the op's. peak: the most bytes held during it, if tracemalloc is on.
     """
     spans, running, since = [], None, time.perf_counter()
 
@@ -69,7 +71,8 @@ def training_step(model, optimizer, batch):
 def attention_maps(model, ids):
     """p = softmax(q kᵀ/√D), (n_block, H, T, T), of each attention that the model does on ids (T,).
 
-    The op never holds p whole, so p is made from its q and k. Raises AssertionError where p v is not what it returned.
+    The op never holds the whole p, so p is computed from its q and k. Raises AssertionError if p v is not what the op
+    returned.
     """
     maps, op = [], nanollm.attention
 

@@ -1,4 +1,4 @@
-"""What the six lessons share: a text, a small model, a short training, the look of a figure."""
+"""What the six lessons share: a text, a small model, a short training, and the style of a figure."""
 import pydoc_data.topics
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from nanollm import Config, NanoLLM
 from train import Adam, learning_rate
 
 FIGURES = Path(__file__).parent / "figures"
-WRONG, RIGHT, GREY = "#d55e00", "#0072b2", "#5f6b76"     # the colour-blind can tell them apart, too
+WRONG, RIGHT, GREY = "#d55e00", "#0072b2", "#5f6b76"     # colour-blind readers can tell them apart
 
 
 def read_text():
-    """(ids, alphabet): the language reference that every Python carries. A token is a byte; alphabet[id] is which."""
+    """(ids, alphabet) of the language reference that comes with every Python. A token is a byte, alphabet[id]."""
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name].strip() for name in sorted(topics)).encode()
     alphabet, ids = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
@@ -23,7 +23,7 @@ def read_text():
 
 
 def encode(text, alphabet):
-    """The ids of a str, of whose bytes the alphabet must have all."""
+    """The ids of a str; all its bytes must be in the alphabet."""
     return np.searchsorted(alphabet, np.frombuffer(text.encode(), np.uint8))
 
 
@@ -33,19 +33,19 @@ def decode(ids, alphabet):
 
 
 def small_model(V, T=64, C=64, n_block=2):
-    """Fresh weights for windows of T tokens out of V: 4 heads, F = 2 C, tied embeddings, seed 0."""
+    """A new model for windows of T tokens out of V: 4 heads, F = 2 C, tied embeddings, seed 0."""
     return NanoLLM(Config(vocab_size=V, embedding_dim=C, n_block=n_block, n_head=4, hidden_dim=2 * C, max_context=T,
                           tie_embeddings=True), seed=0)
 
 
 def batch(ids, B, T, rng):
-    """x and y, (B, T) each: B windows from anywhere in ids, and the ids that follow."""
+    """x and y, (B, T) each: B windows from random places in ids, and the ids that follow."""
     at = rng.integers(0, len(ids) - T, (B, 1)) + np.arange(T)
     return ids[at], ids[at + 1]
 
 
 def train(model, ids, steps, B=16, lr=3e-3, scale=1.0, watch=lambda step: None):
-    """The loss (nats per token) of each step of Adam; backward begins with `scale`, which Adam takes out again.
+    """The loss (nats per token) of each step of Adam. Backward begins with `scale`, and Adam divides by it again.
 
     watch(step) is called before each step. The batches are the same for every model.
     """
@@ -70,7 +70,7 @@ def loss_by_position(model, x, y):
 
 
 def figure(title, *labels):
-    """(figure, axes, …): a title that says what is seen, and an Axes for each (xlabel, ylabel)."""
+    """(figure, axes, …): a figure whose title says what it shows, and an Axes for each (xlabel, ylabel)."""
     drawing = Figure(figsize=(8.4, 4.5), layout="constrained")
     drawing.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", linespacing=1.35)
     panels = drawing.subplots(1, len(labels), squeeze=False)[0]
@@ -83,7 +83,7 @@ def figure(title, *labels):
 
 
 def note(axes, text, at, offset, colour, **options):
-    """Write text beside the point `at` of the axes, `offset` points (1/72 inch) away from it."""
+    """Write text next to the point `at` of the axes, `offset` points (1/72 inch) away from it."""
     axes.annotate(text, at, offset, textcoords="offset points", color=colour, fontsize=10, fontweight="bold", **options)
 
 

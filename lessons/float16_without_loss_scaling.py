@@ -1,20 +1,20 @@
 """Half precision without loss scaling: small gradients become 0:  python -m lessons.float16_without_loss_scaling
 
 What you see. A batch of 2^19 tokens, the size for GPT-3's smaller models (Brown et al. 2020, table 2.1), comes in 1,024
-parts, so a part's backward begins with 1/1,024. In float16 then 9.9 % of the activations' gradients become 0 and nearly
-all others lose digits: the gradient of the weights is wrong by 38 %. Begun with 2^16/1,024 = 64 it is wrong by 0.16 %.
-After 160 steps the loss is 3.03 without the scale, 2.68 with it, 2.64 in float32.
+parts, so a part's backward begins with 1/1,024. In float16, 9.9 % of the activations' gradients then become 0 and
+nearly all others lose digits: the gradient of the weights is wrong by 38 %. If backward begins with 2^16/1,024 = 64, it
+is wrong by 0.16 %. After 160 steps the loss is 3.03 without the scale, 2.68 with it, and 2.64 in float32.
 
 Why. float16 has 5 bits of exponent: its smallest positive number is 2^-24 = 6e-8, and below 2^-14 = 6e-5 it has fewer
 digits. The loss is a mean over N tokens, so every gradient carries 1/N:
 
-    dLoss/dz = (softmax(z) - onehot) / N         1/N = 2^-19, and on the way down come the weights, which are small, too
-    backward is linear in what it begins with:   begun with s it gives s · dLoss/dx, so s = 2^16 moves all of them up
+    dLoss/dz = (softmax(z) - onehot) / N         1/N = 2^-19, and small weights make it smaller on the way down
+    backward is linear in what it begins with:   if that is s, it gives s · dLoss/dx, so s = 2^16 moves all of them up
 
 A power of two changes the exponent and no digit, and Adam divides by it in float32.  (Micikevicius et al. 2018, §3.2)
 
-How nanollm avoids it. `gradients` in train.py begins backward with loss_scale / grad_accum; `adapt_loss_scale` halves
-the scale after an overflow and doubles it after 1,000 steps without one. Weights and their gradients stay float32.
+How nanollm avoids it. train.py begins backward with loss_scale / grad_accum, and `adapt_loss_scale` halves the scale
+after an overflow and doubles it after 1,000 steps without one. Weights and their gradients stay float32.
 """
 import numpy as np
 
@@ -27,7 +27,7 @@ QUESTION = ("bfloat16 has only 16 bits, too. Why does nanollm train in it with a
 
 
 def gradients(model, x, y, dtype, start):
-    """(of all activations, of all weights), divided by `start`, with which backward begins; float64 arrays."""
+    """The gradients (of all activations, of all weights), divided by `start`, where backward begins; float64 arrays."""
     model.compute, zeros = np.dtype(dtype), []
 
     def listen(h, place):       # h + 0: the gradient of this 0 is that of h
@@ -84,5 +84,5 @@ if __name__ == "__main__":
     common.ask(QUESTION)
 
 # The answer
-# It has 8 bits of exponent, as float32 has, and reaches down to 1e-38: nothing vanishes. It pays with digits: 8 bits of
-# precision where float16 has 11. Each rounding may be wrong by 2^-8 = 0.4 %, eight times as much as float16's 2^-11.
+# bfloat16 has 8 bits of exponent, like float32, and reaches down to 1e-38, so nothing vanishes. The price is precision:
+# 8 bits, where float16 has 11. Each rounding may be wrong by 2^-8 = 0.4 %, eight times as much as float16's 2^-11.

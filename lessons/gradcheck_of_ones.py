@@ -1,19 +1,19 @@
-"""A gradient check that begins with ones passes a softmax whose gradient is 0:  python -m lessons.gradcheck_of_ones
+"""A gradient check that begins with ones accepts a softmax whose gradient is 0:  python -m lessons.gradcheck_of_ones
 
 What you see. Seven backward functions of softmax, six of them wrong, are compared with finite differences twice: with
 dout = 1 everywhere, which is the check of out.sum(), and with a random dout. Four of the six pass the first check with
-an error of 8.7e-12, no larger than that of the right one. All six fail the second, with errors of 0.1 and more.
+an error of 8.7e-12, no larger than the error of the right one. All six fail the second, with errors of 0.1 and more.
 
 Why. Let p = softmax(x). Its elements sum to 1 for every x, so
 
     d(sum_i p_i)/dx_j = d(1)/dx_j = 0              the true gradient of out.sum() is 0, whatever x is
     dx_j = p_j (dout_j - sum_i dout_i p_i)         and with dout = 1 the bracket is 1 - sum_i p_i = 0
 
-Zeros are therefore right, and so is every multiple of the bracket: half of it, its negative, the bracket without p_j.
-The check compared 0 with 0. Layer normalisation, whose outputs sum to 0, has the same hole.
+So zeros are right, and so is every multiple of the bracket: half of it, its negative, or the bracket without p_j. The
+check compares 0 with 0. Layer normalisation has the same hole, because its outputs sum to 0.
 
 How nanollm avoids it. `gradcheck` in autograd.py draws a random dout, and tests/test_autograd.py plants wrong backward
-functions, the one of zeros among them, which the check must reject.
+functions, including one that returns zeros, which the check must reject.
 """
 import numpy as np
 
@@ -36,7 +36,7 @@ BACKWARD = {
 
 
 def softmax_with(backward):
-    """softmax forward, and this function of p and dout backward."""
+    """An op that is softmax forward, and this function of p and dout backward."""
     def op(x):
         p = softmax(x).data
         return _result(p, (x,), lambda dout: (backward(p, dout),))
@@ -93,7 +93,7 @@ if __name__ == "__main__":
     common.ask(QUESTION)
 
 # The answer
-# A backward pass is linear in dout: it computes W dout, where Jᵀ dout is right (J: the Jacobian, d out_i / dx_j). A
-# wrong W agrees with Jᵀ only on those dout for which (W - Jᵀ) dout = 0, a space of fewer dimensions. A random dout lies
-# in it with probability 0.
-# What one check cannot see is a mistake that shows at other x only: hence other shapes and values.
+# A backward pass is linear in dout: it computes W dout, where Jᵀ dout is right (J is the Jacobian, d out_i / dx_j). A
+# wrong W agrees with Jᵀ only for those dout with (W - Jᵀ) dout = 0. They form a space of fewer dimensions, and a random
+# dout lies in it with probability 0. One check cannot see a mistake that shows only at other x, so other shapes and
+# values are checked, too.

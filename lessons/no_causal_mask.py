@@ -1,18 +1,18 @@
 """Without the causal mask the loss falls to nothing and the text is nonsense:  python -m lessons.no_causal_mask
 
-What you see. The same model, weights and batches, trained twice. With the mask the loss comes to 1.79 nats a byte,
-without it to 0.07. By its loss the second is the better model; what it writes is nonsense.
+What you see. The same model is trained twice, from the same weights on the same batches. With the mask the loss reaches
+1.79 nats per byte, without it 0.07. By its loss the second model is better, but what it writes is nonsense.
 
-Why. Position t must predict y_t. But y_t = x_{t+1} stands in the input, one place to the right, and without a mask
+Why. Position t must predict y_t. But y_t = x_{t+1} is in the input, one place to the right, and without a mask
 
     out_t = sum over all s of p_ts v_s,   so p_{t,t+1} = 1 copies the answer
     loss = 1/T · (0 + 0 + … + 0 + the loss at the last position)
 
-Only the last position has no answer to its right. It is the one from which a model writes. There the loss is 3.06,
-against 1.91 with the mask; but it weighs 1/T, so training hardly cares.
+Only the last position has no answer to its right, and it is the one from which a model writes. Its loss is 3.06, but
+1.91 with the mask. It counts for only 1/T of the loss, so training hardly notices.
 
 How nanollm avoids it. `attention` in autograd.py adds -inf to the score of every later key, and tests/test_nanollm.py
-changes one token and demands that no logit before it moves, not even in its last bit.
+changes one token and demands that no logit before it changes, not even in its last bit.
 """
 from unittest.mock import patch
 
@@ -28,12 +28,12 @@ QUESTION = ("Someone shows you a loss of 0.05. Which two forward passes tell you
 
 
 def attention_without_mask(q, k, v):
-    """softmax(q kᵀ / √D) v: every position sees every other, the answer included."""
+    """softmax(q kᵀ / √D) v: every position sees every other one, including the answer."""
     return softmax(q @ k.transpose(0, 1, 3, 2) * q.shape[-1] ** -0.5) @ v
 
 
 def logits_moved(model, x):
-    """How far the logits of the positions before the last one move when the last token is changed."""
+    """The largest change of a logit before the last position when the last token is changed."""
     changed = x.copy()
     changed[:, -1] = (x[:, -1] + 1) % model.config.vocab_size
     with no_grad():
@@ -53,8 +53,8 @@ def main(text=None, steps=400, prompt="The function ", **shape):
             start = common.encode(prompt, alphabet)
             sample = common.decode(model.generate(start, 160, temperature=0.6, seed=0, use_cache=False), alphabet)
             found[name] = losses, by_position, logits_moved(model, x[:8])
-        print(f"{name}: loss of the last 20 steps {np.mean(losses[-20:]):.2f} nats a byte; at the last position, which "
-              f"sees no answer, {by_position[-1]:.2f}\n    the last token changed: earlier logits move by "
+        print(f"{name}: loss of the last 20 steps {np.mean(losses[-20:]):.2f} nats per byte; at the last position, "
+              f"which sees no answer, {by_position[-1]:.2f}\n    when the last token changes, earlier logits change by "
               f"{found[name][2]:.3g}\n    it writes: {prompt + sample!r}")
     return found
 
@@ -85,5 +85,6 @@ if __name__ == "__main__":
     common.ask(QUESTION)
 
 # The answer
-# Run a window, change its last token, run it again. No logit before the last position may move, not even by one bit,
-# since the same numbers are computed in the same order. Here they move by 0 with the mask and by 16.1 without.
+# Run a window, change its last token, and run it again. No logit before the last position may change, not even by one
+# bit, because the same numbers are computed in the same order. Here the logits change by 0 with the mask and by up to
+# 16.1 without it.

@@ -1,19 +1,20 @@
 """The right weights under the wrong pairing of RoPE:  python -m lessons.rope_pairing
 
-What you see. A trained model is saved as a Hugging Face folder and loaded again. As it was trained, its loss is 1.56
-nats a byte. With RoPE turning neighbours (2i, 2i+1) in place of halves (i, i+D/2) it is 3.14, though every shape fits
-and no weight has changed. At position 0 both have the same loss, 2.72; from there they part.
+What you see. A trained model is saved as a Hugging Face folder and loaded again. With the pairing of its training, its
+loss is 1.56 nats per byte. If RoPE rotates neighbours (2i, 2i+1) instead of halves (i, i+D/2), the loss is 3.14,
+although every shape fits and no weight has changed. At position 0 both have the same loss, 2.72; after it they
+separate.
 
-Why. RoPE turns pair i of q and of k by the angle t θ_i. Which two of the D numbers are a pair does not matter to it:
+Why. RoPE rotates pair i of q and of k by the angle t θ_i. It does not matter which two of the D numbers form a pair:
 
     q_t · k_s = sum over pairs of |q_i| |k_i| cos(the angle from k_i to q_i + (t - s) θ_i)
     (P q) · (P k) = q · k for a permutation P of the D numbers, so a model can learn with any pairing
 
-But the weights have learnt with one. Another pairing turns each number together with a stranger. Move row i of each
-head of W_q and W_k to row 2i, row i + D/2 to row 2i + 1, and turning neighbours is right: the losses agree to 5e-08.
-Converters between Meta's files (neighbours) and Hugging Face's (halves) do this.
+But the weights have learnt with one pairing. Another pairing rotates each number together with a stranger. Move row i
+of each head of W_q and W_k to row 2i, and row i + D/2 to row 2i + 1. Then rotating neighbours is right, and the losses
+agree to 5e-08. Converters between Meta's files (neighbours) and Hugging Face's (halves) do this.
 
-How nanollm avoids it. `rope` in autograd.py turns halves, as Hugging Face's Llama does, so no row is ever moved, and
+How nanollm avoids it. `rope` in autograd.py rotates halves, as Hugging Face's Llama does, so no row is ever moved, and
 tests/test_huggingface.py compares the logits of the same folder with those of transformers.
 """
 import tempfile
@@ -27,11 +28,11 @@ from hardware import device
 from lessons import common
 from nanollm import NanoLLM
 
-QUESTION = "Why does the wrong pairing lose nothing at position 0? There are two reasons, each of them enough."
+QUESTION = "Why does the wrong pairing lose nothing at position 0? There are two reasons, and each of them is enough."
 
 
 def rope_of_neighbours(x, cos, sin):
-    """autograd.rope but for the pairs: (2i, 2i+1). Forward only."""
+    """autograd.rope with the pairs (2i, 2i+1). It has no backward."""
     half = x.shape[-1] // 2
     a, b, cos, sin = x.data[..., 0::2], x.data[..., 1::2], cos[:, :half], sin[:, :half]
     return Tensor(device.xp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape))
@@ -60,7 +61,7 @@ def main(text=None, steps=600, **shape):
                               ("neighbours turned, rows of W_q and W_k sorted for it", again, rope_of_neighbours)):
         with patch("nanollm.rope", rope):
             found[name] = common.loss_by_position(model, x, y)
-        print(f"{name}: loss {found[name].mean():.2f} nats a byte, at position 0 {found[name][0]:.2f}")
+        print(f"{name}: loss {found[name].mean():.2f} nats per byte, at position 0 {found[name][0]:.2f}")
     halves, _, neighbours = found.values()
     print(f"halves and neighbours with sorted rows differ by at most {abs(halves - neighbours).max():.0e}")
     return found
@@ -82,5 +83,5 @@ if __name__ == "__main__":
     common.ask(QUESTION)
 
 # The answer
-# Position 0 is turned by the angle 0, that is, not at all, in any pairing. And it sees one key only, its own: the
-# softmax of a single score is 1, whatever the score.
+# Position 0 is rotated by the angle 0, which means not at all, in any pairing. And it sees only one key, its own, and
+# the softmax of a single score is 1, whatever the score.

@@ -1,29 +1,29 @@
 """Gradient accumulation that averages the means of unequal parts:  python -m lessons.unequal_batches
 
 What you see. A batch of 64 windows is computed in two parts, whose gradients are added up. If each part's mean loss
-counts one half, the gradient is right for parts of 32 and 32; it is wrong by 2.2 % for 33 and 31, by 38.0 % for 48 and
-16, by 324.4 % for 63 and 1. If each part counts by its tokens, the error is never above 3.8e-07. (Relative to the
-gradient of the whole batch; root mean square of 6 batches.)
+counts one half, the gradient is right for parts of 32 and 32. It is wrong by 2.2 % for 33 and 31, by 38.0 % for 48 and
+16, and by 324.4 % for 63 and 1. If each part counts by its tokens, the error is never above 3.8e-07. (Errors are
+relative to the gradient of the whole batch, and they are the root mean square of 6 batches.)
 
 Why. Part i has n_i of the N tokens, and g_i is the gradient of its mean loss. The gradient g of the batch's mean is
 
     g = (1/N) sum of all tokens' gradients = sum_i (n_i/N) g_i     a part weighs as much as its share of the tokens
-    (½ g_1 + ½ g_2) - g = (½ - n_1/N) (g_1 - g_2)                  what is wrong: 0 for n_1 = n_2 only
+    (½ g_1 + ½ g_2) - g = (½ - n_1/N) (g_1 - g_2)                  the error: 0 only for n_1 = n_2
 
-A small part makes it worse twice: its weight is far from its share, and its g_i, a mean of few tokens, far from g. It
-happens at the end of an epoch, and where padding does not count: a part then has as many tokens as its texts have.
-Hugging Face's trainer did it until October 2024 (transformers, pull request 34191).
+A small part makes it worse in two ways: its weight is far from its share, and its g_i, a mean of few tokens, is far
+from g. It happens at the end of an epoch, and where padding does not count, because a part then has only the tokens of
+its texts. Hugging Face's trainer did it until October 2024 (transformers, pull request 34191).
 
-How nanollm avoids it. Its windows all have T tokens and its stream of batches never ends: all parts are of one size,
-and `gradients` in train.py may give each 1 / grad_accum. `evaluate`, whose last window is shorter, sums the losses of
-all tokens and divides once, by their number.
+How nanollm avoids it. All its windows have T tokens and its stream of batches never ends, so all parts have the same
+size, and train.py may give each of them the weight 1 / grad_accum. `evaluate`, whose last window is shorter, sums the
+losses of all tokens and divides once, by their number.
 """
 import numpy as np
 
 from hardware.device import to_host
 from lessons import common
 
-QUESTION = ("Here chance decides which windows stand in the small part, so the wrong gradient is only a noisier "
+QUESTION = ("Here chance decides which windows are in the small part, so the wrong gradient is only a noisier "
             "one. When is it wrong on average, too?")
 
 
@@ -80,5 +80,6 @@ if __name__ == "__main__":
     common.ask(QUESTION)
 
 # The answer
-# When small parts hold another kind of text: short answers beside long articles. Each answer's token then weighs as
-# much as many of an article's, at every step, and no averaging over steps removes that: another loss is minimised.
+# When small parts hold another kind of text, such as short answers next to long articles. Each token of an answer then
+# weighs as much as many tokens of an article, at every step, and no averaging over steps removes that. Another loss is
+# minimised.
