@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from storage.files import replace_file
+from storage.files import whole
 from storage.tokens import cache_folder
 
 SETTINGS = {"embedding_dim": 192, "n_block": 4, "n_head": 6, "hidden_dim": 512, "max_context": 128,
@@ -56,6 +56,8 @@ def files():
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         bpe.train_from_iterator([corpus], trainers.BpeTrainer(
             vocab_size=WORDS, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        replace_file(tokenizer, lambda path: bpe.save(str(path)))
-        replace_file(text, lambda path: path.write_text(corpus, encoding="utf-8"))
+        with whole(tokenizer) as path:
+            bpe.save(str(path))
+        with whole(text) as path:
+            path.write_text(corpus, encoding="utf-8")
     return str(text), str(tokenizer)

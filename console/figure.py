@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.files import InputError, replace_file
+from storage.files import InputError, whole
 from storage.tokens import stream_text, vocab_size
 
 TOKENS = 1000                                   # at most so many are shown
@@ -25,7 +25,7 @@ def check_path(path):
     try:
         if path.is_dir():
             raise InputError(f"--figure {path} is a folder: name a file in it")
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):     # as replace_file's name will be
+        with tempfile.TemporaryDirectory(".nanollm", f".{path.name}.", path.parent):    # the name that `whole` takes
             pass
     except OSError as problem:
         raise InputError(f"cannot write to --figure {path} ({problem.strerror}): name another file") from None
@@ -181,4 +181,5 @@ def draw(path, scores, tokenizer, ids, result):
     long = min(text, 3)
     bar = figure.colorbar(shades, cax=axes(width - 0.8, 0.3 + text - long, 0.14, long), extend="max")
     bar.set_label("loss (nats)")
-    replace_file(path, lambda beside: figure.savefig(beside, format="png", dpi=130))
+    with whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=130)

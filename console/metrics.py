@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from autograd import no_grad
 from hardware import device
-from storage.files import replace_file
+from storage.files import whole
 
 PHASES = "data", "forward", "backward", "optimizer"
 COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity", "val_bits_per_byte",
@@ -33,13 +33,10 @@ def read(path):
 def rewind(path, step):
     """Forget the rows after `step`, as the run goes on from there; with step 0 the file is begun."""
     rows = [row for row in read(path) if int(row["step"]) <= step]
-
-    def write(beside):
-        with open(beside, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    replace_file(path, write)
+    with whole(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def append(path, row):
@@ -66,7 +63,8 @@ def draw_loss(folder):
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
-    replace_file(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    with whole(folder / "loss.png") as path:
+        figure.savefig(path, format="png", dpi=120)
 
 
 # ---------------------------------------------------------------- numbers that say whether a loss is sane

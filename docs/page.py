@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))           # nanollm is run from its folder
-from storage.files import replace_file  # noqa: E402
+from storage.files import whole  # noqa: E402
 
 FILES = "autograd.py", "nanollm.py", "data.py", "train.py"
 NO_BREAK, GAP = "\xa0", '<span class="gap"> </span>'
@@ -374,7 +374,8 @@ def main():
         if not target.exists() or target.read_text(encoding="utf-8") != text:
             sys.exit("docs/index.html is out of date: run python docs/page.py")
     else:
-        replace_file(target, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+        with whole(target) as path:
+            path.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ not care in which order its D terms come, as long as q and k agree: so within ea
 the order 0, D/2, 1, D/2 + 1, …, and the neighbours that llama.cpp turns are the pairs that the model was trained with.
 """
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from console import cli
 from generate import open_model
 from hardware import device
-from storage.files import InputError
+from storage.files import InputError, refuse_existing, whole
 
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -99,9 +98,8 @@ def export(folder, path):
     config, path = model.config, Path(path)
     if config.activation != "silu":
         raise InputError(f"{folder}: llama.cpp's Llama has no activation {config.activation!r}, only silu")
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = GGUFWriter(beside, "llama")
-    try:
+    with whole(path) as beside:
+        writer = GGUFWriter(beside, "llama")
         about = {
             "add_name": Path(folder).resolve().name, "add_context_length": config.max_context,
             "add_embedding_length": config.embedding_dim, "add_block_count": config.n_block,
@@ -122,11 +120,7 @@ def export(folder, path):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        refuse_existing(path)
 
 
 def main(argv=None):
@@ -138,8 +132,7 @@ def main(argv=None):
         import gguf  # noqa: F401
     except ImportError:
         raise InputError("the package gguf is needed: pip install gguf") from None
-    if os.path.exists(args.file):
-        raise InputError(f"{args.file} exists already, and nothing is ever overwritten: name another file")
+    refuse_existing(Path(args.file))
     device.use("cpu")
     export(args.folder, args.file)
     return 0

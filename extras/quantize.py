@@ -4,13 +4,10 @@
 generate.py and evaluate.py take the folder OUT as it is; it cannot be trained. With --text the perplexity on that text,
 one that the model has not seen, is told of both.
 """
-import json
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from console import cli
 from data import TokenDataset
@@ -18,9 +15,10 @@ from evaluate import evaluate
 from generate import open_model
 from hardware import device
 from hardware.quantized import quantize
-from storage.files import InputError, read_json, sync
+from storage import huggingface
+from storage.files import InputError, read_json, refuse_existing, whole
 
-BESIDE = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+OTHERS = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
 
 def tensors(model, bits):
@@ -36,25 +34,14 @@ def tensors(model, bits):
 
 
 def write(out, source, model, bits):
-    """Make the folder `out`, whole or not at all, of the quantised model and the other files of `source`."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        folder.mkdir()
-        fill(folder, source, model, bits)
-        for file in folder.iterdir():
-            sync(file)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def fill(folder, source, model, bits):
-    save_file(tensors(model, bits), folder / "model.safetensors", {"format": "nanollm"})
-    config = read_json(source / "config.json") | {"quantization_config": {"quant_method": "nanollm", "bits": bits}}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in BESIDE:
-        if (source / name).exists():
-            shutil.copy(source / name, folder / name)
+    """Make the folder `out` of the quantised model and the other files of `source`."""
+    with whole(out) as folder:
+        settings = read_json(source / "config.json") | {"quantization_config": huggingface.quantization(bits)}
+        huggingface.save_model(folder, settings, tensors(model, bits))
+        for name in OTHERS:
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+        refuse_existing(out)
 
 
 def main(argv=None):
@@ -68,8 +55,7 @@ def main(argv=None):
     if args.device:
         device.use(args.device)
     source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists, and nothing is ever overwritten: name another folder")
+    refuse_existing(out)
     model, *_ = open_model(source)
     if model.flat is None:
         raise InputError(f"{source} is quantised already: give the model that it was made of")

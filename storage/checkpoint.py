@@ -9,16 +9,14 @@
             trainer.json            how far training is, and the command that made it
             SHA256SUMS              the hashes of all these files, as `sha256sum -c` reads them
 
-A folder or file appears under its name only when it is complete: it is written beside, under a name that starts
-with a dot, synced to the disk and renamed. Whatever a crash leaves has such a name, is never read, and is cleared
-away when the run goes on.
+Every file and folder gets its name only when it is complete and on the disk (see `whole` in files.py). What a crash
+leaves behind is never read, and the next process that writes there removes it.
 """
 import contextlib
 import filecmp
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -33,21 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hardware import device
-from storage.files import (
-    InputError,
-    file_hash,
-    read_json,
-    recover,
-    remove_folder,
-    replace_file,
-    replace_folder,
-    sync,
-)
-
-try:
-    import fcntl
-except ImportError:                     # Windows
-    fcntl = None
+from storage.files import InputError, file_hash, lock, read_json, recover, remove_folder, sync, whole
 
 # ---------------------------------------------------------------- the folder of a run
 
@@ -111,30 +95,24 @@ def resume_command(folder):
 
 @contextlib.contextmanager
 def held(folder):
-    """Have a run's folder alone while training writes to it; InputError if another process has it.
+    """Keep a run's folder for this process while it trains. Raises InputError if another process has it.
 
-    What a disk refuses in that time (it is full, or has become read-only) is an InputError too: checkpoints that
-    were complete still are.
+    An error of the disk (it is full, or has become read-only) becomes an InputError too; the checkpoints that were
+    complete before still are.
     """
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            with contextlib.suppress(OSError):          # not every network file system has locks
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)      # a process that ends in any way lets go
-                except BlockingIOError:
-                    raise InputError(f"another process is training in {folder}: wait until it ends, or name another "
-                                     "--artifact-dir") from None
-        recover(folder)
-        yield
-    except (OSError, SafetensorError) as problem:
-        where, why = getattr(problem, "filename", None) or folder, getattr(problem, "strerror", None) or problem
-        saved = [f"{path} is complete: once that is mended, go on with {resume_command(folder)}"
-                 for path in checkpoints(folder)] or ["nothing was saved yet"]
-        raise InputError(f"cannot write {where} ({why}); {saved[-1]}") from None
-    finally:
-        if fcntl:
-            os.close(handle)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(folder))
+        except BlockingIOError:
+            raise InputError(f"another process is training in {folder}: wait until it ends, or name another "
+                             "--artifact-dir") from None
+        try:
+            yield
+        except (OSError, SafetensorError) as problem:
+            where, why = getattr(problem, "filename", None) or folder, getattr(problem, "strerror", None) or problem
+            saved = [f"{path} is complete: once that is fixed, continue with {resume_command(folder)}"
+                     for path in checkpoints(folder)] or ["nothing was saved yet"]
+            raise InputError(f"cannot write {where} ({why}); {saved[-1]}") from None
 
 
 # ---------------------------------------------------------------- models and checkpoints
@@ -192,25 +170,26 @@ class Run:
             "tokenizer_config.json": _json(self.tokenizer_config | {"model_max_length": model.config.max_context}),
             "generation_config.json": _json({"bos_token_id": None, "eos_token_id": None} | self.settings),
         }.items():
-            replace_file(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            with whole(folder / name) as path:
+                path.write_text(text, encoding="utf-8")
         model.save(folder, **self.settings)
-        sync(folder)
 
     def write_best(self, model):
-        replace_folder(self.folder / "best", lambda folder: self.write_model(folder, model))
+        with whole(self.folder / "best") as folder:
+            folder.mkdir()
+            self.write_model(folder, model)
 
     def write_checkpoint(self, model, optimizer, state, keep_last):
         """Write checkpoint-STEP, complete, then remove all of this run but the last `keep_last` (at least 1)."""
-        def write(folder):
-            sync(self.folder / "metrics.csv")           # the rows that a resumed run will build on
+        sync(self.folder / "metrics.csv")           # the rows that a resumed run will build on
+        with whole(self.folder / f"checkpoint-{state.step}") as folder:
+            folder.mkdir()
             self.write_model(folder, model)
             moments = {"m": device.to_host(optimizer.m), "v": device.to_host(optimizer.v)}
-            replace_file(folder / "optimizer.safetensors", lambda path: save_file(moments, path))
+            save_file(moments, folder / "optimizer.safetensors")
             (folder / "trainer.json").write_text(_json(asdict(state) | self.about))
             sums = [f"{file_hash(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
             (folder / "SHA256SUMS").write_text("".join(sums))
-
-        replace_folder(self.folder / f"checkpoint-{state.step}", write)
         for old in checkpoints(self.folder)[:-keep_last]:
             remove_folder(old)
 
@@ -222,6 +201,7 @@ class Run:
 
 def newest_checkpoint(folder):
     """The newest checkpoint of a run. Raises InputError if there is none, or if it is not as it was written."""
+    recover(Path(folder))
     *older, newest = checkpoints(folder) or [None]
     if newest is None:
         raise InputError(f"--resume: there is no checkpoint in {folder}; without --resume a new run begins")

@@ -1,32 +1,23 @@
 """Files and folders that appear whole or not at all, and what is said of those that cannot be used."""
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message names it, and the remedy, in one line."""
-
-
-_UMASK = os.umask(0)                    # can only be read by being set
-os.umask(_UMASK)
-
-
-def replace_file(path, write):
-    """Have write(path) make a file beside `path`, then rename it there: under its name it is whole, or the old one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.chmod(0o666 & ~_UMASK)       # safetensors makes files that only their owner can read
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_json(path):
@@ -67,39 +58,112 @@ def sync(path):
         os.close(handle)
 
 
-def recover(folder):
-    """Clear away what a crash, or a disk that was full, has left in a run's folder."""
-    for leftover in folder.glob(".*"):
-        if match := re.fullmatch(r"\.(best|checkpoint-\d+)\.(new|old)", leftover.name):
-            path = leftover.with_name(match[1])
-            if match[2] == "old" and not path.exists():
-                leftover.rename(path)
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-        elif re.fullmatch(r"\.[a-z_]+\.(csv|png|json|safetensors)\.\d+", leftover.name):
-            leftover.unlink(missing_ok=True)
+def refuse_existing(path):
+    """Raise InputError if anything has this name."""
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists, and nothing is ever overwritten: give another name")
 
 
-def replace_folder(path, write):
-    """Have write(folder) fill a folder beside `path`, then put it there. One of that name gives way last."""
+# ---------------------------------------------------------------- whole or not at all
+
+_WORKPLACE = re.compile(r"\.(.+)\.[0-9a-f]{8}\.nanollm")       # .NAME.1a2b3c4d.nanollm/ holds NAME until it is complete
+_DAY = 24 * 3600
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Give a path to fill, with a file or a folder that then gets the name `path`, complete and on the disk.
+
+        with whole(folder / "config.json") as beside:
+            beside.write_text("{}")
+
+    After an error nothing has changed. A folder that has the name already is moved aside at the very end; if this
+    process is killed in that moment, `recover` moves it back.
+    """
+    path = Path(path)
     recover(path.parent)
-    beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    try:
-        beside.mkdir()
-        write(beside)
-        for file in beside.iterdir():
-            sync(file)
-        sync(beside)
-        if path.exists():
-            path.rename(old)            # killed here, nothing has the name: `recover` gives it back to the old one
-        beside.rename(path)
+    with _workplace(path) as work:
+        beside = work / path.name
+        yield beside
+        for part in [beside] if beside.is_file() else [*beside.rglob("*"), beside]:
+            if part.is_file():
+                part.chmod(work.stat().st_mode & 0o666)     # safetensors makes files that only their owner can read
+            sync(part)
+        if beside.is_dir() and path.is_dir():
+            path.rename(_old(work))
+        beside.replace(path)
         sync(path.parent)
-    finally:
-        recover(path.parent)
+
+
+def replace_file(path, write):
+    with whole(path) as beside:
+        write(beside)
 
 
 def remove_folder(path):
     """Remove a folder that, half removed, must not look like a whole one."""
-    gone = path.with_name(f".{path.name}.new")
-    path.rename(gone)
-    shutil.rmtree(gone)
+    with _workplace(path) as work:
+        path.rename(work / path.name)
+
+
+def recover(folder):
+    """Undo what killed processes have left unfinished in a folder. What another process is writing stays."""
+    for work in folder.glob(".*.nanollm"):
+        if _WORKPLACE.fullmatch(work.name):
+            with contextlib.suppress(OSError), lock(work) as is_held:       # BlockingIOError: its process is alive
+                if is_held or time.time() - work.stat().st_mtime > _DAY:
+                    _clear(work)
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Hold a folder's lock until the end of the block or of this process; gives False if the system has no locks.
+
+    Raises BlockingIOError if another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        yield handle is not None and _is_locked(handle)
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _is_locked(handle):
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:                     # not every network file system has locks
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _workplace(path):
+    """A folder next to `path`, locked, for what should not be seen yet, or no longer. At the end it is cleared."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            work = path.with_name(f".{path.name}.{secrets.token_hex(4)}.nanollm")
+            work.mkdir()
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                stack.enter_context(lock(work))
+                if work.exists():       # no other process's `recover` came between mkdir and lock
+                    break
+        try:
+            yield work
+        finally:
+            _clear(work)
+
+
+def _old(work):
+    """Where a workplace keeps the folder that gives way."""
+    return work / f"{_WORKPLACE.fullmatch(work.name)[1]}.old"
+
+
+def _clear(work):
+    """Remove a workplace. A folder that gave way to nothing gets its name back."""
+    old, path = _old(work), work.with_name(_WORKPLACE.fullmatch(work.name)[1])
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(work, ignore_errors=True)

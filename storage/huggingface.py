@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hardware.quantized import LEVELS, packed_shapes
-from storage.files import InputError, read_json, replace_file
+from storage.files import InputError, read_json, whole
 
 # ---------------------------------------------------------------- config.json
 
@@ -108,9 +108,11 @@ def save_model(folder, settings, tensors):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    config = json.dumps(settings, indent=2) + "\n"
-    replace_file(folder / "config.json", lambda path: path.write_text(config))
+    format = "nanollm" if settings.get("quantization_config") else "pt"      # "pt": other programs can read it
+    with whole(folder / "model.safetensors") as path:
+        save_file(tensors, path, {"format": format})
+    with whole(folder / "config.json") as path:
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def tensor_reader(folder, config, bits=None):

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from storage.files import InputError
+from storage.files import InputError, whole
 
 BLOCK = 1 << 18         # bytes read at once
 CHUNK = 1 << 16         # characters encoded by one call of the tokenizer
@@ -258,20 +258,6 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanollm")
 
 
-@contextlib.contextmanager
-def written_whole(path):
-    """A file that appears under its name only when it is complete: written beside, synced, renamed."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def refuse_short(what, n_token, seq_len):
     if n_token <= seq_len:
         raise InputError(f"{what} has {n_token} tokens, and one window needs {seq_len + 1} (seq_len + 1): "
@@ -285,7 +271,7 @@ def write_tokens(path, text, tokenizer, digest, seq_len):
     n_token = n_byte = n_unknown = crc = 0
     chunks, total, shown = [], os.path.getsize(text), time.monotonic()
     bar = tqdm(desc=f"encoding {text}", total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-    with bar, written_whole(path) as file:
+    with bar, whole(path) as beside, open(beside, "wb") as file:
         for context, body, ids in encode_text(tokenizer, read_text(text, digest)):
             data = np.array(ids, dtype).tobytes()
             file.write(data)
@@ -302,9 +288,9 @@ def write_tokens(path, text, tokenizer, digest, seq_len):
         refuse_short(f"the text {text}", n_token, seq_len)
         if digest.hexdigest() != path.stem:
             raise InputError(f"the text {text} changed while it was read: start again when it is complete")
-    with written_whole(path.with_suffix(".json")) as file:
-        file.write(json.dumps({"tokens": n_token, "bytes": n_byte, "unknown": max(0, n_unknown),
-                               "dtype": dtype.str, "crc": crc, "chunks": chunks}).encode())
+    with whole(path.with_suffix(".json")) as beside:
+        beside.write_text(json.dumps({"tokens": n_token, "bytes": n_byte, "unknown": max(0, n_unknown),
+                                      "dtype": dtype.str, "crc": crc, "chunks": chunks}))
 
 
 def cached_tokens(text, tokenizer, seq_len):
@@ -322,10 +308,6 @@ def cached_tokens(text, tokenizer, seq_len):
         return TokenFile(path, text, tokenizer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - leftover.stat().st_mtime > 24 * 3600:      # a run was killed while it encoded
-                    leftover.unlink()
         write_tokens(path, text, tokenizer, recipe, seq_len)
         return TokenFile(path, text, tokenizer)
     except OSError as error:

@@ -1,35 +1,264 @@
-"""Files and folders are written whole or not at all."""
+"""Files and folders get their name when they are complete and on the disk, whoever dies or refuses in between."""
 import errno
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import tiny
 
-from storage import checkpoint
-from storage.checkpoint import checkpoints
+import storage.files as module
+from storage.files import InputError, lock, recover, refuse_existing, remove_folder, whole
 
-pytestmark = pytest.mark.usefixtures("cheap")
-
-
-# ---------------------------------------------------------------- crashes in the middle of a save
-
-def test_leftovers_are_never_taken_for_a_run_or_a_checkpoint(tmp_path):
-    run = tmp_path / "run"
-    for name in (".checkpoint-5.new", ".checkpoint-3.old", ".best.new"):
-        (run / name).mkdir(parents=True)
-        (run / name / "trainer.json").write_text("{}")
-    for name in (".metrics.csv.123", ".model.safetensors.99", ".loss.png.1", ".generation_config.json.4"):
-        (run / name).touch()
-    (run / "checkpoint-3").mkdir()
-    assert [path.name for path in checkpoints(run)] == ["checkpoint-3"]
-    checkpoint.recover(run)
-    assert [path.name for path in run.iterdir()] == ["checkpoint-3"]
-    (run / "checkpoint-3").rename(run / ".checkpoint-3.old")
-    assert checkpoints(run) == [] and not checkpoint.holds_run(run)
-    checkpoint.recover(run)
-    assert [path.name for path in run.iterdir()] == ["checkpoint-3"]
+ROOT = Path(module.__file__).parent.parent
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(path, kind, content):
+    """Make a file or a folder with a file and a folder in it."""
+    if kind == "file":
+        path.write_text(content)
+    else:
+        (path / "sub").mkdir(parents=True)
+        (path / "a.txt").write_text(content)
+        (path / "sub/b.txt").write_text(content)
+
+
+def content(path):
+    """{relative path: text} of a file, or of all files in a folder."""
+    parts = [path] if path.is_file() else [part for part in path.rglob("*") if part.is_file()]
+    return {str(part.relative_to(path)): part.read_text() for part in parts}
+
+
+both = pytest.mark.parametrize("kind", ["file", "folder"])
+
+
+@both
+def test_the_name_appears_at_the_end_and_nothing_else_stays(tmp_path, kind):
+    path = tmp_path / "name.txt"
+    for text in ("old", "new"):
+        before = content(path) if path.exists() else None
+        with whole(path) as beside:
+            assert beside.name == path.name
+            fill(beside, kind, text)
+            assert (content(path) if path.exists() else None) == before
+        assert names(tmp_path) == ["name.txt"] and set(content(path).values()) == {text}
+
+
+@both
+@pytest.mark.parametrize("was_there", [False, True])
+def test_after_an_error_all_is_as_before(tmp_path, kind, was_there):
+    path = tmp_path / "name"
+    if was_there:
+        fill(path, kind, "old")
+    with pytest.raises(RuntimeError, match="no more"), whole(path) as beside:
+        fill(beside, kind, "new")
+        raise RuntimeError("no more")
+    assert names(tmp_path) == ["name"] * was_there
+    if was_there:
+        assert set(content(path).values()) == {"old"}
+
+
+@both
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_files_have_the_usual_permissions(tmp_path, kind, mask):
+    """Whatever they were made with: safetensors makes files that only their owner can read."""
+    before = os.umask(mask)
+    try:
+        with whole(tmp_path / "name") as beside:
+            fill(beside, kind, "text")
+            for part in [beside] if kind == "file" else beside.rglob("*.txt"):
+                part.chmod(0o600)
+    finally:
+        os.umask(before)
+    for part in [tmp_path / "name", *(tmp_path / "name").rglob("*")]:
+        usual = 0o777 if part.is_dir() else 0o666
+        assert part.stat().st_mode & 0o777 == usual & ~mask, part
+
+
+def test_what_is_replaced_by_nothing_comes_back(tmp_path, monkeypatch):
+    """The disk refuses the very last step, when the old folder has already been moved aside."""
+    path, replace = tmp_path / "name", Path.replace
+    fill(path, "folder", "old")
+
+    def refuse(self, target):
+        assert not path.exists()
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="Read-only"), whole(path) as beside:
+        fill(beside, "folder", "new")
+    monkeypatch.setattr(Path, "replace", replace)
+    assert names(tmp_path) == ["name"] and set(content(path).values()) == {"old"}
+
+
+# ---------------------------------------------------------------- processes that die, and processes that live
+
+WRITER = """
+import sys, time, pathlib
+from storage.files import whole
+path, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+with whole(path) as beside:
+    if kind == "aside":
+        pathlib.Path.replace = lambda *_: print("ready", flush=True) or time.sleep(100)
+        beside.mkdir()
+    elif kind == "begun":
+        print("ready", flush=True)
+        time.sleep(100)
+    else:
+        beside.write_text("half")
+        print("ready", flush=True)
+        time.sleep(100)
+"""
+
+
+def writer(path, kind="half"):
+    """A process that has begun to write `path` and waits."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, path, kind], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def end(process, number=signal.SIGKILL):
+    process.send_signal(number)
+    process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["half", "begun"])
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path, kind):
+    dead, alive = writer(tmp_path / "dead.txt", kind), writer(tmp_path / "alive.txt", kind)
+    try:
+        left = names(tmp_path)
+        assert len(left) == 2 and all(name.startswith(".") for name in left)
+        recover(tmp_path)
+        assert names(tmp_path) == left
+        end(dead)
+        assert names(tmp_path) == left
+        with whole(tmp_path / "other.txt") as beside:       # whoever writes next clears it away
+            beside.write_text("other")
+        kept = [name for name in left if "alive" in name]
+        assert names(tmp_path) == [*kept, "other.txt"]
+    finally:
+        end(dead), end(alive)
+    recover(tmp_path)
+    assert names(tmp_path) == ["other.txt"]
+
+
+def test_a_folder_that_gave_way_to_nothing_comes_back(tmp_path):
+    """Killed at the one moment when nothing has the name."""
+    path = tmp_path / "best"
+    fill(path, "folder", "old")
+    process = writer(path, "aside")
+    try:
+        assert not path.exists()
+        recover(tmp_path)
+        assert not path.exists()        # its process may still finish
+    finally:
+        end(process)
+    recover(tmp_path)
+    assert names(tmp_path) == ["best"] and set(content(path).values()) == {"old"}
+
+
+def test_what_gave_way_to_something_is_removed(tmp_path):
+    process = writer(tmp_path / "best", "aside") if fill(tmp_path / "best", "folder", "old") is None else None
+    end(process)
+    fill(tmp_path / "best", "folder", "new")            # by a process that did not know of the other
+    recover(tmp_path)
+    assert names(tmp_path) == ["best"] and set(content(tmp_path / "best").values()) == {"new"}
+
+
+def test_without_locks_a_leftover_goes_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "fcntl", None)
+    for name in (".old.txt.0123abcd.nanollm", ".new.txt.0123abcd.nanollm"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / ".old.txt.0123abcd.nanollm", (time.time() - 2 * 24 * 3600,) * 2)
+    with whole(tmp_path / "a.txt") as beside:
+        beside.write_text("a")
+    assert names(tmp_path) == [".new.txt.0123abcd.nanollm", "a.txt"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """As some that are mounted over a network."""
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    (tmp_path / ".new.txt.0123abcd.nanollm").mkdir()
+    with lock(tmp_path) as is_held:
+        assert not is_held
+    with whole(tmp_path / "a.txt") as beside:
+        beside.write_text("a")
+    assert names(tmp_path) == [".new.txt.0123abcd.nanollm", "a.txt"]
+
+
+def test_names_that_only_look_alike_stay(tmp_path):
+    others = [".hidden.nanollm", ".a.0123ABCD.nanollm", ".a.0123abcd.nanollm.txt", "a.0123abcd.nanollm", ".a.0123abcd"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    recover(tmp_path)
+    assert names(tmp_path) == sorted(others)
+    recover(tmp_path / "nowhere")
+
+
+def test_many_at_once(tmp_path):
+    """Threads that write one file and sweep its folder over and over: there is always one of them, whole."""
+    problems = []
+
+    def work(n):
+        try:
+            for _ in range(30):
+                with whole(tmp_path / "same.txt") as beside:
+                    beside.write_text(str(n) * 1000)
+                text = (tmp_path / "same.txt").read_text()
+                assert len(text) == 1000 and len(set(text)) == 1
+        except BaseException as problem:
+            problems.append(problem)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == [] and names(tmp_path) == ["same.txt"]
+
+
+def test_a_removed_folder_is_never_seen_in_part(tmp_path, monkeypatch):
+    fill(tmp_path / "checkpoint-1", "folder", "old")
+    seen, rmtree = [], module.shutil.rmtree
+
+    def watched(*args, **how):
+        seen.append(names(tmp_path))
+        rmtree(*args, **how)
+    monkeypatch.setattr(module.shutil, "rmtree", watched)
+    remove_folder(tmp_path / "checkpoint-1")
+    assert names(tmp_path) == [] and len(seen) == 1 and "checkpoint-1" not in seen[0]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    refuse_existing(tmp_path / "new")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link", "."):
+        with pytest.raises(InputError, match="exists, and nothing is ever overwritten"):
+            refuse_existing(tmp_path / name)
+
+
+def test_a_lock_is_for_one(tmp_path):
+    with lock(tmp_path) as is_held:
+        assert is_held
+        with pytest.raises(BlockingIOError), lock(tmp_path):
+            pass
+    with lock(tmp_path):
+        pass
+
+
+# ---------------------------------------------------------------- a whole run
+
+@pytest.mark.usefixtures("cheap")
 def test_all_is_on_the_disk_before_it_has_its_name(files, tmp_path, monkeypatch):
     synced, order = {}, []
 
@@ -64,6 +293,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(files, tmp_path, monkeypatch)
             assert order[when] == parent, name
 
 
+@pytest.mark.usefixtures("cheap")
 def test_a_file_system_that_cannot_sync_folders(files, monkeypatch):
     """As some of those that are mounted over a network."""
     def fsync(handle):

@@ -19,7 +19,8 @@ from hardware.device import to_host
 from hardware.quantized import GROUP, LEVELS, Quantized, packed_shapes
 from hardware.quantized import quantize as to_integers
 from nanollm import Config, NanoLLM
-from storage.files import InputError
+from storage import huggingface
+from storage.files import InputError, lock
 
 
 @pytest.fixture(params=LEVELS)
@@ -171,16 +172,24 @@ def test_nothing_is_overwritten_and_nothing_quantised_twice(trained, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_failed_write_leaves_nothing_and_a_run_beside_is_left_alone(trained, tmp_path, monkeypatch):
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_write_leaves_nothing_and_a_run_next_to_it_is_left_alone(trained, tmp_path, monkeypatch):
     folder, _ = trained
-    (tmp_path / ".checkpoint-7.new").mkdir()        # of a run that is just saving
-    with monkeypatch.context() as patch:
-        patch.setattr(quantize, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        code, _, err = command(quantize.main, folder, tmp_path / "small")
-    assert code == 2 and "No space left" in err and err.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir() if path.name != "nanollm-cache"] == [".checkpoint-7.new"]
-    assert command(quantize.main, folder, tmp_path / "small")[0] == 0
-    assert (tmp_path / ".checkpoint-7.new").exists()
+    saving = tmp_path / ".checkpoint-7.0123abcd.nanollm"        # of a run next to it
+    saving.mkdir()
+    with lock(saving):
+        with monkeypatch.context() as patch:
+            patch.setattr(huggingface, "save_file", no_space)
+            code, _, err = command(quantize.main, folder, tmp_path / "small")
+        assert code == 2 and "No space left" in err and err.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir() if path.name != "nanollm-cache"] == [saving.name]
+        assert command(quantize.main, folder, tmp_path / "small")[0] == 0
+        assert saving.exists()
+    weights, config = (tmp_path / "small" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode      # safetensors makes files for their owner alone
 
 
 def test_a_quantised_model_is_not_trained_and_not_exported(trained, tmp_path):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data import TokenDataset
 from storage import tokens
-from storage.files import InputError
+from storage.files import InputError, lock
 from storage.tokens import load_tokenizer, vocab_size
 
 # ---------------------------------------------------------------- chunks
@@ -110,13 +110,12 @@ def test_a_damaged_cache_is_made_again(make, cache_folder, suffix, damage):
     assert path.read_bytes() == good
 
 
-def test_leftovers_of_a_killed_run_go_after_a_day(make, cache_folder):
-    cache_folder.mkdir()
-    old, new = cache_folder / "a.ids.1.partial", cache_folder / "b.ids.2.partial"
-    old.touch(), new.touch()
-    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
-    make(CORPUS[0])
-    assert not old.exists() and new.exists()
+def test_leftovers_of_a_killed_run_go_and_a_running_one_is_left_alone(make, cache_folder):
+    dead, alive = cache_folder / ".a.ids.0123abcd.nanollm", cache_folder / ".b.ids.0123abcd.nanollm"
+    dead.mkdir(parents=True), alive.mkdir()
+    with lock(alive):
+        make(CORPUS[0])
+    assert not dead.exists() and alive.exists()
 
 
 def test_the_cache_folder_is_the_users_unless_named(monkeypatch, tmp_path):
