@@ -8,6 +8,9 @@ from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis")       # requirements-dev.txt has it
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kinds import CORPUS, KINDS, Ids, decoding, every_kind, whole
