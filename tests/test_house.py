@@ -1,38 +1,95 @@
-"""Imports go down: a file imports only what stands before it in this order, and nothing is in two places."""
+"""The house: imports go down, every file compiles, nothing foreign comes in, and every command is found by its name."""
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["hardware", "storage", "autograd", "data", "nanollm", "console", "generate", "evaluate", "train", "extras"]
+ORDER = ["hardware", "storage", "autograd", "data", "nanollm", "console", "generate", "evaluate", "train", "images",
+         "extras", "lessons", "benchmarks"]
+PRODUCT = ORDER[:-1]
+COMMANDS = [f"{room}.{path.stem}" for room in ("extras", "lessons") for path in sorted((ROOT / room).glob("*.py"))
+            if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 
 
-def rooms(path):
-    """The rooms of this house that a file imports from."""
+def files_of(room):
+    return sorted((ROOT / room).rglob("*.py")) if (ROOT / room).is_dir() else sorted(ROOT.glob(f"{room}.py"))
+
+
+def nodes(path):
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imported(path):
+    """The first names of the modules that a file imports."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
-            node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        found |= {name.split(".")[0] for name in names}
-    return found & set(ORDER)
+    for node in nodes(path):
+        match node:
+            case ast.Import(names=names):
+                found |= {alias.name for alias in names}
+            case ast.ImportFrom(module=module, level=0):
+                found.add(module)
+    return {name.split(".")[0] for name in found}
 
 
 def test_imports_go_down():
     for at, room in enumerate(ORDER):
-        for path in (ROOT / room).glob("*.py") if (ROOT / room).is_dir() else [ROOT / f"{room}.py"]:
-            assert rooms(path) <= set(ORDER[:at + 1]), f"{path} imports upwards"
+        for path in files_of(room):
+            assert imported(path) & set(ORDER) <= set(ORDER[:at + 1]), f"{path} imports upwards"
 
 
 def test_every_file_has_its_room():
     assert {path.stem for path in ROOT.glob("*.py")} <= set(ORDER)
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= set(ORDER)
+
+
+def test_every_file_compiles():
+    paths = [path for folder in [*ORDER, "docs", "tests"] for path in files_of(folder)]
+    assert len(paths) > 60
+    for path in paths:
+        compile(path.read_text(encoding="utf-8"), path, "exec")
+
+
+def test_no_framework_is_imported():
+    frameworks = {"torch", "transformers", "jax", "flax", "tensorflow", "keras", "mlx", "tinygrad"}
+    for path in (path for room in PRODUCT for path in files_of(room)):
+        assert not imported(path) & frameworks, path
 
 
 def test_nothing_is_pickled_or_executed():
     """No module of ours so much as names what could run a file's content."""
     banned = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "eval", "exec", "__import__",
               "allow_pickle", "system", "popen"}
-    folders = ".", "hardware", "storage", "console", "extras"
-    for path in sorted(path for folder in folders for path in (ROOT / folder).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for path in (path for room in PRODUCT for path in files_of(room)):
         fields = ("id", "attr", "arg", "name", "module")
-        names = {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
-        assert not names & banned, path.name
+        names = {getattr(node, field, None) for node in nodes(path) for field in fields}
+        assert not names & banned, path
+
+
+@pytest.fixture
+def others(tmp_path):
+    """A folder of other people's packages, of which some have the names of ours."""
+    for room in ("extras", "lessons", "hardware", "storage", "console"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").touch()
+    return tmp_path
+
+
+def test_the_commands_are_ours_even_where_packages_of_their_names_are_installed(others):
+    """A folder without __init__.py would lose to them, wherever they stand on the path."""
+    code = (f"import importlib.util as u, runpy, sys\n"
+            f"print(*(u.find_spec(name).origin for name in {COMMANDS}), sep='\\n')\n"
+            f"for name in {[name for name in COMMANDS if name.startswith('extras.')]}:\n"
+            f"    sys.argv[1:] = ['--help']\n"
+            f"    try:\n"
+            f"        runpy.run_module(name, run_name='__main__', alter_sys=True)\n"
+            f"    except SystemExit as end:\n"
+            f"        assert end.code == 0, name\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(others)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:len(COMMANDS)] == [f"{ROOT / name.replace('.', '/')}.py" for name in COMMANDS]
+    assert done.stdout.count("usage: ") >= 3 and len(COMMANDS) >= 9
