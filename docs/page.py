@@ -321,8 +321,10 @@ class Chapter:
 
 
 def plain(lines):
-    kind = ' class="e"' if lines[0].lstrip().startswith(">>>") else ""      # an example may wrap, a diagram may not
-    return f"<pre{kind}>{escape(chr(10).join(lines))}</pre>"
+    """HTML of an example, whose lines may wrap, or of a diagram, whose lines may not."""
+    if lines[0].lstrip().startswith(">>>"):
+        return f'<pre class="e">{"".join(f"<span>{escape(line)}</span>" for line in lines)}</pre>'
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 
 def tokens(source):
