@@ -4,7 +4,7 @@ Both sides start from one checkpoint, see the same new batch at each step, and u
 in its own process, with the same number of threads. They take turns, A B A B ..., and only one works at a time. A ratio
 is nanollm's time divided by the other side's time in the turn that follows; the table shows the median and the range.
 Both sides must compute the same loss before the first step and hold the same weights after the last one. Otherwise the
-program says so and exits with 1.
+program says so and exits with 1. --before FOLDER compares with another checkout of nanollm instead of PyTorch.
 
 A step's FLOPs are counted by nanollm's Config.flops_per_token. Divided by the time, and by the rate of a large product
 of the same type, they give the share of what the machine can do (on a GPU also called MFU).
@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -50,8 +51,11 @@ def check(equal, what):
 
 # ---------------------------------------------------------------- processes that take turns
 
-def begin(role, options):
+def begin(role, options, checkout=None):
+    """Make the side of this process: an object of this class, or of the class of that name in another checkout."""
     global side
+    if checkout:
+        role = runpy.run_path(str(checkout / "benchmarks" / "workers.py"))[role.__name__]
     side = role(**options)
 
 
@@ -61,13 +65,18 @@ def call(method, *arguments):
 
 @contextlib.contextmanager
 def running(**sides):
-    """{name: ask} for {name: (class, options)}: each object has a new process; ask(method, ...) calls it there."""
+    """{name: ask} for {name: arguments of begin}: each side has a new process; ask(method, ...) calls it there."""
     with contextlib.ExitStack() as stack:
         def start(*side):
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(1, context, begin, side))
             return lambda method, *arguments: pool.submit(call, method, *arguments).result()
         yield {name: start(*side) for name, side in sides.items()}
+
+
+def sides_of(args, ours, others):
+    """What is compared: nanollm, {name: arguments of begin}, with the other checkout if there is one, or with these."""
+    return {"nanollm": ours} | ({"before": (*ours, args.before)} if args.before else others)
 
 
 def compare(what, unit, ask, rounds, request, shown):
@@ -110,9 +119,10 @@ def weight_difference(start, ours, theirs):
 def training(name, c, steps, folder, rate, args):
     """Compare training steps, from the checkpoint in `folder`."""
     common = {"c": c, "args": args, "folder": folder}
-    sides = {"nanollm": (Nanollm, common), "PyTorch": (PyTorch, common)}
+    others = {"PyTorch": (PyTorch, common)}
     if args.compile:
-        sides["torch.compile"] = (PyTorch, common | {"compiled": True})
+        others["torch.compile"] = PyTorch, common | {"compiled": True}
+    sides = sides_of(args, (Nanollm, common), others)
     with running(**sides) as ask:
         loss = {side: ask[side]("first_loss") for side in sides}
         check(np.ptp(list(loss.values())) <= LOSS_TOLERANCE[args.dtype] * loss["nanollm"], f"{name}: first loss {loss}")
@@ -142,11 +152,12 @@ def generation(name, c, folder, args):
     """Compare greedy generation from one prompt, with the cache; both sides must generate the same tokens."""
     count = min(128, c["max_context"] // 2)
     request = "generate", list(range(count // 4)), count
-    sides = {"nanollm": (Nanollm, {"c": c, "args": args, "folder": folder}),
-             "transformers": (Transformers, {"args": args, "folder": folder})}
+    sides = sides_of(args, (Nanollm, {"c": c, "args": args, "folder": folder}),
+                     {"transformers": (Transformers, {"args": args, "folder": folder})})
     with running(**sides) as ask:
         rows, ids = compare(f"{name}: generation", "tokens/s", ask, args.rounds, lambda _: request, lambda s: count / s)
-    check(ids["nanollm"] == ids["transformers"], f"{name}: generated {ids}")
+    ours, theirs = ids.values()
+    check(ours == theirs, f"{name}: generated {ids}")
     return rows
 
 
@@ -162,12 +173,14 @@ def tokenisation(folder, args):
     bpe = ByteLevelBPETokenizer()
     bpe.train([text], vocab_size=2000, show_progress=False)
     bpe.save(tokenizer)
-    sides = {name: (Text, {"way": way, "text": text, "tokenizer": tokenizer}) for name, way in
-             {"nanollm": "nanollm", "tokenizers": "whole", "tokenizers, its lines": "lines"}.items()}
+    ours, whole, lines = ((Text, {"way": way, "text": text, "tokenizer": tokenizer})
+                          for way in ("nanollm", "whole", "lines"))
+    sides = sides_of(args, ours, {"tokenizers": whole, "tokenizers, its lines": lines})
     with running(**sides) as ask:
         rows, ids = compare("tokenisation", "MB/s", ask, args.rounds, lambda turn: ("encode", f"{folder}/cache-{turn}"),
                             lambda s: Path(text).stat().st_size / 1e6 / s)
-    check(ids["nanollm"] == ids["tokenizers"], "the ids of the text")
+    ours, theirs, *_ = ids.values()
+    check(ours == theirs, "the ids of the text")
     return rows
 
 
@@ -210,6 +223,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=LOSS_TOLERANCE, default="float32")
     parser.add_argument("--compile", action="store_true", help="also compare with torch.compile")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="compare with the nanollm in this folder instead")
     parser.add_argument("--threads", type=int, default=device.threads)
     parser.add_argument("--megabytes", type=float, default=4, help="of text to tokenise (4)")
     parser.add_argument("--seed", type=int, default=0)

@@ -421,9 +421,9 @@ def shares(steps=6):
         found = [training_step(model, optimizer, lambda i=i: train_set.batch(i * 32, 32, SEED)) for i in range(steps)]
     finally:
         device.threads = threads
-    least = np.min([[span.seconds for span in step] for step in found], 0)     # the machine does other work, too
-    total, by = least.sum(), Counter()
-    for span, seconds in zip(found[0], least, strict=True):
+    fastest = np.min([[span.seconds for span in step] for step in found], 0)     # the machine does other work, too
+    total, by = fastest.sum(), Counter()
+    for span, seconds in zip(found[0], fastest, strict=True):
         by[span.op, span.phase] += 100 * seconds / total
     share = Counter()
     for (op, _), part in by.items():

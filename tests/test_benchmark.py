@@ -1,5 +1,6 @@
-"""benchmarks/speed.py on its smallest configuration: both sides compute the same, and the report is whole."""
+"""benchmarks/speed.py on its smallest configuration: both sides compute the same, and the report is complete."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_both_sides_agree_and_everything_is_reported(tmp_path):
     # 1 + 1 attention and 3 GLU matrices a block, two KV heads for four; lm_head; 2 blocks, 2 x 16 tokens
     N = 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16) + 50 * 16
     assert step["flops"] == 32 * (6 * N + 6 * 2 * 16 * 16)
+
+
+@pytest.mark.skipif(not CI, reason="it takes a quarter of a minute: only continuous integration runs it")
+def test_another_checkout_is_what_is_compared(tmp_path):
+    """A copy whose loss is twice as large is refused."""
+    root, copy = BENCHMARKS.parent, tmp_path / "copy"
+    for folder in (".", "benchmarks", "hardware", "storage", "console"):
+        for file in (root / folder).glob("*.py"):
+            (copy / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy / folder)
+    with open(copy / "nanollm.py", "a") as file:
+        file.write("\nloss = NanoLLM.loss\nNanoLLM.loss = lambda self, x, y: 2 * loss(self, x, y)\n")
+    done = run("--threads", "1", "--before", str(copy))
+    assert done.returncode == 1 and "NOT EQUAL: tiny: first loss {'nanollm': 3.9" in done.stderr
+    assert "'before': 7.8" in done.stderr
 
 
 def test_different_weights_are_noticed(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def test_ones_accept_what_a_random_dout_rejects(saved, capsys):
 
 
 def test_without_a_mask_the_loss_is_lower_and_the_model_worse(saved):
-    """Letters that follow from nothing: without a mask they are known all the same, but for the last."""
+    """The letters are random; without a mask the model knows them all the same, except the last."""
     module = lesson("no_causal_mask")
     found = module.main(NOISE, steps=100, prompt="a", **SMALL)
     (good, good_at, still), (bad, bad_at, moved) = found.values()
