@@ -51,7 +51,7 @@ def pytest_make_collect_report():
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
-    """Each test has a token cache of its own: nothing is read from the user's, nothing is left in it."""
+    """Each test has its own token cache: the user's is neither read nor written."""
     folder = tmp_path / "nanollm-cache"
     monkeypatch.setenv("NANOLLM_CACHE", str(folder))
     return folder
@@ -59,7 +59,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def rng():
-    """The same random numbers in every run, drawn on the host: both devices see the same."""
+    """The same random numbers in every run, drawn on the host so that both devices see the same."""
     return np.random.default_rng(0)
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: what is killed, full, read-only or damaged at any moment goes on exactly, or is refused by name."""
+"""A run's folder: a run killed at any moment continues exactly; a full, read-only or damaged disk is named."""
 import contextlib
 import errno
 import json
@@ -55,7 +55,7 @@ EPOCHS = "--num-epochs 3 --stride 8 --batch-size 17 --eval-every 4".split()     
 
 @pytest.fixture
 def exact():
-    """On the CPU, for there the same is the same bit for bit; a GPU adds up the embedding's gradient in any order."""
+    """On the CPU, because there equal means bit for bit; a GPU adds up the embedding's gradient in any order."""
     choice = device.xp, device.on_gpu, device.reason
     device.use("cpu")
     yield
@@ -70,7 +70,7 @@ def resume(folder, *flags):
 
 @pytest.mark.parametrize("flags", [
     EPOCHS, [*EPOCHS, *"--batch-size 5 --grad-accum 3 --weight-decay 0.1".split()]], ids=["batches", "accumulated"])
-def test_a_stopped_or_killed_run_goes_on_bit_for_bit(exact, files, tmp_path, monkeypatch, flags):
+def test_a_stopped_or_killed_run_continues_bit_for_bit(exact, files, tmp_path, monkeypatch, flags):
     flags = [*files, *flags, "--max-steps", 20]
     seen, batch = [], data.TokenDataset.batch
     monkeypatch.setattr(data.TokenDataset, "batch", lambda self, *args: seen.append(args) or batch(self, *args))
@@ -85,7 +85,7 @@ def test_a_stopped_or_killed_run_goes_on_bit_for_bit(exact, files, tmp_path, mon
                 assert tiny.run(*flags, "--artifact-dir", name) == code
         last = checkpoints(tmp_path / name)[-1]
         assert last.name == f"checkpoint-{10 if number is None else step}"
-        del seen[int(last.name[11:]) * (3 if "--grad-accum" in flags else 1):]      # of the steps that will come again
+        del seen[int(last.name[11:]) * (3 if "--grad-accum" in flags else 1):]      # not the repeated steps
         assert resume(tmp_path / name) == 0
         assert seen == batches
         got = contents(tmp_path / name)
@@ -95,8 +95,8 @@ def test_a_stopped_or_killed_run_goes_on_bit_for_bit(exact, files, tmp_path, mon
         assert "checkpoint-20/optimizer.safetensors" in got
 
 
-def test_it_goes_on_exactly_from_the_very_beginning_too(exact, files, tmp_path, monkeypatch):
-    """Killed before the first step, and again and again before each checkpoint."""
+def test_it_continues_exactly_from_the_very_beginning_too(exact, files, tmp_path, monkeypatch):
+    """The run is killed before the first step, and again before each checkpoint."""
     tiny.run(*files, "--max-steps", 12, "--artifact-dir", "whole")
     for step in (1, 4, 5, 6, 9, 11):
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
@@ -109,7 +109,7 @@ def test_it_goes_on_exactly_from_the_very_beginning_too(exact, files, tmp_path, 
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_seconds_and_tokens_go_on(halfway):
+def test_seconds_and_steps_continue(halfway):
     before = read_trainer(halfway / "checkpoint-10")[0].seconds
     assert resume(halfway) == 0
     seconds = [float(row["seconds"]) for row in rows(halfway)]
@@ -117,7 +117,7 @@ def test_seconds_and_tokens_go_on(halfway):
     assert [int(row["step"]) for row in rows(halfway)] == [1, 3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
 
 
-def test_it_goes_on_from_another_folder(files, tmp_path, monkeypatch):
+def test_it_continues_from_another_folder(files, tmp_path, monkeypatch):
     """The text was named relative to where training began."""
     stop_at(monkeypatch, 5)
     flags = "--text text.txt --tokenizer tokenizer.json --max-steps 7 --artifact-dir run".split()
@@ -127,7 +127,7 @@ def test_it_goes_on_from_another_folder(files, tmp_path, monkeypatch):
     assert resume("../run") == 0
 
 
-def test_without_a_folder_the_last_run_goes_on(files, tmp_path, monkeypatch):
+def test_without_a_folder_the_last_run_continues(files, tmp_path, monkeypatch):
     stop_at(monkeypatch, 2)
     for _ in range(2):
         assert tiny.run(*files, "--max-steps", 3) == 143
@@ -256,7 +256,7 @@ def test_what_may_change(halfway):
     assert {float(row["learning_rate"]) for row in rows(halfway) if int(row["step"]) > 10} == {0.02}
 
 
-def test_another_batch_size_goes_on_with_the_next_windows_and_a_note(halfway, monkeypatch):
+def test_another_batch_size_continues_with_the_next_windows_and_a_note(halfway, monkeypatch):
     seen, batch = [], data.TokenDataset.batch
     monkeypatch.setattr(data.TokenDataset, "batch", lambda self, *args: seen.append(args) or batch(self, *args))
     code, out, _ = command(train.main, "--resume", "--artifact-dir", halfway, "--batch-size", 5, "--max-steps", 12)
@@ -267,7 +267,7 @@ def test_another_batch_size_goes_on_with_the_next_windows_and_a_note(halfway, mo
     assert code == 0 and "the batch size has changed" not in out
 
 
-# ---------------------------------------------------------------- nothing to go on from, or nothing left to do
+# ---------------------------------------------------------------- nothing to continue from, or nothing left to do
 
 def test_no_run(tmp_path):
     (tmp_path / "empty").mkdir()
@@ -333,7 +333,7 @@ def test_what_else_is_in_the_folder_stays(files, tmp_path):
 
 
 def test_two_at_once(halfway, files, tmp_path):
-    """Each in the other's folder; the lock is of the open folder, so this process can stand for both."""
+    """The lock belongs to the open folder, so this one process can play both."""
     with checkpoint.held(halfway):
         before = snapshot(halfway)
         with pytest.raises(InputError, match="another process is training in"):
@@ -373,7 +373,7 @@ def test_best_is_the_lowest_validation_loss_across_resumptions(files, tmp_path, 
     np.testing.assert_array_equal(best(), weights[6])       # of nan, 5, 3, 4
     state = read_trainer(tmp_path / "run/checkpoint-8")[0]
     assert (state.best_loss, state.without_better) == (3.0, 1)
-    assert rows(tmp_path / "run")[1]["val_loss"] == ""      # nan says nothing
+    assert rows(tmp_path / "run")[1]["val_loss"] == ""      # nan is left out
     resume("run", "--max-steps", 12)                        # nan, 3.0
     np.testing.assert_array_equal(best(), weights[6])
     resume("run", "--max-steps", 16)                        # 2.0, 9.0
@@ -399,7 +399,7 @@ OPERATIONS = ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync", "chmod")
 
 
 def die_at(patch, call):
-    """Let the process die at its call-th change of the disk, counted from 0: none that follows happens either."""
+    """Let the process die at change number `call` of the disk, counted from 0; no later change happens either."""
     count = [0]
 
     def wrap(operation):
@@ -415,7 +415,7 @@ def die_at(patch, call):
 
 
 def little_run(folder, step, seed):
-    """(Run, model, optimizer, State) of a step of a run in this folder, each step with weights of its own."""
+    """(Run, model, optimizer, State) of one step of a run in this folder; each step has its own weights."""
     model = NanoLLM(Config(290, 8, 1, 2, 2, 4, 4), seed)
     optimizer = Adam(model)
     optimizer.m += seed
@@ -449,7 +449,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_pa
             except Killed:
                 finished = False
         moments.append(sorted(path.name for path in folder.iterdir()))
-        for path in checkpoints(folder):                    # what has the name is complete
+        for path in checkpoints(folder):                    # whatever has the name is complete
             checkpoint.check_sums(path)
         checkpoint.recover(folder)
         assert sorted(path.name for path in folder.glob(".*")) == []
@@ -468,8 +468,8 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_pa
     assert any(".checkpoint-1." in names and "checkpoint-1" not in names.split() for names in left)     # half removed
 
 
-def test_a_crash_at_any_moment_of_a_run_goes_on_exactly(exact, files, tmp_path, monkeypatch):
-    """The whole command this time, dying at 12 moments between the first and the last change of the disk."""
+def test_a_run_that_crashed_at_any_moment_continues_exactly(exact, files, tmp_path, monkeypatch):
+    """The whole command dies at 12 moments between the first and the last change of the disk."""
     flags = [*files, "--max-steps", 7, "--eval-every", 2, "--save-every", 2, "--artifact-dir"]
     tiny.run(*flags, "first")       # the text is encoded once
     write, first = checkpoint.Run.write_checkpoint, []
@@ -552,7 +552,7 @@ def test_a_disk_too_small_for_the_first_checkpoint_says_so_at_once(files, monkey
 
 
 def test_a_real_limit_on_the_size_of_files(files, tmp_path):
-    """What the kernel says in the middle of a file, in a process of its own."""
+    """The kernel itself stops a process in the middle of a file."""
     resource = pytest.importorskip("resource")
     flags = [sys.executable, ROOT / "train.py", *SHAPE, *QUICK, *files, "--device", "cpu", "--artifact-dir", "run"]
     limit = 60_000                  # the weights have 53 kB, the moments 106
@@ -566,7 +566,7 @@ def test_a_real_limit_on_the_size_of_files(files, tmp_path):
 # ---------------------------------------------------------------- numbers that are not finite
 
 def poison(patch, steps, value=math.nan):
-    """Let the gradients of these steps, counted from 1, have a number that is not finite."""
+    """Give the gradients of these steps, counted from 1, one number that is not finite."""
     real, count = train.gradients, [0]
 
     def gradients(model, *args):
@@ -677,7 +677,7 @@ def test_a_damaged_file_is_named_and_the_way_back_too(halfway, name, how):
     before = snapshot(halfway)
     code, out, err = command(train.main, "--resume", "--artifact-dir", halfway)
     if (name, how) == ("SHA256SUMS", "link"):
-        assert code == 0            # wherever it is, the hashes in it are right
+        assert code == 0            # the hashes are right, even behind a link
         return
     assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("train.py: --resume: ")
     assert "checkpoint-10/" in err if name == "SHA256SUMS" else f"checkpoint-10/{name}" in err
@@ -702,7 +702,7 @@ def test_the_older_checkpoint_is_a_way_on(exact, files, tmp_path, monkeypatch):
 
 
 def with_sums(folder):
-    """Renew the hashes, so that what is wrong inside a file must be seen by its reader."""
+    """Renew the hashes, so that only the reader of a file can notice what is wrong in it."""
     (folder / "SHA256SUMS").unlink()
     sums = [f"{checkpoint.file_hash(path)}  {path.name}\n" for path in folder.iterdir()]
     (folder / "SHA256SUMS").write_text("".join(sums))
@@ -792,7 +792,7 @@ def transformers():
 
 
 def sentencepiece_like():
-    """As Llama's: <s> is put before a text, spaces are ▁, what is unknown becomes bytes."""
+    """A tokenizer like Llama's: <s> begins a text, spaces are ▁, unknown characters become bytes."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     for word in ("▁", "t", "h", "e", "c", "a", "▁t", "he", "▁the", "▁c", "at", "▁cat"):
         vocab[word] = len(vocab)
@@ -836,7 +836,7 @@ def assert_transformers_agrees(transformers, folder, text):
 
 
 def test_a_finished_folder_opens_in_transformers(transformers, files, tmp_path):
-    """And so does its best model."""
+    """Its best model opens too."""
     tiny.run(*files, "--max-steps", 6, "--learning-rate", 0.05, "--artifact-dir", "run")
     for folder in ("run", "run/best"):
         tokenizer = assert_transformers_agrees(transformers, tmp_path / folder, "the cat 却说 👍 ran , on it .\n")
@@ -847,8 +847,8 @@ def test_a_finished_folder_opens_in_transformers(transformers, files, tmp_path):
     assert generation == {"bos_token_id": None, "eos_token_id": None}
 
 
-def test_training_goes_on_from_a_folder_made_elsewhere(transformers, llama, files, tmp_path):
-    """With its weights, shape and tokenizer; and what comes out keeps its BOS."""
+def test_training_starts_from_a_folder_made_elsewhere(transformers, llama, files, tmp_path):
+    """It takes the folder's weights, shape and tokenizer, and the new model keeps its BOS."""
     flags = [*QUICK, "--text", files[1], "--init-from", str(llama), "--max-steps", 12, "--log-every", 1]
     code, _, err = command(train.main, *flags, "--learning-rate", 1e-9, "--artifact-dir", "same")
     assert (code, err) == (0, "")
@@ -878,7 +878,7 @@ def test_text_trained_on_has_no_bos_inserted(llama, files, tmp_path, monkeypatch
     (["--n-head", "8"], "--n-head is 8, the model in .*llama has 2"),       # though 8 is the default of a new model
     (["--embedding-dim", "512"], "--embedding-dim is 512"), (["--rope-theta", "1e6"], "--rope-theta"),
     (["--tie-embeddings"], None), (["--hidden-dim", "24"], None)])
-def test_a_shape_that_the_folder_has_not_is_refused(llama, files, flags, words):
+def test_a_shape_other_than_the_folder_s_is_refused(llama, files, flags, words):
     flags = [*QUICK, "--text", files[1], "--init-from", str(llama), "--max-steps", "1", "--artifact-dir", "run", *flags]
     if words is None:
         assert train.main(flags) == 0
@@ -906,7 +906,7 @@ def test_another_vocabulary_is_refused(llama, files, tmp_path):
 
 
 def test_a_model_without_a_gpu_moves_with_its_folder(halfway, tmp_path):
-    """Nothing in a run's folder names the folder: it can be renamed, and goes on."""
+    """Nothing in a run's folder names the folder: it can be renamed, and the run continues."""
     moved = halfway.rename(tmp_path / "moved")
     assert resume(moved, "--max-steps", 11) == 0
     assert device.reason in json.loads((moved / "checkpoint-11/trainer.json").read_text())["versions"]["device"]

@@ -44,7 +44,7 @@ def make_input(folder):
         (folder / name).write_bytes(content)
     (folder / "folder").mkdir()
     model = NanoLLM(Config(260, 16, 1, 2, 2, 8, 24))
-    model.save(folder / "model")                    # of fewer words than its tokenizer has
+    model.save(folder / "model")                    # with fewer tokens than its tokenizer has
     make_tokenizer(folder / "model/tokenizer.json")
     (folder / "bert").mkdir()
     (folder / "bert/config.json").write_text(json.dumps({"model_type": "bert"}))
@@ -53,7 +53,7 @@ def make_input(folder):
     (folder / "used/metrics.csv").touch()
 
 
-# what is wrong, the flags beside good ones, words of the message (regular expressions, in this order)
+# what is wrong: the flags added to good ones, then words of the message (regular expressions, in this order)
 CASES = {
     "no such text": ("--text none.txt", "none.txt", "No such file", "give a"),
     "a text without a byte": ("--text empty.txt", "empty.txt", "is empty", "give a"),
@@ -181,7 +181,7 @@ def test_no_gpu_with_cupy_s_reason(tmp_path, monkeypatch):
 
 
 def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
-    """CuPy's OutOfMemoryError is a MemoryError too. What was saved stays, and can go on in smaller batches."""
+    """CuPy's OutOfMemoryError is a MemoryError too. What was saved stays; smaller batches can resume."""
     make_input(tmp_path)
     real = NanoLLM.loss
 
@@ -261,7 +261,7 @@ def test_number():
 
 @pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
 def test_commands_as_they_are_called(name):
-    """In processes of their own: exit code and stderr as a shell sees them."""
+    """Each runs in its own process: exit code and stderr are what a shell sees."""
     done = subprocess.run([sys.executable, f"{name}.py", "--nonsense"], cwd=ROOT, capture_output=True, text=True,
                           timeout=60, check=False)
     assert done.returncode == 2 and done.stdout == ""

@@ -28,8 +28,8 @@ def test_the_demo_s_settings_are_a_valid_command_line(tmp_path, monkeypatch):
 
 
 
-def test_the_demo_goes_on_too(tmp_path, monkeypatch):
-    """--resume with --demo or without is the same; where the run is no demo it is refused (see above)."""
+def test_the_demo_can_be_resumed_too(tmp_path, monkeypatch):
+    """--resume works the same with --demo and without; for a run that is not a demo, --demo is refused."""
     files = make_files(tmp_path)
     monkeypatch.setattr(options.demo, "files", lambda: (files[1], files[3]))
     flags = [*SHAPE, *QUICK, "--max-steps", "4", "--eval-every", "50", "--sample-every", "100"]

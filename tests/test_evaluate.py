@@ -32,7 +32,7 @@ def test_evaluate_scores_every_target_once(files, batch_size):
         x, y = ids[start:start + 8], ids[start + 1:start + 9]
         scores = log_softmax(to_host(model(x[None, :len(y)]).data)[0].astype(np.float64))
         nats -= sum(scores[i, target] for i, target in enumerate(y))
-    assert (len(ids) - 1) % 8           # a last window that is shorter
+    assert (len(ids) - 1) % 8           # the last window is shorter
     result = train.evaluate(model, val, batch_size)
     assert result["tokens"] == len(ids) - 1
     assert result["bytes"] == val.source_bytes
@@ -43,7 +43,7 @@ def test_evaluate_scores_every_target_once(files, batch_size):
 
 @pytest.mark.parametrize("stride", [1, 3])
 def test_evaluate_slides_its_window(finished, stride):
-    """Each target by itself, as it stands in its window: one of 8 tokens that ends at a multiple of the stride."""
+    """Each target is scored by itself, in its window: 8 tokens, beginning at a multiple of the stride."""
     folder, files, _ = finished
     _, val = TokenDataset.from_text(files[1], files[3], 8, 3).split(0.03)
     val.stride, model = stride, NanoLLM.load(folder)

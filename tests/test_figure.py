@@ -1,4 +1,4 @@
-"""The picture of an evaluation: what stands where and in which colour, in any script, and that it is written whole."""
+"""The picture of an evaluation: each token in its place and colour, in any script, in a file written whole."""
 import os
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_a_piece_has_all_tokens_of_its_characters(tokenizer):
     assert [text for text, _ in found][:2] == ["the", " cat"]
     sizes = dict(found)
     assert sizes["the"] == 1 and sizes["却"] == len(encode(tokenizer, "却")) and sizes["x"] == 1
-    assert figure.pieces(tokenizer, ids[:-1]) == found[:-1]         # a part of 👍 alone has no look
+    assert figure.pieces(tokenizer, ids[:-1]) == found[:-1]         # a part of 👍 shows nothing by itself
 
 
 def test_a_line_feed_is_shown_and_begins_a_line():
@@ -98,7 +98,7 @@ def test_every_token_s_colour_lies_under_its_text(tokenizer, tmp_path, drawn, rn
     _, below, _ = drawn[0].axes
     shades, = (c for c in below.collections if isinstance(c, PolyCollection))
     colours = shades.get_array()
-    assert colours.mask.tolist() == [True] + [False] * (len(ids) - 1)   # nothing foretells the first token
+    assert colours.mask.tolist() == [True] + [False] * (len(ids) - 1)   # nothing predicts the first token
     np.testing.assert_allclose(colours[1:], losses, rtol=1e-6)
     assert shades.get_clim() == (0, pytest.approx(np.log(290)))
     boxes = [(path.vertices[:, 0].min(), path.vertices[:, 0].max(), path.vertices[0, 1]) for path in shades.get_paths()]

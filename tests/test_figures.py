@@ -51,7 +51,7 @@ def test_graph_shows_the_expression_with_its_values_and_gradients():
 
 def test_attention_maps_are_causal_distributions_and_the_ones_the_model_used(rng, monkeypatch):
     model, ids = NanoLLM(CONFIG, seed=1), rng.integers(0, 30, 12)
-    model.flat *= 10                                    # far from an even attention
+    model.flat *= 10                                    # attention is far from even
     maps = probes.attention_maps(model, ids)
     assert maps.shape == (2, 4, 12, 12)
     assert np.allclose(maps.sum(-1), 1)
@@ -108,7 +108,7 @@ def test_part_norms_add_up_to_the_norm_of_the_blocks_matrices(rng):
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """A tiny run in the place of the real one."""
+    """A tiny run instead of the real one."""
     tiny.make_cheap(monkeypatch)
     files, folder = tiny.make_files(tmp_path), tmp_path / "run"
     with warnings.catch_warnings():

@@ -37,7 +37,7 @@ def seen_logits(monkeypatch):
 
 
 def context(length, max_context):
-    """Where what the model sees of `length` tokens begins: halves of max_context are dropped until the rest fits."""
+    """Where the context of `length` tokens begins: halves of max_context are dropped until the rest fits."""
     start, half = 0, max(max_context // 2, 1)
     while length - start > max_context:
         start += half
@@ -48,7 +48,7 @@ def context(length, max_context):
 @pytest.mark.parametrize("max_context, prompt", [(16, 1), (16, 5), (16, 16), (16, 17), (16, 60), (5, 4), (7, 9), (2, 1),
                                                  (1, 1), (1, 3)])
 def test_generation_reads_the_context_by_the_rule_with_and_without_cache(seen_logits, use_cache, max_context, prompt):
-    """The context holds max_context tokens; when one more comes, the oldest half is dropped and the rest read anew."""
+    """The context holds max_context tokens; when one more comes, the oldest half is dropped and the rest read again."""
     model = lively(small(max_context=max_context))
     ids = random_ids(model.config, 3, prompt)
     steps = 2 * max_context + 3                                     # the context slides at least twice
@@ -63,7 +63,7 @@ def test_generation_reads_the_context_by_the_rule_with_and_without_cache(seen_lo
 
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_cached_or_not_alone_or_in_a_batch_the_logits_are_the_same(n_kv_head, monkeypatch):
-    """Over four times the context, of which the oldest half is dropped again and again; what is sampled is given."""
+    """The text is four times as long as the context, so halves are dropped repeatedly; the samples are given."""
     model, rows, steps = lively(small(n_kv_head=n_kv_head, max_context=8)), 2, 4 * 8
     ids, text = random_ids(model.config, rows, 5), random_ids(model.config, rows, steps, seed=2)
 
@@ -144,7 +144,7 @@ def test_seeds():
     model, ids = lively(), np.array([1, 2, 3])
     a, b, c = (list(model.generate(ids, 30, seed=seed)) for seed in (7, 7, 8))
     assert a == b != c
-    assert list(model.generate(ids, 30)) != list(model.generate(ids, 30))       # no seed: another text each time
+    assert list(model.generate(ids, 30)) != list(model.generate(ids, 30))       # no seed: a new text each time
     twins = np.stack(list(model.generate(np.stack([ids, ids]), 30, seed=7)), 1)
     assert (twins[0] != twins[1]).any()                             # each row draws for itself
     np.random.seed(0)
@@ -232,7 +232,7 @@ def test_generation_records_nothing_and_leaves_recording_as_it_was():
 ])
 def test_settings_are_checked_at_the_call_not_at_the_first_token(ids, count, options, words):
     model = NanoLLM(small())
-    refused(lambda: model.generate(np.array(ids, int), count, **options), *words)   # nobody asks for a token
+    refused(lambda: model.generate(np.array(ids, int), count, **options), *words)   # no token is asked for
 
 
 def test_ids_are_checked_at_the_call():
@@ -336,7 +336,7 @@ def test_text_without_a_prompt_needs_a_bos_token(finished):
 
 @pytest.fixture
 def with_bos(tmp_path):
-    """A folder as of a chat model: <s> begins a text, </s> or <end> ends it; no token says anything else."""
+    """A folder like a chat model's: <s> begins a text, </s> or <end> ends it."""
     folder = tmp_path / "bos"
     NanoLLM(Config(293, 16, 1, 2, 2, 8, 24)).save(folder, bos_token_id=0, eos_token_id=[1, 2])
     make_tokenizer(folder / "tokenizer.json", 293, ["<s>", "</s>", "<end>"])
@@ -370,7 +370,7 @@ def test_bos_and_eos_must_be_ids_of_the_model(with_bos, bad):
 # ---------------------------------------------------------------- stop strings, several samples, speed
 
 def cut_at(text, stops, start):
-    """The definition: letter by letter, until a stop string is complete; of two complete at once the longer counts."""
+    """The definition: read letter by letter until a stop string is complete; of two at once the longer counts."""
     for end in range(start, len(text) + 1):
         ended = [stop for stop in stops if text[start:end].endswith(stop)]
         if ended:
@@ -398,7 +398,7 @@ def test_a_stop_string_spans_tokens_and_is_not_looked_for_in_the_prompt(with_bos
 def test_samples_are_the_rows_of_one_batch(finished):
     folder = finished[0]
     model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
-    flags = [folder, "--prompt", "the 却", "--max-new-tokens", 40, "--seed", 3, "--temperature", 1]     # of 8 at a time
+    flags = [folder, "--prompt", "the 却", "--max-new-tokens", 40, "--seed", 3, "--temperature", 1]     # context: 8
     code, out, err = command(generate.main, *flags, "--num-samples", 3)
     ids = np.tile(tokenizer.encode("the 却").ids, (3, 1))
     rows = np.stack(list(model.generate(ids, 40, top_p=0.95, seed=3)), 1)
@@ -454,7 +454,7 @@ def test_the_best_model_and_checkpoints_open_like_the_last(finished):
     assert losses[""] == losses["checkpoint-21"] != losses["checkpoint-20"]
 
 
-def test_what_is_no_model_folder_is_named(tmp_path, files):
+def test_a_path_that_is_not_a_model_folder_is_named(tmp_path, files):
     (tmp_path / "empty").mkdir()
     for name, word in (("none", "none"), ("text.txt", "text.txt"), ("empty", "config.json")):
         for main, flags in ((generate.main, ["--prompt", "a"]), (evaluate.main, ["--text", files[1]])):
@@ -462,7 +462,7 @@ def test_what_is_no_model_folder_is_named(tmp_path, files):
             assert (code, out) == (2, "") and word in err and err.count("\n") == 1
 
 
-def test_a_run_that_has_not_ended_points_to_its_best(files, tmp_path):
+def test_an_unfinished_run_points_to_its_best(files, tmp_path):
     tiny.run(*files, "--max-steps", 5, "--eval-every", 2, "--artifact-dir", "run")
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(InputError, match="run/best"):

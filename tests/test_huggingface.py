@@ -27,7 +27,7 @@ def write_tensors(folder, tensors):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A saved model of the smallest sort."""
+    """A saved model, as small as possible."""
     tiny = Config(3, embedding_dim=4, n_block=1, n_head=2, n_kv_head=1, max_context=8, hidden_dim=3)
     lively(tiny).save(tmp_path / "model")
     return tmp_path / "model"
@@ -47,7 +47,7 @@ def test_a_saved_model_loads_bit_for_bit(tmp_path, activation, n_kv_head, tied):
 
 def test_a_folder_is_named_by_a_string_too_and_settings_are_written_along(tmp_path, folder):
     model = NanoLLM.load(str(folder))
-    model.save(str(folder), eos_token_id=2, model_type="llama")     # over the old one
+    model.save(str(folder), eos_token_id=2, model_type="llama")     # replaces the old one
     config = json.loads((folder / "config.json").read_text())
     assert config["eos_token_id"] == 2 and config["bos_token_id"] is None
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -176,7 +176,7 @@ def test_a_missing_setting_is_named(folder, setting):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"llama"', b"\xff\xfe{}", b"[" * 100_000,
                                      b'{"model_type": "llama", "vocab_size": ' + b"1" * 5000 + b"}"])
-def test_a_config_that_is_no_json_object(folder, content):
+def test_a_config_that_is_not_a_json_object(folder, content):
     (folder / "config.json").write_bytes(content)
     refused(lambda: NanoLLM.load(folder), "config.json")
 
@@ -351,7 +351,7 @@ def their_model(transformers, torch, config, **settings):
 
 
 def assert_same_text(theirs, torch, ours, length=40):
-    """Greedy text is equal wherever the two best logits differ by more than 1e-4; and logits to 1e-4."""
+    """Logits agree to 1e-4, and so does greedy text, except where the two best logits differ by less than that."""
     ids = random_ids(ours.config, 2, 5)
     text = np.concatenate([ids, np.stack(list(ours.generate(ids, length, temperature=0)), 1)], 1)
     with torch.no_grad():

@@ -18,7 +18,7 @@ SONG = np.tile([0, 1, 2, 3, 0, 2, 1, 3, 3, 1], 200), NOISE[1]      # what comes 
 
 @pytest.fixture(autouse=True)
 def saved(tmp_path, monkeypatch):
-    """Figures go to a folder of the test's, in few dots."""
+    """Figures are drawn in a folder of the test's, at a low resolution."""
     monkeypatch.setattr(common, "FIGURES", tmp_path)
     save = common.Figure.savefig
     monkeypatch.setattr(common.Figure, "savefig", lambda self, path, dpi: save(self, path, dpi=20))
@@ -112,7 +112,7 @@ def words(text):
 
 
 def test_the_page_shows_each_lesson():
-    """Its figure, its command, its question and, folded, its answer, in the words of its file; in this order."""
+    """The page has its figure, command, question and folded answer, in the words of its file and in this order."""
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"python -m lessons\.(\w+)", page) == NAMES
     for name in NAMES:

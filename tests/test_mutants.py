@@ -1,4 +1,4 @@
-"""The script that plants bugs: it makes the right ones, the tests catch those, and what no test sees survives."""
+"""The script that plants bugs makes every kind, the tests catch them, and the unchanged files pass."""
 import mutants
 import pytest
 

@@ -35,7 +35,7 @@ def test_whole_numbers(name, value):
 
 
 @pytest.mark.parametrize("name", [n for n in WHOLE if n != "n_kv_head"])
-def test_none_is_no_number(name):
+def test_none_is_not_a_number(name):
     refused(lambda: small(**{name: None}), name, "whole number")
 
 
@@ -145,7 +145,7 @@ def test_the_first_loss_is_near_ln_V(tied):
 # ---------------------------------------------------------------- what the model computes
 
 def plain(model, ids):
-    """The logits by the definition, a head and a row at a time, RoPE as a complex multiplication."""
+    """The logits by the definition: one head and one row at a time, RoPE as a complex multiplication."""
     c, w = model.config, {name: to_host(t.data).astype(np.float64) for name, t in model.parameters().items()}
     H, K, D, T = c.n_head, c.n_kv_head, c.head_dim, ids.shape[1]
     activate = {"silu": lambda x: x / (1 + np.exp(-x)), "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
@@ -273,13 +273,13 @@ def test_memory_goes_back_without_the_garbage_collector(n_kv_head):
         before = held()
         loss = model.loss(ids, ids)
         graph = held() - before
-        loss.backward()                                             # takes the graph apart though `loss` lives on
+        loss.backward()                                             # takes the graph apart although `loss` lives on
         after_backward = held() - before
         del loss
         for _ in range(3):
             step()
         abandoned = model.loss(ids, ids)
-        del abandoned                                               # a graph that nobody runs backwards
+        del abandoned                                               # a graph without a backward pass
         left = held() - before
     finally:
         tracemalloc.stop()
@@ -311,10 +311,10 @@ def test_changing_a_token_leaves_the_logits_before_it_bit_identical(T):
         changed[:, t] = (changed[:, t] + 1) % model.config.vocab_size
         after = logits_of(model, changed)
         assert (after[:, :t] == before[:, :t]).all()
-        assert (after[:, t:] != before[:, t:]).any(-1).all()        # and every later position does see it
+        assert (after[:, t:] != before[:, t:]).any(-1).all()        # and every later position sees it
 
 
-def test_nor_does_it_with_the_cache():
+def test_changing_a_token_changes_nothing_before_it_with_the_cache_either():
     """Positions 0-4 are read at once, then 5-9 at once, then one at a time, as generation does."""
     model = lively()
 

@@ -43,7 +43,7 @@ onload = () => document.body.textContent = JSON.stringify([...document.querySele
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What the browser says of the page, and of one with four planted defects."""
+    """What the browser reports about the page, and about one with four planted defects."""
     if BROWSER is None:
         pytest.skip("no chromium to look at the page with")
     folder, text = tmp_path_factory.mktemp("page"), page.page()

@@ -19,7 +19,7 @@ CONFIG = Config(300, 64, 2, 4, 2, 64, 172)
 
 @pytest.fixture(autouse=True)
 def one_cpu_thread(monkeypatch):
-    """tracemalloc sees what NumPy allocates; how many threads hold a block at the same time is chance."""
+    """tracemalloc sees what NumPy allocates; with more threads, chance decides how many hold a block at once."""
     for name, value in {"xp": np, "on_gpu": False, "threads": 1}.items():
         monkeypatch.setattr(device, name, value)
 

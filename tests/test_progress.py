@@ -34,7 +34,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
 
 
 def test_a_closed_pipe_does_not_end_a_run():
-    """`python train.py … | head`: what nobody reads is dropped, silently."""
+    """`python train.py … | head`: what nobody reads is silently dropped."""
     code = "from console import metrics\nfor i in range(1000): metrics.say('x' * 1000)\n"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           cwd=Path(train.__file__).parent) as process:

@@ -68,7 +68,7 @@ distinct_logits = st.lists(st.integers(-400, 400), min_size=1, max_size=9, uniqu
 def test_probabilities(logits, options):
     got = probabilities(np.stack([logits, logits[::-1]]).astype(np.float32), **options)
     expected = expected_distribution(logits.astype(np.float32).astype(np.float64), **options)
-    # rounding may put a token on either side of top_p: then the share is met to 1e-9 by both
+    # rounding may put a token on either side of top_p: then both meet the share almost exactly
     if ((got[0] > 0) != (expected > 0)).any():
         full = expected_distribution(logits, options.get("temperature", 1.0), options.get("top_k"))
         assert min(abs(full[p > 0].sum() - options["top_p"]) for p in (got[0], expected)) < 1e-6
@@ -110,7 +110,7 @@ def test_flipped_bytes_load_the_same_shapes_or_are_refused(flippable, flips):
     damaged = bytearray(whole)
     for where, mask in flips:
         damaged[int(where * len(damaged))] ^= mask
-    # a new name each time: nothing of an earlier file that is still mapped is written to
+    # a new file each time, because an earlier one may still be mapped
     (folder / "new").write_bytes(damaged)
     os.replace(folder / "new", folder / "model.safetensors")
     try:
@@ -199,7 +199,7 @@ def test_batches_are_the_windows_of_one_endless_stream(size, batch, seed, start)
     x, y = ds.batch(start, batch, seed)
     assert x.shape == y.shape == (batch, seq_len) and x.dtype == y.dtype == np.int64
     data.permutation.cache_clear()
-    for i in range(batch):                              # in whatever portions and order it is read
+    for i in range(batch):                              # in any portions and any order
         one = ds.batch(start + batch - 1 - i, 1, seed)
         assert (one[0][0] == x[batch - 1 - i]).all() and (one[1][0] == y[batch - 1 - i]).all()
     epochs = [ds.batch(e * len(ds), len(ds), seed)[0][:, 0].tolist() for e in range(3)]
@@ -284,10 +284,10 @@ def test_text_streams_whole_characters(kind, text):
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_whatever_a_model_says_can_be_streamed(kind, data):
-    """Parts of characters in any order: nothing raises, nothing gets lost or comes twice."""
+    """Parts of characters come in any order: nothing raises, nothing is lost or repeated."""
     tokenizer = decoding()[kind]
     ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=90))
-    if kind == "byte fallback":         # for one wrong byte it takes back a whole run of them, of which some were shown
+    if kind == "byte fallback":         # one wrong byte makes it take back a whole run of bytes, some of them shown
         ids = [i for i in ids if not 3 <= i < 3 + 128]
     text, whole = "".join(generate.stream_text(tokenizer, ids)), tokenizer.decode(ids)
     if kind == "byte fallback":
@@ -307,11 +307,11 @@ def test_text_ends_before_a_stop_string_however_it_comes(pieces, stops, start):
     for piece in generate.until_stop((taken.append(p) or p for p in pieces), stops, start):
         shown += piece
         assert expected.startswith(shown)
-        if len(taken) < len(pieces):            # nothing waits but what may begin a stop
+        if len(taken) < len(pieces):            # only what may begin a stop is held back
             waits = "".join(taken)[len(shown):]
             assert not waits or any(stop.startswith(waits) for stop in stops) or shown == expected
     assert shown == expected
-    if expected != text:                        # and no piece is asked for that is not needed
+    if expected != text:                        # and no piece more than needed is asked for
         assert not any(stop in "".join(taken[:-1])[start:] for stop in stops)
 
 
@@ -399,7 +399,7 @@ def place(tmp_path_factory):
 @example([("resume", "", False), ("init-from", "x", True), ("demo", "", False)])
 @example([("seed", "9" * 40, True), ("num-epochs", "1000000000", True)])
 def test_any_flags_train_or_say_why_not(place, flags):
-    """Never a traceback, and nothing is left where training did not begin."""
+    """There is never a traceback, and nothing is left behind if training did not begin."""
     begun = []
 
     def begin(model, optimizer, train_set, val_set, state, run, args, stop):

@@ -34,7 +34,7 @@ def held(w, bits):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run's folder, of a model that has learned something, and its text."""
+    """The folder of a run whose model has learned something, and its text."""
     folder = tmp_path_factory.mktemp("trained")
     files = tiny.make_files(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -121,13 +121,13 @@ def test_perplexity_hardly_changes(trained, tmp_path, bits, share):
     code, out, err = command(quantize.main, folder, tmp_path / "small", "--bits", bits, "--text", text, name="quantize")
     assert (code, err) == (0, "")
     before, after = perplexity(folder, text), perplexity(tmp_path / "small", text)
-    assert before < 60 and after != before          # of 290 tokens: it has learned
+    assert before < 60 and after != before          # less than 290, the number of tokens: it has learned
     assert after == pytest.approx(before, rel=share)
     for value in (before, after):
         assert f"perplexity {value:,.4f}," in out
     sizes = [(path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "small")]
     assert all(f"{size / 1e6:10,.2f} MB on disk" in out for size in sizes)
-    assert sizes[1] < sizes[0] * {8: 0.45, 4: 0.35}[bits]       # the header takes its share of so small a file
+    assert sizes[1] < sizes[0] * {8: 0.45, 4: 0.35}[bits]       # the header is a large part of so small a file
     code, out, err = command(generate.main, tmp_path / "small", "--prompt", "the", "--temperature", 0,
                              "--max-new-tokens", 12, name="generate.py")
     assert code == 0 and len(out) > 10

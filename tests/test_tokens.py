@@ -20,7 +20,7 @@ from storage.tokens import load_tokenizer, vocab_size
     "a" * 3000, "x " + "the" * 1000 + " dog", " " * 3000 + "dog", "7" * 3000, "\r\n" * 1500, "e\u0301" * 1500,
     "dog" + "\u0301" * 3000 + "dog", "却" * 3000, "[MASK]" * 500])
 @every_kind
-def test_a_text_with_hardly_a_place_to_cut(kind, text, monkeypatch):
+def test_a_text_with_hardly_any_place_to_cut(kind, text, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK", 700)
     parts = tokens.encode_text(KINDS[kind], [text])
     assert [i for _, _, ids in parts for i in ids] == whole(text, KINDS[kind])

@@ -34,7 +34,7 @@ def test_ten_steps_have_the_losses_of_torch_and_transformers(tmp_path, weight_de
     torch, transformers = reference("torch"), reference("transformers")
     torch.set_num_threads(1)            # with more, such small products wait for each other on a busy machine
     model = NanoLLM(Config(50, 16, 2, 4, 2, 12, 24, tie_embeddings=tied), seed=3)
-    model.flat[:model.n_matrix] *= 8            # as initialised, the attention hardly matters
+    model.flat[:model.n_matrix] *= 8            # with the initial weights, attention hardly matters
     model.save(tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     settings = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6}
@@ -103,7 +103,7 @@ def test_without_gradients_only_the_decay_moves_weights():
 
 
 def test_the_boundary_between_matrices_and_vectors_may_fall_anywhere_in_a_sweep():
-    """More than one block of the sweep, the last matrix ending inside one."""
+    """The sweep has more than one block, and the last matrix ends inside one."""
     model = NanoLLM(Config(2100, 32, 1, 4, 2, 12, 24))
     assert model.flat.size > 2 << 16 and model.n_matrix % (1 << 12)
     model.flat[...] = 1
@@ -146,7 +146,7 @@ def test_the_command_line_takes_the_rates_of_the_schedule(files, tmp_path):
     assert column(tmp_path / "b", "learning_rate") == [0.01] * 8
     tiny.run(*files, "--num-epochs", 1, "--max-steps", 400, "--batch-size", 1, "--stride", 8, "--log-every", 1,
              "--artifact-dir", "c")
-    # the epoch ends first: 118 windows; a hundredth of the steps, 1, to warm up; a tenth of the rate at last
+    # the epoch ends first, after 118 windows; 1 % of the steps, 1, warms up; the last rate is a tenth
     assert column(tmp_path / "c", "learning_rate") == [learning_rate(s, 118, 0.01, 0.001, 1) for s in range(118)]
 
 
@@ -167,7 +167,7 @@ def test_gradients_are_scaled_down_to_the_norm_and_never_up(files, tmp_path, mon
     calls = recorded_steps(monkeypatch)
     tiny.run(*files, "--max-steps", 6, "--log-every", 1, "--clip-norm", 1.9, "--artifact-dir", "a")
     norms = [np.linalg.norm(g.astype(np.float64)) for _, _, g in calls]
-    np.testing.assert_allclose(column(tmp_path / "a", "grad_norm"), norms, rtol=1e-5)      # as it was before
+    np.testing.assert_allclose(column(tmp_path / "a", "grad_norm"), norms, rtol=1e-5)      # before clipping
     np.testing.assert_allclose([scale for _, scale, _ in calls], np.minimum(1, 1.9 / np.array(norms)), rtol=1e-5)
     assert min(norms) < 1.9 < max(norms)
     calls.clear()
@@ -210,7 +210,7 @@ def test_training_learns(files, tmp_path):
 
 # ---------------------------------------------------------------- what a run shows and writes
 
-def test_the_first_loss_is_shown_beside_ln_V_and_the_unigram_entropy(finished):
+def test_the_first_loss_is_shown_next_to_ln_V_and_the_unigram_entropy(finished):
     _, files, out = finished
     line = next(line for line in out.splitlines() if line.startswith("step 0:"))
     loss, ln_v, entropy = map(float, re.findall(r"\d+\.\d+", line))

@@ -1,10 +1,10 @@
-"""Kill training with SIGKILL at random moments and let it go on each time; it must end as if nothing had happened.
+"""Kill training with SIGKILL at random moments and resume it each time; it must end as if nothing had happened.
 
     python tests/tools/kill_train.py                  50 kills
     python tests/tools/kill_train.py --disk-full      30 times a limit on the size of files ends training (RLIMIT_FSIZE)
 
-Short runs save every third step. Whenever one has ended in spite of all, its folder must equal, byte for byte, that
-of a run nobody disturbed: weights, moments, every column of metrics.csv but the timings; then the next one begins.
+Short runs save every third step. Whenever one reaches its end, its folder must equal that of an undisturbed run
+byte for byte: weights, moments, every column of metrics.csv except the timings. Then the next one begins.
 """
 
 import argparse
@@ -33,7 +33,7 @@ FLAGS = ("--embedding-dim 8 --n-block 1 --n-head 2 --hidden-dim 8 --max-context 
 
 
 class Victim:
-    """A training process in folder `run`: begun, or gone on with if there is a checkpoint."""
+    """A training process in folder `run`: new, or resumed if there is a checkpoint."""
     steps = 700
 
     def __init__(self, folder, files, limit=None):
@@ -62,7 +62,7 @@ class Victim:
             pass
 
     def kill(self):
-        """In which phase SIGKILL struck, or "ended" if it came too late."""
+        """The phase in which SIGKILL struck, or "ended" if it came too late."""
         self.process.send_signal(signal.SIGKILL)
         _, err = self.process.communicate()
         if self.process.returncode != -signal.SIGKILL:
@@ -132,7 +132,7 @@ def fill(folder, files, times, rng):
         places[f"{place}, {'after' if saved else 'before'} the first checkpoint"] += 1
         for path in saved:
             check_sums(path)
-        victim = Victim(folder, files)                      # the disk has room again, until it is killed
+        victim = Victim(folder, files)                      # the disk has room again
         victim.wait_for_training()
         time.sleep(rng.uniform(0, 0.2))
         victim.kill()
@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--disk-full", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None     # fsync is free there; SIGKILL does not mind
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None     # fsync is free there
     began = time.monotonic()
     Victim.steps = 300 if args.disk_full else Victim.steps
     with tempfile.TemporaryDirectory(dir=memory) as name:

@@ -101,7 +101,7 @@ class Ids:
 # ---------------------------------------------------------------- tokenizers made by hand, to decode with
 
 def byte_fallback():
-    """As Llama's: words with a leading ▁, whatever else as bytes <0x..>; the first space is not shown."""
+    """Like Llama's: words with a leading ▁, everything else as bytes <0x..>; the first space is not shown."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     for word in ("▁", "a", "b", "c", "▁a", "ab", "▁ab"):
         vocab[word] = len(vocab)

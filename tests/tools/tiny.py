@@ -53,7 +53,7 @@ def make_files(folder):
 
 
 def make_cheap(monkeypatch):
-    """Leave out what takes long and is none of a test's business: waiting for the disk, and drawing."""
+    """Leave out what is slow and not tested here: waiting for the disk, and drawing."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(metrics, "draw_loss", lambda folder: None)
 
@@ -97,7 +97,7 @@ def snapshot(folder):
 
 
 def contents(folder):
-    """All that must be the same of two runs: every byte but the timings."""
+    """Everything that must be equal in two equal runs: every byte except the timings."""
     found = snapshot(folder)
     found.pop("loss.png", None)
     found["metrics.csv"] = rows(folder, TIMINGS)
@@ -180,7 +180,7 @@ def refused(call, *words):
         assert re.search(rf"(?<!\w){re.escape(word)}", message), f"{word!r} is not named in: {message}"
 
 
-# every pair of two values of these three, though not every three
+# every pair of values occurs, though not every combination of three
 every_shape = pytest.mark.parametrize("activation, n_kv_head, tied", [
     (activation, n_kv_head, i % 2 != j % 2)
     for i, activation in enumerate(ACTIVATIONS) for j, n_kv_head in enumerate((4, 2, 1))])
