@@ -1,10 +1,10 @@
 """Write a model in llama.cpp's file format:  python -m extras.export_gguf FOLDER FILE.gguf
 
-Needs the package `gguf`. The file holds the weights in float32, the hyper-parameters and the tokenizer.
+It needs the package `gguf`. The file holds the weights in float32, the hyperparameters and the tokenizer.
 
-llama.cpp's RoPE turns neighbours (2i, 2i+1), ours and Hugging Face's the halves (i, i + D/2). A dot product q · k does
-not care in which order its D terms come, as long as q and k agree: so within each head the rows of q and k are put in
-the order 0, D/2, 1, D/2 + 1, …, and the neighbours that llama.cpp turns are the pairs that the model was trained with.
+llama.cpp's RoPE rotates neighbours (2i, 2i + 1); ours rotates halves (i, i + D/2), as Hugging Face's does. A product
+q · k does not depend on the order of its D terms, as long as q and k have the same one. So within each head the rows of
+q and k get the order 0, D/2, 1, D/2 + 1, …: then llama.cpp rotates the pairs that the model was trained with.
 """
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 
 def interleave(w, heads):
-    """A q or k projection (heads · D, C) with each head's halves shuffled together: row i, i + D/2 -> 2i, 2i + 1."""
+    """A q or k projection (heads · D, C) with each head's halves interleaved: rows i, i + D/2 become 2i, 2i + 1."""
     return w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
 
 
@@ -48,10 +48,10 @@ def tensors(model):
 
 
 def vocabulary(tokenizer, size):
-    """{method of GGUFWriter: its argument} that describes the tokenizer. Raises InputError for a kind not implemented.
+    """{method of GGUFWriter: its argument} that describes the tokenizer. Raises InputError for other kinds than these.
 
-    llama.cpp has three that can be had here: byte-level BPE ("gpt2"), Llama's BPE over characters with bytes as a
-    fallback ("llama", where a token's score decides which merge comes first), and WordPiece ("bert").
+    Byte-level BPE ("gpt2" in llama.cpp), Llama's BPE over characters that falls back to bytes ("llama", where a token's
+    score decides which merge comes first), and WordPiece ("bert").
     """
     from gguf import TokenType
 
@@ -79,8 +79,7 @@ def vocabulary(tokenizer, size):
     elif kind == "BPE" and before.count('"ByteLevel"') == 1 and '"Split"' not in before:
         about |= {"add_tokenizer_pre": "gpt-2", "add_token_merges": [" ".join(pair) for pair in merges]}
     elif kind == "WordPiece" and model["continuing_subword_prefix"] == "##":
-        words = [w if types[i] != TokenType.NORMAL else w[2:] if w.startswith("##") else "\u2581" + w
-                 for i, w in enumerate(words)]
+        words = [_as_bert(word) if of == TokenType.NORMAL else word for word, of in zip(words, types, strict=True)]
         about |= {"add_tokenizer_model": "bert", "add_token_list": words, "add_add_sep_token": False,
                   **{f"add_{name}_token_id": tokenizer.token_to_id(f"[{name.upper()}]")
                      for name in ("sep", "pad", "mask") if tokenizer.token_to_id(f"[{name.upper()}]") is not None}}
@@ -90,8 +89,13 @@ def vocabulary(tokenizer, size):
     return about | ({} if unknown is None else {"add_unk_token_id": unknown})
 
 
+def _as_bert(word):
+    """WordPiece marks what continues a word; llama.cpp marks what begins one."""
+    return word[2:] if word.startswith("##") else "\u2581" + word
+
+
 def export(folder, path):
-    """Write FOLDER as the GGUF file `path`. Raises InputError for what llama.cpp's Llama cannot be."""
+    """Write the model in `folder` as the GGUF file `path`. Raises InputError if llama.cpp cannot run this model."""
     from gguf import GGUFWriter, LlamaFileType
 
     model, tokenizer, bos, eos = open_model(folder)

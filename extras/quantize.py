@@ -1,8 +1,8 @@
 """Make a model's matrices smaller:  python -m extras.quantize FOLDER OUT [--bits 8|4] [--text FILE]
 
-8 bits a weight with a scale for each row, or 4 with one for each 64 of a row; norms stay float32 (see quantized.py).
-generate.py and evaluate.py take the folder OUT as it is; it cannot be trained. With --text the perplexity on that text,
-one that the model has not seen, is told of both.
+A weight takes 8 bits, with a scale for each row, or 4 bits, with a scale for each 64 weights of a row. Norms stay
+float32 (see hardware/quantized.py). generate.py and evaluate.py take the folder OUT as it is; it cannot be trained.
+With --text, a text that the model has not seen, the perplexity of both models on it is printed.
 """
 import shutil
 from pathlib import Path
@@ -47,9 +47,9 @@ def write(out, source, model, bits):
 def main(argv=None):
     parser = cli.Parser(prog="quantize", description="Make a model's matrices smaller: 8 or 4 bits a weight.")
     parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; there must be none of that name")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist yet")
     parser.add("--bits", "8", ["8", "4"], "of a weight")
-    parser.add_argument("--text", metavar="FILE", help="tell the perplexity on this text, before and after")
+    parser.add_argument("--text", metavar="FILE", help="print the perplexity on this text, before and after")
     parser.add_device()
     args = parser.parse_args(argv)
     if args.device:

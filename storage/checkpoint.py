@@ -1,12 +1,13 @@
-"""A run's folder: written whole or not at all, and resumed exactly.
+"""A run's folder: what training writes, and how it resumes exactly where it stopped.
 
-    runs/llm/                   a Hugging Face model folder once training has ended
-        config.json  model.safetensors  generation_config.json  tokenizer.json  tokenizer_config.json
+    runs/llm/                   a model's folder once training has ended:
+        config.json  model.safetensors
+        tokenizer.json  tokenizer_config.json  generation_config.json       (a language model's)
         metrics.csv  loss.png
-        best/                   such a folder too, of the lowest validation loss
-        checkpoint-1200/        such a folder too, and with it what a resumed run needs:
+        best/                   a model's folder too, from the evaluation with the lowest loss
+        checkpoint-1200/        a model's folder too, with all that a resumed run needs:
             optimizer.safetensors   Adam's two moments
-            trainer.json            how far training is, and the command that made it
+            trainer.json            how far training is (State), and the command that began it
             SHA256SUMS              the hashes of all these files, as `sha256sum -c` reads them
 
 Every file and folder gets its name only when it is complete and on the disk (see `whole` in files.py). What a crash
@@ -48,7 +49,7 @@ def checkpoints(folder):
 
 
 def check_free(folder=None, default="runs/llm"):
-    """Raise InputError unless a new run can begin in `folder`, or beside the default; nothing is left there."""
+    """Raise InputError unless a new run can begin in `folder`, or next to the default. Leaves nothing there."""
     try:
         if folder is not None and holds_run(Path(folder)):
             raise InputError(f"{folder} already holds a run, and nothing is ever overwritten: "
@@ -97,8 +98,7 @@ def resume_command(folder):
 def held(folder):
     """Keep a run's folder for this process while it trains. Raises InputError if another process has it.
 
-    An error of the disk (it is full, or has become read-only) becomes an InputError too; the checkpoints that were
-    complete before still are.
+    If the disk is full or becomes read-only in that time, this raises InputError too; complete checkpoints stay.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -119,10 +119,10 @@ def held(folder):
 
 @dataclass
 class State:
-    """How far training is: with the weights and Adam's moments, all that decides how it goes on."""
+    """How far training is. With the weights and Adam's moments, this is all that decides how it continues."""
     step: int = 0
     epoch: float = 0.0
-    windows: int = 0                    # of the endless stream, consumed so far
+    windows: int = 0                    # samples consumed so far, of an endless stream
     loss_sum: float = 0.0               # of the steps since the last row of metrics.csv, and their number
     loss_count: int = 0
     best_loss: float | None = None      # the lowest validation loss, and the evaluations since then
@@ -180,8 +180,8 @@ class Run:
             self.write_model(folder, model)
 
     def write_checkpoint(self, model, optimizer, state, keep_last):
-        """Write checkpoint-STEP, complete, then remove all of this run but the last `keep_last` (at least 1)."""
-        sync(self.folder / "metrics.csv")           # the rows that a resumed run will build on
+        """Write checkpoint-STEP, then remove all but the last `keep_last` checkpoints (at least 1) of this run."""
+        sync(self.folder / "metrics.csv")           # the resumed run continues these rows
         with whole(self.folder / f"checkpoint-{state.step}") as folder:
             folder.mkdir()
             self.write_model(folder, model)
@@ -208,13 +208,15 @@ def newest_checkpoint(folder):
     try:
         check_sums(newest)
     except InputError as problem:
-        way = f"to go on from {older[-1]}, move {newest} away" if older else "no older checkpoint is left: begin anew"
+        way = "no older checkpoint is left: start a new run"
+        if older:
+            way = f"to continue from {older[-1]}, move {newest} away"
         raise InputError(f"--resume: {problem}; {way}") from None
     return newest
 
 
 def check_sums(checkpoint):
-    """Raise InputError, naming the file, unless all of a checkpoint's files are as they were written."""
+    """Raise InputError that names the file unless all of a checkpoint's files are as they were written."""
     path = checkpoint / "SHA256SUMS"
     try:
         sums = dict(reversed(line.split("  ", 1)) for line in path.read_text(encoding="utf-8").splitlines())
@@ -224,17 +226,17 @@ def check_sums(checkpoint):
         raise InputError(f"{path} is damaged") from None
     for name in sorted({"trainer.json", "optimizer.safetensors", "model.safetensors", "config.json"} | sums.keys()):
         if (checkpoint / name).is_symlink() or file_hash(checkpoint / name) != sums.get(name):
-            raise InputError(f"{checkpoint / name} is damaged, it is not what was written (see {path.name})")
+            raise InputError(f"{checkpoint / name} is damaged: it is not what was written (see {path.name})")
 
 
 def read_trainer(checkpoint):
-    """(State, about) of a checkpoint's trainer.json. Raises InputError naming the file and what is wrong in it."""
+    """(State, about) of a checkpoint's trainer.json. Raises InputError that names the file and what is wrong in it."""
     path = checkpoint / "trainer.json"
     about, values = read_json(path), {}
     for field in fields(State):
         value = about.pop(field.name, "missing")
         if not isinstance(value, field.type) or isinstance(value, bool) or not 0 <= (value or 0) < math.inf:
-            raise InputError(f"{path}: {field.name} is {value!r}")
+            raise InputError(f"{path}: {field.name} cannot be {value!r}")
         values[field.name] = value
     for name in ("command", "hashes"):
         if not isinstance(about.get(name), dict):
@@ -243,7 +245,7 @@ def read_trainer(checkpoint):
 
 
 def read_moments(checkpoint, optimizer):
-    """Read Adam's moments into the optimizer. Raises InputError naming the file."""
+    """Read Adam's moments into the optimizer. Raises InputError that names the file."""
     path = checkpoint / "optimizer.safetensors"
     try:
         with safe_open(path, framework="numpy") as file:

@@ -1,8 +1,9 @@
-"""A text's token ids, on disk: encoded once, in bounded memory, exactly as if the whole text were encoded at once.
+"""A text's token ids: encoded once, in bounded memory, and kept on disk.
 
     text --read_text--> blocks --cut_text--> chunks --encode_text--> ids --cached_tokens--> TokenFile
 
-A text may be larger than memory: it passes through in chunks, and its ids stay in a file that is mapped, never loaded.
+The ids equal those of the whole text encoded at once. The text may be larger than memory: it is read in chunks, and its
+ids are in a file that is mapped into memory, never loaded.
 """
 import codecs
 import contextlib
@@ -34,8 +35,9 @@ PARALLEL = 16           # chunks given to the tokenizers library together, so th
 # ---------------------------------------------------------------- tokenizer
 
 def load_tokenizer(path):
-    """The tokenizers.Tokenizer of a Hugging Face tokenizer.json, made to encode whole texts and always alike:
-    truncation, padding and BPE dropout that were saved in it are switched off. Raises InputError.
+    """The tokenizers.Tokenizer of a Hugging Face tokenizer.json. Raises InputError.
+
+    It will encode whole texts, always in the same way: truncation, padding and BPE dropout are switched off.
     """
     remedy = "give a Hugging Face tokenizer.json (the file, not a model's name)"
     try:
@@ -48,7 +50,7 @@ def load_tokenizer(path):
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:                      # the library raises nothing more precise
-        raise InputError(f"{path} is JSON but no tokenizer ({error}): {remedy}") from None
+        raise InputError(f"{path} is JSON but not a tokenizer ({error}): {remedy}") from None
     if not tokenizer.get_vocab():
         raise InputError(f"the tokenizer {path} has no tokens: train it first")
     tokenizer.no_truncation()
@@ -59,12 +61,12 @@ def load_tokenizer(path):
 
 
 def vocab_size(tokenizer):
-    """The largest id + 1: the rows of an embedding. There may be fewer tokens, as ids may have gaps."""
+    """The largest id + 1, the number of rows of an embedding. There may be fewer tokens, because ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def unknown_token(tokenizer):
-    """The text of the token that stands for whatever the tokenizer does not know, or None."""
+    """The text of the token for everything that the tokenizer does not know, or None."""
     model = json.loads(tokenizer.to_str())["model"]
     if model["type"] == "Unigram":                  # an index into its list of (text, score)
         return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
@@ -72,11 +74,11 @@ def unknown_token(tokenizer):
 
 
 def stream_text(tokenizer, ids):
-    """Yield the text of an iterator of ids piece by piece, together tokenizer.decode of them all.
+    """Yield the text of an iterator of ids piece by piece; all pieces together are tokenizer.decode of all ids.
 
-    A tokenizer that works on bytes spreads a character over several tokens and decodes a part of it as U+FFFD: such a
-    piece waits for its next token. What follows is decoded behind the last words, as it may depend on them (the first
-    word loses its space), but not behind all of them: that would take ever longer.
+    A tokenizer that works on bytes may spread a character over several tokens, and decodes a part of it as U+FFFD:
+    such a piece waits for its next token. A token is decoded together with the last words, because its text may depend
+    on them (the first word loses its space), but not with the whole text, which would take longer and longer.
     """
     window, shown, mark = [], "", 0             # window[mark:] came after a place where all characters were complete
     for token in ids:
@@ -98,7 +100,7 @@ def stream_text(tokenizer, ids):
 # ---------------------------------------------------------------- text -> chunks -> ids, in bounded memory
 
 def looks_like(sample):
-    """How bytes that are not UTF-8 are probably encoded, in iconv's words; None if they seem no text at all."""
+    """How bytes that are not UTF-8 are probably encoded, in iconv's words; None if they do not look like text."""
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
     if b"\0" in sample:
@@ -112,8 +114,9 @@ def looks_like(sample):
 
 
 def read_text(path, digest):
-    """Yield the characters of a UTF-8 text in blocks and feed its bytes to the digest; a byte-order mark is
-    dropped, line ends stay as they are. Raises InputError.
+    """Yield the characters of a UTF-8 text in blocks and feed its bytes to the digest. Raises InputError.
+
+    A byte-order mark is dropped; line ends stay as they are.
     """
     offset, rest = 0, b""
     try:
@@ -135,17 +138,17 @@ def read_text(path, digest):
         encoding = looks_like(error.object[error.object.rfind(b"\n", 0, error.start) + 1:])
         name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
         remedy = (f"looks like {encoding}: iconv -f {encoding} -t UTF-8 {name} > {new} converts it" if encoding
-                  else "looks like no text at all: give a text file")
+                  else "does not look like text: give a text file")
         raise InputError(f"the text {path} is not UTF-8 at byte {offset + error.start} and {remedy}") from None
 
 
 def find_cut(encode, text, first, last):
     """(cut, context ids) for a place to cut, first < cut <= last; None where there is none.
 
-    With k = CONTEXT: the ids of text[cut-k : cut] must begin those of text[cut-k : cut+k], so what stands left
-    of the cut is encoded alike whatever follows. (Newlines would not do: "\\n\\n" is one token in GPT-2's
-    vocabulary, and Llama's tokenizer puts a space before whatever comes first.) Ends of words are tried first.
-    Where either side has few ids, as in a long word or among accents that a normalizer strips, k shows too little.
+    With k = CONTEXT, the ids of text[cut-k : cut] must be the first of those of text[cut-k : cut+k]: then the text left
+    of the cut is encoded the same way whatever follows. (Newlines would not do: "\\n\\n" is one token in GPT-2's
+    vocabulary, and Llama's tokenizer puts a space before the first word.) Ends of words are tried first.
+    Where one side has few ids, as in a long word or among accents that a normalizer strips, this proves too little.
     """
     few = CONTEXT // 32
     places = range(last, max(first, last - TRIES), -1)
@@ -159,8 +162,8 @@ def find_cut(encode, text, first, last):
 
 
 def cut_text(encode, blocks):
-    """Yield (context, its ids, body): the bodies add up to the text, a context is what stands before a body."""
-    text, start, ids, last = "", 0, [], CHUNK       # text[:start] is the context of the chunk that grows
+    """Yield (context, its ids, body): the bodies add up to the text, a context is the text before a body."""
+    text, start, ids, last = "", 0, [], CHUNK       # text[:start] is the context of the chunk that is growing
     for block in blocks:
         text += block
         while last + CONTEXT <= len(text):
@@ -176,11 +179,11 @@ def cut_text(encode, blocks):
 
 
 def encode_text(tokenizer, blocks):
-    """Yield (context, body, ids of the body) for each chunk: together, the ids of the whole text encoded at once.
+    """Yield (context, body, ids of the body) for each chunk; all these ids are those of the whole text.
 
-    A chunk is encoded behind its context, whose ids are dropped again. That is right if the two chunks that
-    meet there agree on those ids: the right one on all, the left one on their second half, out of reach of where
-    the context happens to begin. Where they do not agree, they are encoded again as one chunk.
+    A chunk is encoded after its context, whose ids are then dropped. That is right if the two chunks that meet there
+    agree on those ids: the right one on all of them, the left one on their second half, which is out of reach of where
+    the context happens to begin. Two chunks that disagree are encoded again as one.
     No special tokens are inserted; those that the text spells out are kept.
     """
     def encode(text):
@@ -210,9 +213,9 @@ def encode_text(tokenizer, blocks):
 class TokenFile:
     """A text's ids in the cache, and where in the text they come from.
 
-    NAME.ids holds the bare ids; NAME.json their number and type, a CRC-32, how many are unknown, and for each
+    NAME.ids holds only the ids. NAME.json holds their number and type, a CRC-32, how many are unknown, and for each
     chunk [first id, first byte, first byte of its context]: 0.5 MB for a text of 1 GB. Bytes are counted from
-    behind a byte-order mark. Raises OSError, ValueError, KeyError or TypeError if the two are not intact.
+    after a byte-order mark. Raises OSError, ValueError, KeyError or TypeError if one of the files is damaged.
     """
     def __init__(self, path, text, tokenizer):
         about = json.loads(path.with_suffix(".json").read_bytes())
@@ -228,12 +231,13 @@ class TokenFile:
             raise ValueError(f"{path} does not hold the ids that were written")
 
     def ids(self, first, last):
-        """ids[first:last], mapped anew by each call: a map kept for long comes to hold the file in memory."""
+        """ids[first:last], mapped again by each call: a map kept for long ends up holding the file in memory."""
         return np.memmap(self.file, self.dtype, "r", first * self.dtype.itemsize, (last - first,))
 
     def byte(self, n):
-        """Where id n begins in the text: the first byte of its first character, a part of which may belong to
-        the id before, as a byte-level token may begin inside a character. Id 0 begins with the text.
+        """Where id n begins in the text: the first byte of its first character. Id 0 begins with the text.
+
+        A byte-level token may begin inside a character, a part of which then belongs to the id before.
         """
         if n in (0, self.n_token):
             return self.n_byte if n else 0
@@ -248,7 +252,7 @@ class TokenFile:
 
 
 def cache_folder():
-    """NANOLLM_CACHE if set, else nanollm in the platform's folder for what can be made again."""
+    """NANOLLM_CACHE if it is set, otherwise `nanollm` in the platform's folder for caches."""
     if folder := os.environ.get("NANOLLM_CACHE"):
         return Path(folder)
     if sys.platform == "win32":
@@ -265,7 +269,7 @@ def refuse_short(what, n_token, seq_len):
 
 
 def write_tokens(path, text, tokenizer, digest, seq_len):
-    """Encode a text into NAME.ids and NAME.json; shows how far it is, in a bar or in a line every 5 seconds."""
+    """Encode a text into NAME.ids and NAME.json. A bar, or a line every 5 seconds, shows the progress."""
     dtype = np.dtype(np.uint16 if vocab_size(tokenizer) <= 1 << 16 else np.uint32)
     unknown = unknown_token(tokenizer)
     n_token = n_byte = n_unknown = crc = 0
@@ -277,7 +281,7 @@ def write_tokens(path, text, tokenizer, digest, seq_len):
             file.write(data)
             crc = zlib.crc32(data, crc)
             chunks.append((n_token, n_byte, n_byte - len(context.encode())))
-            if unknown:                             # where the text itself spells it out, it is known
+            if unknown:                             # one that the text itself spells out is known
                 n_unknown += ids.count(tokenizer.token_to_id(unknown)) - body.count(unknown)
             n_token += len(ids)
             n_byte += len(body.encode())
@@ -294,8 +298,9 @@ def write_tokens(path, text, tokenizer, digest, seq_len):
 
 
 def cached_tokens(text, tokenizer, seq_len):
-    """The TokenFile of a text: from the cache, or encoded now where it is missing or damaged. It is named by a
-    hash of the text, the tokenizer and the library's version. Raises InputError, and then nothing was written.
+    """The TokenFile of a text: from the cache, or encoded now if it is missing or damaged.
+
+    A hash of the text, the tokenizer and the library's version names it. Raises InputError; then nothing was written.
     """
     recipe = hashlib.sha256(f"nanollm tokens 1, {tokenizers.__version__}, {tokenizer.to_str()}".encode())
     digest, n_character = recipe.copy(), 0
@@ -314,6 +319,6 @@ def cached_tokens(text, tokenizer, seq_len):
         raise InputError(f"cannot write the token cache {path.parent} ({error.strerror}): "
                          "set NANOLLM_CACHE to a folder that can be written and has room") from None
     except Exception as error:
-        if type(error) is not Exception:            # the library's own; for one, a vocabulary without its unk_token
+        if type(error) is not Exception:            # the library's own, such as for a vocabulary without its unk_token
             raise
         raise InputError(f"the tokenizer cannot encode {text}: {error}") from None

@@ -681,7 +681,7 @@ def test_a_damaged_file_is_named_and_the_way_back_too(halfway, name, how):
         return
     assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("train.py: --resume: ")
     assert "checkpoint-10/" in err if name == "SHA256SUMS" else f"checkpoint-10/{name}" in err
-    assert f"to go on from {halfway}/checkpoint-5, move {halfway}/checkpoint-10 away" in err
+    assert f"to continue from {halfway}/checkpoint-5, move {halfway}/checkpoint-10 away" in err
     assert snapshot(halfway) == before
 
 

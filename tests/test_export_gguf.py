@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from conftest import reference
+from tiny import snapshot
 
 gguf = reference("gguf")
 
@@ -120,16 +121,34 @@ def test_the_tokenizer_goes_along(tmp_path, make, kind):
         assert [scores[vocab[w]] for w in by_id] == [-float(i) for i in range(len(by_id))]
 
 
+def refused(call, place, words):
+    """call() raises InputError, and everything in the folder `place` is as before."""
+    before = snapshot(place)
+    with pytest.raises(InputError, match=words):
+        call()
+    assert snapshot(place) == before
+
+
 def test_refusals(tmp_path):
     _, folder = folder_of(tmp_path, byte_level(), activation="gelu")
-    with pytest.raises(InputError, match="gelu"):
-        export_gguf.export(folder, tmp_path / "m.gguf")
+    refused(lambda: export_gguf.export(folder, tmp_path / "m.gguf"), tmp_path, "gelu")
     characters = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     _, folder = folder_of(tmp_path, characters)
-    with pytest.raises(InputError, match="WordLevel"):
-        export_gguf.export(folder, tmp_path / "m.gguf")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    refused(lambda: export_gguf.export(folder, tmp_path / "m.gguf"), tmp_path, "WordLevel")
     (tmp_path / "there").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("there", "link"):
+        refused(lambda name=name: export_gguf.main([str(folder), str(tmp_path / name)]), tmp_path, "overwritten")
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    _, folder = folder_of(tmp_path, byte_level())
+    tensors = export_gguf.tensors
+
+    def another_process(model):
+        (tmp_path / "m.gguf").write_text("theirs")
+        return tensors(model)
+    monkeypatch.setattr(export_gguf, "tensors", another_process)
     with pytest.raises(InputError, match="overwritten"):
-        export_gguf.main([str(folder), str(tmp_path / "there")])
-    assert (tmp_path / "there").read_text() == "mine"
+        export_gguf.export(folder, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_text() == "theirs" and not list(tmp_path.glob(".*"))

@@ -171,7 +171,7 @@ GB = "却说那孙悟空一个筋斗云，去了十万八千里。".encode("gb18
     (b"abc\n" * 100_000 + GB, r"not UTF-8 at byte 400004 and looks like GB18030: iconv -f GB18030 .*text.txt > "),
     ("bon caf\xe9, d\xe9j\xe0 vu".encode("latin-1"), r"not UTF-8 at byte 7 and looks like ISO-8859-1: iconv "),
     ("hello".encode("utf-16"), r"not UTF-8 at byte 0 and looks like UTF-16: iconv"),
-    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"not UTF-8 at byte 0 and looks like no text at all"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"not UTF-8 at byte 0 and does not look like text"),
     ("the dog é".encode()[:-1], r"ends inside a character, at byte 8: "),
     ("ab", r"text.txt has 2 tokens, and one window needs 9 \(seq_len \+ 1\)")])
 def test_bad_texts(make, cache_folder, text, message):
@@ -203,8 +203,9 @@ def test_a_text_that_changes_while_it_is_read(make, monkeypatch, cache_folder, t
 
 
 @pytest.mark.parametrize("content, message", [
-    ("not json", "is not JSON"), ("", "is not JSON"), (b"\xff\xfe\0", "is not JSON"), ("{}", "JSON but no tokenizer"),
-    ('{"model_type": "llama"}', "JSON but no tokenizer"), ("[1, 2]", "JSON but no tokenizer"),
+    ("not json", "is not JSON"), ("", "is not JSON"), (b"\xff\xfe\0", "is not JSON"),
+    ("{}", "JSON but not a tokenizer"),
+    ('{"model_type": "llama"}', "JSON but not a tokenizer"), ("[1, 2]", "JSON but not a tokenizer"),
     (Tokenizer(models.BPE()).to_str(), "has no tokens")])
 def test_bad_tokenizers(tmp_path, content, message):
     path = tmp_path / "tokenizer.json"
