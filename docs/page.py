@@ -39,7 +39,8 @@ LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 SIGNS = {"-": "−", "*": "∗", "'": "′", "'s": "’s", "->": "→", ">=": "≥", "<=": "≤", "sum": "∑"}
 UPRIGHT = {"sin", "cos", "exp", "log", "sum", "mean", "max"}
 MATH = re.compile(
-    r"(?:\^|\*\*)(?:\((?P<power>[^()]*)\)|(?P<letter>[^\W_]))"                  # θ^(-2i/D), x**p
+    r"(?P<word>[a-z]{2,}_[a-z]{3,})"                                            # row_dot, dx_block
+    r"|(?:\^|\*\*)(?:\((?P<power>[^()]*)\)|(?P<letter>[^\W_]))"                  # θ^(-2i/D), x**p
     r"|_(?:\{(?P<index>[^}]*)\}|(?P<letters>[A-Za-zα-ω\d]+))"                   # x_{i+D/2}, x_i
     f"|(?P<raised>[{''.join(RAISED)}]+)|(?P<lowered>[{''.join(LOWERED)}]+)"     # x², β₁
     r"|(?P<number>\d[\d.]*(?:e-?\d+)?)|(?P<sign>->|>=|<=|'s\b|[-*']|sum(?=_\w\b))|(?P<name>[A-Za-zα-ω]+\u0302?)")
@@ -72,6 +73,10 @@ def typeset(text, names):
             return f"<sub>{typeset(''.join(LOWERED.get(x, x) for x in part), {*names, part})}</sub>"
         if kind == "number":
             return part.replace("-", "−")
+        if kind == "word":
+            name, index = part.split("_")
+            index = f"<sub>{typeset(index, {*names, index})}</sub>"
+            return f"<i>{name}</i>{index}" if is_variable(name, names) else f"<code>{part}</code>"
         if kind == "sign":
             return SIGNS[part]
         return f"<i>{part}</i>" if is_variable(part.rstrip("\u0302"), names) else part
@@ -202,7 +207,7 @@ class Chapter:
                 out.append(plain(lines[:n]))
             elif lines[0]:
                 while n < len(lines) and lines[n] and lines[n].startswith(" ") == indented and (
-                        indented or lines[n - 1][-1] != "." or len(lines[n - 1] + lines[n].split()[0]) >= 110):
+                        indented or lines[n - 1][-1] != "." or len(lines[n - 1] + lines[n].split()[0]) >= 95):
                     n += 1              # (a line that ends early, with a full stop, ends a paragraph)
                 out.append(self.formulas(lines[:n], names) if indented else
                            f"<p>{self.inline(' '.join(lines[:n]), names)}</p>")
@@ -261,9 +266,9 @@ class Chapter:
             found = re.findall(r"(?<!\w)[a-z]{2,}(?!\w)", part)
             return sum(word not in UPRIGHT and not is_variable(word, names) for word in found)
 
-        remarks = []
+        remarks, table = [], len(lines) > 2 and all(re.fullmatch(r"[\w(), ]+  (?!.*  )[^#= ].*", x) for x in lines)
         for i, line in enumerate(lines):
-            found = re.search(r"  +(?:# (.*)|((?!=)(?:(?!  ).)*))$", line)
+            found = not table and re.search(r"  +(?:# (.*)|((?!=)(?:(?!  ).)*))$", line)
             last = (found[1] or found[2]) if found else ""
             remarks.append(last if found and (found[1] or words(last) > 1) else "")
             lines[i] = line[:found.start()] if remarks[i] else line

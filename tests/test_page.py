@@ -104,6 +104,7 @@ def test_no_line_and_no_word_of_a_file_is_lost(file):
     ("dw = doutᵀ @ x", "<i>dw</i> = <i>dout</i><sup><i>T</i></sup> @ <i>x</i>"),
     ("log sum_j exp(s_j) >= 1e-5", "log ∑<sub><i>j</i></sub> exp(<i>s</i><sub><i>j</i></sub>) ≥ 1e−5"),
     ("a'(x) < b's", "<i>a</i>′(<i>x</i>) &lt; <i>b</i>’s"),
+    ("row_dot(a) = dx_block", "<code>row_dot</code>(<i>a</i>) = <i>dx</i><sub><i>block</i></sub>"),
 ])
 def test_formulas(formula, expected):
     assert page.typeset(formula, {"out"}) == expected
@@ -116,6 +117,13 @@ def test_columns_stay_aligned_and_remarks_go_below(chapter):
         '<div><div style="grid-column:1/2"><span>dxi</span></div>'
         '<div style="grid-column:2/-1"><span>= r dni</span></div><div class="n">a remark</div></div>'
         '<div><div style="grid-column:2/-1"><span>= r · ni</span></div></div></div>')
+
+
+def test_a_list_of_names_keeps_its_two_columns(chapter):
+    lines = ["    xp           NumPy or CuPy", "    sweep(f, n)  calls f with slices that cover range(n)",
+             "    fuse         marks a formula that becomes one kernel"]
+    assert 'class="n"' not in chapter.formulas(lines, set())
+    assert 'class="n"' in chapter.formulas([*lines, "    a = b  is a formula with a remark"], set())
 
 
 ONE = '''"""About it."""
