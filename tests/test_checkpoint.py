@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import reference
+from kinds import byte_fallback
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tiny import (
@@ -32,7 +33,7 @@ from tiny import (
     snapshot,
     stop_at,
 )
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import processors
 
 import data
 import generate
@@ -791,26 +792,12 @@ def transformers():
     return reference("transformers")
 
 
-def sentencepiece_like():
-    """A tokenizer like Llama's: <s> begins a text, spaces are ▁, unknown characters become bytes."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    for word in ("▁", "t", "h", "e", "c", "a", "▁t", "he", "▁the", "▁c", "at", "▁cat"):
-        vocab[word] = len(vocab)
-    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "c"), ("a", "t"), ("▁c", "at")]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
-    return tokenizer
-
-
 @pytest.fixture
 def llama(tmp_path):
     """A Llama-type folder made elsewhere, whose texts begin with <s>."""
     folder = tmp_path / "llama"
-    tokenizer = sentencepiece_like()
+    tokenizer = byte_fallback("theca", ("▁ t", "h e", "▁t he", "▁ c", "a t", "▁c at"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     config = Config(271, 16, 1, 2, 1, 8, 24, eps=1e-5, tie_embeddings=True)
     NanoLLM(config, seed=5).save(folder, bos_token_id=1, eos_token_id=2)
     tokenizer.save(str(folder / "tokenizer.json"))

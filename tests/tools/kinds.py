@@ -100,12 +100,11 @@ class Ids:
 
 # ---------------------------------------------------------------- tokenizers made by hand, to decode with
 
-def byte_fallback():
+def byte_fallback(letters="abc", merges=("▁ a", "a b", "▁a b")):
     """Like Llama's: words with a leading ▁, everything else as bytes <0x..>; the first space is not shown."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    for word in ("▁", "a", "b", "c", "▁a", "ab", "▁ab"):
-        vocab[word] = len(vocab)
-    merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+    merges = [tuple(pair.split()) for pair in merges]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters, *map("".join, merges)]
+    vocab = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
