@@ -2,10 +2,10 @@
 
 The text goes to stdout as it comes, everything else to stderr.
 
-A model sees at most max_context tokens, as many as it was made for. The text may be longer, and the prompt too: when a
-token more comes than fit, the oldest half of the context is forgotten and the rest read again (`NanoLLM.generate`).
+A model sees at most max_context tokens, the number it was made for. The text may be longer, and the prompt too: when
+one token more comes than fit, the oldest half of the context is dropped and the rest is read again (see
+`NanoLLM.generate`).
 """
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -14,11 +14,10 @@ import numpy as np
 
 from console import cli
 from console.cli import number
-from hardware import device
 from nanollm import NanoLLM
 from storage.checkpoint import checkpoints, resume_command
 from storage.files import InputError, read_json
-from storage.tokens import load_tokenizer, stream_text, vocab_size
+from storage.tokens import Decoder, load_tokenizer, vocab_size
 
 
 def open_model(folder):
@@ -27,60 +26,102 @@ def open_model(folder):
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one that training or transformers has written")
     if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
-        ready = [folder / "best"] * (folder / "best").exists() + checkpoints(folder)[::-1]
-        raise InputError(f"{folder} has no model yet, its training has not ended: "
-                         + (f"use {ready[0]}" if ready else f"go on with {resume_command(folder)}"))
+        ready = [path for path in (folder / "best", *reversed(checkpoints(folder))) if path.exists()]
+        remedy = f"use {ready[0]}" if ready else f"continue it with {resume_command(folder)}"
+        raise InputError(f"{folder} has no model yet, its training has not ended: {remedy}")
     model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
     if vocab_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, the model only "
                          f"{model.config.vocab_size}")
     config = read_json(folder / "config.json")
     bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    for token in [*eos, *([] if bos is None else [bos])]:
+    eos = [token for token in (eos if isinstance(eos, list) else [eos]) if token is not None]
+    for token in eos if bos is None else [bos, *eos]:
         if type(token) is not int or not 0 <= token < model.config.vocab_size:
-            raise InputError(f"{folder / 'config.json'}: {token!r} is no token id of this model")
+            raise InputError(f"{folder / 'config.json'}: {token!r} is not a token id of this model")
     return model, tokenizer, bos, eos
 
 
-def until_stop(pieces, stops, start=0):
-    """Yield the text of `pieces` until the first of the strings `stops` is complete, of which nothing is shown; the
-    first `start` characters are not searched. Text at the end that may be the beginning of a stop waits for the next
-    piece. However the text is cut into pieces, the result is the same.
+class Text:
+    """One text as it comes. What can be shown is in `ready`; whoever shows it empties it.
+
+    The text ends before the first of the strings `stops` that it completes; only what comes after the prompt is
+    searched. Text at the end that may be the beginning of a stop string is held back until the next token decides.
+    However the text is cut into pieces, the result is the same.
     """
-    held = ""
-    for piece in pieces:
-        free, held = piece[:start], held + piece[start:]
-        start -= len(free)
-        found = [(held.index(stop) + len(stop), -len(stop)) for stop in stops if stop in held]
-        if found:
-            end, length = min(found)            # complete first; of two that end there the longer
-            yield free + held[:end + length]
+    def __init__(self, decoder, prompt=(), stops=(), eos=()):
+        self.decoder, self.stops, self.eos = decoder, stops, eos
+        self.ready, self.held, self.ended, self.n_token = "".join(map(decoder.add, prompt)), "", False, 0
+
+    def add(self, token):
+        """The model's next token; after the end it means nothing."""
+        if self.ended:
             return
-        waits = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        yield free + held[:len(held) - waits]
-        held = held[len(held) - waits:]
-    yield held
+        self.n_token += 1
+        if token in self.eos:
+            self.end()
+        else:
+            self.search(self.decoder.add(token))
+
+    def end(self):
+        """No more tokens come."""
+        if not self.ended:
+            self.search(self.decoder.rest())
+            self.ready, self.held, self.ended = self.ready + self.held, "", True
+
+    def search(self, piece):
+        """Take the next piece of the text: show it, hold it back, or end before a stop string."""
+        self.held += piece
+        found = [(self.held.index(stop) + len(stop), -len(stop)) for stop in self.stops if stop in self.held]
+        if found:
+            end, length = min(found)            # the first that is complete; of two that end there the longer
+            self.ready, self.held, self.ended = self.ready + self.held[:end + length], "", True
+            return
+        waits = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        shown = len(self.held) - waits
+        self.ready, self.held = self.ready + self.held[:shown], self.held[shown:]
 
 
-def speed(n_prompt, n_sample, n_new, times):
-    """A line on how fast it was; times: when it began, and when each step's tokens, one a sample, were there."""
-    reading, writing = times[1] - times[0], times[-1] - times[1]
-    line = f"{n_prompt:,} prompt tokens read in {reading:.2f} s, {n_new:,} new ones written"
-    return line + (f" at {(n_new - n_sample) / writing:,.0f} tokens/s" if writing else "")    # the first: by reading
+def show(texts, turn):
+    """Print what is ready of text number `turn`, and of those after it as far as the ones before have ended; return
+    the number of the text that is next.
+    """
+    while True:
+        print(texts[turn].ready, end="", flush=True)
+        texts[turn].ready = ""
+        if not texts[turn].ended or turn + 1 == len(texts):
+            return turn
+        turn += 1
+        print("\n---")
 
 
-def main(argv=None):
-    parser = cli.Parser(prog="generate.py", description="Let a model write. Prompt and text may be longer than the "
-                        "model's max_context: when a token more comes than fit, the oldest half of the context is "
-                        "forgotten and the rest read again.")
+def sample_text(model, tokenizer, prompt, dataset, seed, length=60):
+    """The prompt, by default the dataset's first words, and how the model continues it: what train.py shows."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
+    ids = ids or dataset.tokens[:8].tolist()
+    ids += model.generate(ids, length, temperature=0.8, top_p=0.95, seed=seed)
+    return tokenizer.decode(ids).strip("\ufffd")            # characters that are cut in the middle
+
+
+def speed(n_prompt, n_sample, n_new, began, read, ended):
+    """A line on how fast it was, from the times at the beginning and with the first and the last token of each text."""
+    line = f"{n_prompt:,} prompt tokens read in {read - began:.2f} s, {n_new:,} new ones written"
+    if ended == read:
+        return line
+    return f"{line} at {(n_new - n_sample) / (ended - read):,.0f} tokens/s"     # reading gave the first
+
+
+def command_line():
+    parser = cli.Parser(prog="generate.py", description="Let a model write. The prompt and the text may be longer than "
+                        "the model's max_context: when one token more comes than fit, the oldest half of the context "
+                        "is dropped and the rest is read again.")
     parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
     parser.add("--prompt", "", cli.text, "what the text begins with")
     parser.add("--max-new-tokens", 200, number(int, 1), "how many tokens to add at most")
     parser.add_argument("--stop", metavar="TEXT", type=cli.text, action="append", default=[],
                         help="end before this text, should the model write it; may be given several times")
-    parser.add("--num-samples", 1, number(int, 1, 1000), "so many texts from one prompt, written together and shown "
-               "one after the other, with a line --- between them")
+    parser.add("--num-samples", 1, number(int, 1, 1000), "number of texts from one prompt; they are written together "
+               "and shown one after the other, with a line --- between them")
     parser.add("--temperature", 0.8, number(float, 0), "0: always the likeliest token")
     parser.add("--top-k", None, number(int, 1), "choose among the k likeliest tokens only")
     parser.add("--top-p", 0.95, number(float, 0, 1, open_low=True),
@@ -88,42 +129,35 @@ def main(argv=None):
     parser.add("--seed", None, number(int, 0), "the same seed gives the same text, for the same number of samples; by "
                "default it varies")
     parser.add_device()
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = command_line().read(argv)
     if "" in args.stop:
         raise InputError("--stop: an empty text would end every text at once; give at least one character")
-    if args.device:
-        device.use(args.device)
     model, tokenizer, bos, eos = open_model(args.folder)
     prompt = ([] if bos is None else [bos]) + tokenizer.encode(args.prompt, add_special_tokens=False).ids
     if not prompt:
         raise InputError("this model has no token to begin a text with: give the beginning with --prompt TEXT")
     sys.stdout.reconfigure(encoding="utf-8")
-    new = model.generate(np.tile(prompt, (args.num_samples, 1)), args.max_new_tokens, args.temperature, args.top_k,
-                         args.top_p, args.seed, eos)
-    times, count = [time.perf_counter()], 0
-
-    def clocked(steps):
-        for tokens in steps:
-            times.append(time.perf_counter())
-            yield tokens
-
-    def row(steps, i):
-        nonlocal count
-        for tokens in steps:
-            count += 1
-            if tokens[i] in eos:
-                return
-            yield int(tokens[i])
-    given = len("".join(stream_text(tokenizer, prompt)))
-    for i, steps in enumerate(itertools.tee(clocked(new), args.num_samples)):   # no row goes further than it is read
-        if i:
-            print("---")
-        pieces = stream_text(tokenizer, itertools.chain(prompt, row(steps, i)))
-        for piece in until_stop(pieces, args.stop, given):
-            print(piece, end="", flush=True)
-        print()
+    texts = [Text(Decoder(tokenizer), prompt, args.stop, eos) for _ in range(args.num_samples)]
+    times, turn = [time.perf_counter()], show(texts, 0)
+    for tokens in model.generate(np.tile(prompt, (args.num_samples, 1)), args.max_new_tokens, args.temperature,
+                                 args.top_k, args.top_p, args.seed, eos):
+        times.append(time.perf_counter())
+        for text, token in zip(texts, tokens.tolist(), strict=True):
+            text.add(token)
+        turn = show(texts, turn)
+        if all(text.ended for text in texts):
+            break
+    for text in texts:
+        text.end()
+    show(texts, turn)
+    print()
     if sys.stderr.isatty():
-        print(speed(len(prompt), args.num_samples, count, times), file=sys.stderr)
+        n_new = sum(text.n_token for text in texts)
+        print(speed(len(prompt), args.num_samples, n_new, times[0], times[1], times[-1]), file=sys.stderr)
     return 0
 
 

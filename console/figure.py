@@ -1,7 +1,6 @@
 """The picture of an evaluation: the loss by position in the context; below it the text, coloured token by token."""
 import itertools
 import math
-import operator
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from storage.files import InputError, whole
-from storage.tokens import stream_text, vocab_size
+from storage.tokens import Decoder, vocab_size
 
 TOKENS = 1000                                   # at most so many are shown
 COLUMNS, ROWS = 84, 26                          # of the text, in characters of
@@ -71,10 +70,14 @@ def pieces(tokenizer, ids):
     """[(text, n), …]: the text of ids, each piece with the number of tokens that it takes: the tokens over which a
     character is spread make one piece. Characters that are not complete at the end are left out.
     """
-    found, rest, left = [], iter(ids), len(ids)
-    for text in stream_text(tokenizer, rest):
-        found.append((text, left - operator.length_hint(rest)))
-        left = operator.length_hint(rest)
+    decoder, found, n = Decoder(tokenizer), [], 0
+    for token in ids:
+        n += 1
+        if text := decoder.add(token):
+            found.append((text, n))
+            n = 0
+    if text := decoder.rest():
+        found.append((text, n))
     return found
 
 

@@ -73,28 +73,32 @@ def unknown_token(tokenizer):
     return model["unk_token"]
 
 
-def stream_text(tokenizer, ids):
-    """Yield the text of an iterator of ids piece by piece; all pieces together are tokenizer.decode of all ids.
+class Decoder:
+    """The text of ids that come one by one; all pieces together are tokenizer.decode of all ids.
 
     A tokenizer that works on bytes may spread a character over several tokens, and decodes a part of it as U+FFFD:
     such a piece waits for its next token. A token is decoded together with the last words, because its text may depend
     on them (the first word loses its space), but not with the whole text, which would take longer and longer.
     """
-    window, shown, mark = [], "", 0             # window[mark:] came after a place where all characters were complete
-    for token in ids:
-        window.append(token)
-        text = tokenizer.decode(window)
+    def __init__(self, tokenizer):
+        self.tokenizer, self.window, self.shown = tokenizer, [], ""
+        self.mark = 0           # window[mark:] came after a place where all characters were complete
+
+    def add(self, token):
+        """The text that is complete with this id, "" where a character is not."""
+        self.window.append(token)
+        text = self.tokenizer.decode(self.window)
         if text.endswith("\ufffd"):
-            continue
-        if len(text) > len(shown):
-            yield text[len(shown):]
-        shown = text
-        if len(window) >= mark + 32:
-            window = window[mark:]
-            shown, mark = tokenizer.decode(window), len(window)
-    rest = tokenizer.decode(window).rstrip("\ufffd")        # the last token may end one character and begin the next
-    if len(rest) > len(shown):
-        yield rest[len(shown):]
+            return ""
+        new, self.shown = text[len(self.shown):], text
+        if len(self.window) >= self.mark + 32:
+            self.window = self.window[self.mark:]
+            self.shown, self.mark = self.tokenizer.decode(self.window), len(self.window)
+        return new
+
+    def rest(self):
+        """What is left at the end: the last token may complete one character and begin the next."""
+        return self.tokenizer.decode(self.window).rstrip("\ufffd")[len(self.shown):]
 
 
 # ---------------------------------------------------------------- text -> chunks -> ids, in bounded memory

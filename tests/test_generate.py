@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from kinds import decoding
+from kinds import decoding, streamed
 from tiny import command, lively, logits_of, make_tokenizer, random_ids, refused, small
 
 import evaluate
@@ -288,14 +288,14 @@ def test_text_comes_as_soon_as_a_character_is_complete():
     tokenizer, shown = decoding()["byte-level"], []
     ids = tokenizer.encode("a却👍").ids
     for n in range(1, len(ids) + 1):
-        shown.append("".join(generate.stream_text(tokenizer, ids[:n])))
+        shown.append("".join(streamed(tokenizer, ids[:n])))
     assert shown[0] == "a" and shown[-1] == "a却👍" and set(shown) == {"a", "a却", "a却👍"}
 
 
 def test_the_last_character_is_shown_although_its_token_begins_another():
     words = [b"a\xc2", b"\xa9\xe5"]
     in_bytes = SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"))
-    assert "".join(generate.stream_text(in_bytes, [0, 1])) == "a©"
+    assert "".join(streamed(in_bytes, [0, 1])) == "a©"
 
 
 def test_streaming_takes_time_in_proportion():
@@ -306,7 +306,7 @@ def test_streaming_takes_time_in_proportion():
             Counting.seen += len(ids)
             return decoding()["byte-level"].decode(ids)
     ids = decoding()["byte-level"].encode("the cat sat on the mat. 却" * 200).ids
-    text = "".join(generate.stream_text(Counting(), ids))
+    text = "".join(streamed(Counting(), ids))
     assert text == decoding()["byte-level"].decode(ids) and Counting.seen < 80 * len(ids)
 
 
@@ -414,7 +414,8 @@ def test_samples_are_the_rows_of_one_batch(finished):
 def test_each_sample_ends_by_itself(with_bos, monkeypatch):
     a, b, c = (load_tokenizer(with_bos / "tokenizer.json").encode(letter).ids[0] for letter in "abc")
     steps, read = np.array([[a, b, c, a], [2, b, a, a], [2, c, b, b], [2, a, c, c], [2, b, 1, b], [2, b, 1, b]]), []
-    monkeypatch.setattr(NanoLLM, "generate", lambda *_: (read.append(step) or step for step in steps))
+    monkeypatch.setattr(NanoLLM, "generate", lambda self, ids, *_: (
+        read.append(step) or step[:len(ids)] for step in steps))
     code, out, err = command(generate.main, with_bos, "--num-samples", 4, "--stop", "bca", "--prompt", "x")
     assert (code, err) == (0, "") and out == "xa\n---\nxb\n---\nxcabc\n---\nxaabcbb\n" and len(read) == 6
     read.clear()

@@ -13,7 +13,7 @@ pytest.importorskip("hypothesis")       # requirements-dev.txt has it
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kinds import CORPUS, KINDS, Ids, decoding, every_kind, whole
+from kinds import CORPUS, KINDS, Ids, decoding, every_kind, streamed, whole
 from test_checkpoint import FILES
 from test_generate import cut_at, expected_distribution
 from tiny import GOOD, command, lively, logits_of, make_text, make_tokenizer
@@ -275,7 +275,7 @@ def test_the_rate_stays_between_its_ends_and_never_rises_after_the_warm_up(steps
 def test_text_streams_whole_characters(kind, text):
     tokenizer = decoding()[kind]
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    pieces = list(generate.stream_text(tokenizer, iter(ids)))
+    pieces = streamed(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids)
     assert all(piece and "\ufffd" not in piece for piece in pieces)
 
@@ -289,7 +289,7 @@ def test_whatever_a_model_says_can_be_streamed(kind, data):
     ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=90))
     if kind == "byte fallback":         # one wrong byte makes it take back a whole run of bytes, some of them shown
         ids = [i for i in ids if not 3 <= i < 3 + 128]
-    text, whole = "".join(generate.stream_text(tokenizer, ids)), tokenizer.decode(ids)
+    text, whole = "".join(streamed(tokenizer, ids)), tokenizer.decode(ids)
     if kind == "byte fallback":
         text, whole = (re.sub("[^abc ]", "", one) for one in (text, whole))
     assert text == whole.rstrip("\ufffd")
@@ -297,22 +297,44 @@ def test_whatever_a_model_says_can_be_streamed(kind, data):
 
 # ---------------------------------------------------------------- stop strings
 
+class Pieces:
+    """Stands for a Decoder: each "token" is its own text."""
+    def add(self, piece):
+        return piece
+
+    def rest(self):
+        return ""
+
+
+def pieces_after(pieces, start):
+    """These pieces without the first `start` characters."""
+    for piece in pieces:
+        if start < len(piece):
+            break
+        start, pieces = start - len(piece), pieces[1:]
+    return [pieces[0][start:], *pieces[1:]] if pieces else []
+
+
 @given(st.lists(st.text("ab", max_size=4), max_size=9), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
        st.integers(0, 6))
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_text_ends_before_a_stop_string_however_it_comes(pieces, stops, start):
-    text, taken = "".join(pieces), []
+    text = "".join(pieces)
     start = min(start, len(text))
-    shown, expected = "", cut_at(text, stops, start)
-    for piece in generate.until_stop((taken.append(p) or p for p in pieces), stops, start):
-        shown += piece
-        assert expected.startswith(shown)
-        if len(taken) < len(pieces):            # only what may begin a stop is held back
-            waits = "".join(taken)[len(shown):]
-            assert not waits or any(stop.startswith(waits) for stop in stops) or shown == expected
-    assert shown == expected
-    if expected != text:                        # and no piece more than needed is asked for
-        assert not any(stop in "".join(taken[:-1])[start:] for stop in stops)
+    expected = cut_at(text, stops, start)
+    pieces = pieces_after(pieces, start)
+    shown = generate.Text(Pieces(), [text[:start]], stops)
+    for i, piece in enumerate(pieces):
+        shown.add(piece)
+        assert expected.startswith(shown.ready)
+        so_far = text[:start] + "".join(pieces[:i + 1])
+        if shown.ended:                         # at once, with the piece that completes a stop string
+            assert any(stop in so_far[start:] for stop in stops)
+            break
+        waits = so_far[len(shown.ready):]       # nothing is held back but what may begin a stop string
+        assert not waits or any(stop.startswith(waits) for stop in stops)
+    shown.end()
+    assert shown.ready == expected
 
 
 # ---------------------------------------------------------------- a checkpoint, damaged
@@ -382,7 +404,7 @@ VALUES = st.sampled_from([
     "0", "1", "2", "3", "4", "7", "8", "12", "-1", "0.5", "1e-9", "1e300", "nan", "-inf", "", "x", "٣", "1_0", " 5",
     "10000000000", "9" * 40, "1e-400", "--", "-", "None", "True"]) | st.text(
         st.characters(exclude_characters="\0"), max_size=6)
-FLAGS = sorted(name.replace("_", "-") for name in vars(options.command_line().parse_args([])) if name != "artifact_dir")
+FLAGS = sorted({action.option_strings[-1][2:] for action in options.command_line()._actions} - {"help", "artifact-dir"})
 
 
 @pytest.fixture(scope="module")
@@ -402,8 +424,8 @@ def test_any_flags_train_or_say_why_not(place, flags):
     """There is never a traceback, and nothing is left behind if training did not begin."""
     begun = []
 
-    def begin(model, optimizer, train_set, val_set, state, run, args, stop):
-        begun.append(train.total_steps(args, state, train_set))
+    def begin(model, optimizer, train_set, settings, state, observer, stop):
+        begun.append(settings.max_steps)
         stop.signal = 15
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)

@@ -9,7 +9,7 @@ import tokenizers
 from tiny import make_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from storage.tokens import load_tokenizer
+from storage.tokens import Decoder, load_tokenizer
 
 CORPUS = ["The quick brown fox jumps over the lazy dog; it's the dog's 1,234th day.", "naïve café — “déjà vu”",
           "却说那孙悟空一个筋斗云，去了十万八千里。唐僧道：“悟空，休得无礼！”",
@@ -128,3 +128,9 @@ def decoding():
     with tempfile.TemporaryDirectory() as folder:
         byte_level = load_tokenizer(make_tokenizer(Path(folder, "tokenizer.json")))
     return {"byte-level": byte_level, "byte fallback": byte_fallback(), "WordPiece": few_words()}
+
+
+def streamed(tokenizer, ids):
+    """The pieces of the text of ids, as they are shown while a model writes."""
+    decoder = Decoder(tokenizer)
+    return [piece for piece in [*map(decoder.add, ids), decoder.rest()] if piece]
