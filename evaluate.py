@@ -1,9 +1,9 @@
 """How well a model predicts a text:  python evaluate.py FOLDER --text FILE [--stride N] [--figure PNG] [--json]
 
 The text is cut into windows, and every token of it but the first is predicted once, from what stands before it in its
-window. By default windows do not overlap, as where train.py validates: the least work, but the first tokens of each
-window are predicted from next to nothing. With --stride N the next window begins N tokens later and only its last N
-tokens count: each is predicted from at least seq-len - N others, which shows better what the model can do and costs
+window. By default windows do not overlap, as in train.py's validation. That is the least work, but the first tokens of
+each window are predicted from next to nothing. With --stride N the next window begins N tokens later, and only its last
+N tokens count: each is predicted from at least seq-len - N others. That shows better what the model can do, and costs
 seq-len / N times as much.
 """
 import json
@@ -23,32 +23,31 @@ from hardware import device
 from storage.files import InputError
 
 
-def evaluate(model, dataset, batch_size=8, see=None):
+def evaluate(model, dataset, batch_size=8, scores=None):
     """The loss on a text: {loss, perplexity, bits_per_byte, tokens, bytes}; every token but the first is a target once.
 
-    loss is the mean cross-entropy in nats per token, perplexity its exponential: as unsure as an even choice among so
-    many tokens. bits_per_byte, total nats / ln 2 / source bytes, is comparable between tokenizers.
+    loss is the mean cross-entropy in nats per token. perplexity is its exponential: as unsure as when choosing evenly
+    among this number of tokens. bits_per_byte, total nats / ln 2 / source bytes, is comparable between tokenizers.
     A dataset whose stride is below its seq_len gives each target more context, at more cost: its windows overlap.
-
-    see(start, losses, ranks), if given, gets each batch's losses and ranks, (B, n): those of the targets at positions
-    start … start + n - 1 of B windows; a rank is the number of other tokens that the model thought no less likely.
+    `scores`, if given, gets the losses and ranks of all targets, batch by batch (see Scores.add).
     """
     nats, count = 0.0, 0
     with no_grad():
         for x, y, new in dataset.in_order(batch_size):
-            start = x.shape[1] - new
-            losses, ranks = token_losses(model.hidden(x)[:, start:], model.lm_head, y[:, start:], see is not None)
-            losses = device.to_host(losses)
+            start = x.shape[1] - new            # the targets before it counted in an earlier window
+            hidden = model.hidden(x)[:, start:]
+            losses, ranks = token_losses(hidden, model.lm_head, y[:, start:], ranked=scores is not None)
+            losses = device.to_host(losses)                                                     # (B, new)
             nats, count = nats + float(losses.sum(dtype=np.float64)), count + losses.size
-            if see:
-                see(start, losses, device.to_host(ranks))
+            if scores:
+                scores.add(start, losses, device.to_host(ranks))
     loss = nats / count
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": nats / math.log(2) / dataset.source_bytes,
             "tokens": count, "bytes": dataset.source_bytes}
 
 
 class Scores:
-    """What `evaluate` lets see of single tokens, in memory that does not grow with the text.
+    """What is known of single targets after an evaluation, in memory that does not grow with the text.
 
     Attributes: hits, {k: how many targets were among the k likeliest tokens}; count, total and squares (seq_len,): the
     number, sum and sum of squares of the losses at each position of a window; first: the losses of the first targets.
@@ -57,19 +56,26 @@ class Scores:
         self.hits, self.first = {1: 0, 5: 0}, np.zeros(0)
         self.count, self.total, self.squares = np.zeros((3, seq_len))
 
-    def see(self, start, losses, ranks):
+    def add(self, start, losses, ranks):
+        """Take the losses and ranks (B, n) of the targets at positions start … start + n - 1 of B windows. A rank is
+        the number of other tokens that the model thought at least as likely.
+        """
         for k in self.hits:
             self.hits[k] += int((ranks < k).sum())
         losses = losses.astype(np.float64)
         if len(self.first) < figure.TOKENS:
             self.first = np.append(self.first, losses)[:figure.TOKENS]
-        at = slice(start, start + losses.shape[1])
-        self.count[at] += len(losses)
-        self.total[at] += losses.sum(0)
-        self.squares[at] += (losses ** 2).sum(0)
+        positions = slice(start, start + losses.shape[1])
+        self.count[positions] += len(losses)
+        self.total[positions] += losses.sum(0)
+        self.squares[positions] += (losses ** 2).sum(0)
+
+    def accuracies(self):
+        """{"top1_accuracy": the share of targets that were the likeliest token, …}"""
+        return {f"top{k}_accuracy": hits / int(self.count.sum()) for k, hits in self.hits.items()}
 
 
-def main(argv=None):
+def command_line():
     parser = cli.Parser(prog="evaluate.py", description="Loss, perplexity, bits per byte and accuracy of a model on a "
                         "text, of which every token but the first is predicted once.")
     parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
@@ -80,11 +86,13 @@ def main(argv=None):
     parser.add("--batch-size", 8, number(int, 1), "windows at once")
     parser.add_argument("--figure", metavar="PNG", type=cli.text,
                         help="draw the loss by position and, token by token, the beginning of the text")
-    parser.switch("--json", "print one JSON object")
+    parser.add("--json", False, bool, "print one JSON object")
     parser.add_device()
-    args = parser.parse_args(argv)
-    if args.device:
-        device.use(args.device)
+    return parser
+
+
+def main(argv=None):
+    args = command_line().read(argv)
     if args.figure is not None:
         figure.check_path(args.figure)
     model, tokenizer, *_ = open_model(args.folder)
@@ -94,14 +102,13 @@ def main(argv=None):
     if seq_len > longest:
         raise InputError(f"--seq-len {seq_len} is more than the model's longest context, {longest}")
     if stride > seq_len:
-        raise InputError(f"--stride {stride} is more than a window, {seq_len} tokens: those between would be skipped")
+        raise InputError(f"--stride {stride} is more than a window, {seq_len} tokens: some tokens would be skipped")
     dataset = TokenDataset.from_text(args.text, Path(args.folder) / "tokenizer.json", seq_len, stride)
     scores = Scores(seq_len)
     began = time.perf_counter()
-    result = evaluate(model, dataset, args.batch_size, scores.see)
-    seconds = time.perf_counter() - began
-    result |= {f"top{k}_accuracy": hits / result["tokens"] for k, hits in scores.hits.items()}
-    result |= {"seq_len": seq_len, "stride": stride, "tokens_per_second": round(result["tokens"] / seconds, 1)}
+    result = evaluate(model, dataset, args.batch_size, scores)
+    speed = round(result["tokens"] / (time.perf_counter() - began), 1)
+    result |= scores.accuracies() | {"seq_len": seq_len, "stride": stride, "tokens_per_second": speed}
     if args.json:
         print(json.dumps(result))
     else:

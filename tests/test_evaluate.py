@@ -54,7 +54,7 @@ def test_evaluate_slides_its_window(finished, stride):
         nats.append(-scores[ids[t]])
         hits.append([(scores > scores[ids[t]]).sum() < k for k in (1, 5)])
     scores = evaluate.Scores(8)
-    result = train.evaluate(model, val, 2, scores.see)
+    result = train.evaluate(model, val, 2, scores)
     assert result["tokens"] == len(ids) - 1 == scores.count.sum() and result["bytes"] == val.source_bytes
     assert result["loss"] == pytest.approx(np.mean(nats), rel=1e-5) == train.evaluate(model, val, 7)["loss"]
     assert list(scores.hits.values()) == np.sum(hits, 0).tolist() and scores.hits[1] < scores.hits[5]
@@ -88,7 +88,7 @@ def test_evaluate_prints_json_or_words(finished, tmp_path):
     for flags, stride in ((), 8), (("--stride", 3), 3):
         scores = evaluate.Scores(8)
         dataset = TokenDataset.from_text(text, files[3], 8, stride)
-        expected = train.evaluate(NanoLLM.load(folder), dataset, 8, scores.see)
+        expected = train.evaluate(NanoLLM.load(folder), dataset, 8, scores)
         assert set(expected) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
         expected |= {f"top{k}_accuracy": scores.hits[k] / expected["tokens"] for k in (1, 5)}
         got = as_json(*flags)
