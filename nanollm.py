@@ -332,6 +332,23 @@ class NanoLLM:
         drop = {"drop": lambda h, place: dropout(h, p, (*key, place))} if p else {}
         return linear_cross_entropy(self.hidden(ids, **drop), self.lm_head, targets)
 
+    def first_not_finite(self, ids):
+        """Where numbers stop being finite, in words: in which weights, activations or gradients."""
+        finite = device.xp.isfinite
+        for name, parameter in self.parameters().items():
+            if not finite(parameter.data).all():
+                return f"weights of {name}"
+        with no_grad():
+            h = cast(embedding(self.embed, ids), self.compute)
+            for i in range(len(self.blocks)):
+                h = self._block(i, lambda h, place: h, None, h)
+                if not finite(h.data).all():
+                    return f"activations after block {i}"
+        for name, parameter in reversed(self.parameters().items()):     # backward runs from the last block to the first
+            if not finite(parameter.grad).all():
+                return f"gradient of {name}"
+        return "loss"
+
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop_ids=(),
                  use_cache=True):
         """Yield up to max_new_tokens ids that continue `ids`: an int each for 1-D ids, an array (B,) for (B, T).

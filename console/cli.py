@@ -5,36 +5,53 @@ import signal
 import sys
 import warnings
 
-from hardware.device import Unavailable
+from hardware import device
 from storage.files import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors, and that never guesses an abbreviated flag."""
+    """An ArgumentParser whose errors are InputErrors, and that never guesses an abbreviated flag.
 
+    With argument_default=argparse.SUPPRESS its result holds only the flags that were typed.
+    """
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
         self.group = self
 
     def begin(self, title):
-        """Flags added from here on stand under this title in the help."""
+        """Put the flags added from here on under this title in the help."""
         self.group = self.add_argument_group(title)
 
-    def switch(self, flag, help):
-        """Add a flag without a value."""
-        self.group.add_argument(flag, action="store_true", help=help)
-
     def add(self, flag, default=None, kind=str, help=""):
-        """Add a flag with a value of this type, or out of this list; the help tells its default, if it has one."""
+        """Add a flag: a switch if kind is bool, else with a value of this type or from this list. The help tells a
+        default that says something.
+        """
+        if kind is bool:
+            self.group.add_argument(flag, action="store_true", help=help, default=self.argument_default or False)
+            return
         rule = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        self.group.add_argument(flag, default=default, help=help + (default is not None) * " (%(default)s)", **rule)
+        shown = help if default in (None, "") else f"{help} ({default})"
+        self.group.add_argument(flag, help=shown, default=self.argument_default or default, **rule)
 
     def add_device(self):
         self.add("--device", None, ["auto", "gpu", "cpu"],
                  "CuPy on a GPU, or NumPy; by default NANOLLM_DEVICE or auto, the GPU where one works")
 
+    def read(self, argv):
+        """parse_args, and the device that --device names is chosen."""
+        args = self.parse_args(argv)
+        use_device(args.device)
+        return args
+
     def error(self, message):
         raise InputError(f"{message}; --help lists what can be given")
+
+
+def use_device(name=None, tf32=False):
+    """Choose the device that --device names; if it was not given, NANOLLM_DEVICE decides at the first use."""
+    if name:
+        device.use(name)
+    device.tf32 = tf32
 
 
 def number(kind, low, high=float("inf"), open_low=False, open_high=False):
@@ -45,7 +62,7 @@ def number(kind, low, high=float("inf"), open_low=False, open_high=False):
 
     def convert(text):
         try:
-            value = kind(text)
+            value = kind(str(text))             # a number from a JSON file counts as it would be typed
         except ValueError:
             value = float("nan")
         inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
@@ -56,7 +73,9 @@ def number(kind, low, high=float("inf"), open_low=False, open_high=False):
 
 
 def text(value):
-    """An argparse type: text that can be encoded, which what a terminal of another encoding sends may not be."""
+    """An argparse type: text that can be encoded; what a terminal of another encoding sends may not be."""
+    if not isinstance(value, str):
+        raise argparse.ArgumentTypeError(f"must be text, not {value!r}")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise argparse.ArgumentTypeError(f"must be UTF-8 text, not {value!r}")
     return value
@@ -87,20 +106,20 @@ def fail(name, problem, code=2):
 
 
 def run(main):
-    """Exit with what main() returns. What the user can mend is one line and code 2; a bug keeps its traceback."""
+    """Exit with what main() returns. What the user can fix is one line and code 2; a bug keeps its traceback."""
     name = os.path.basename(sys.argv[0])
     warnings.showwarning = lambda message, *_: fail(name, f"warning: {message}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # files half written are removed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # so half-written files are removed
     sys.stdout.reconfigure(errors="backslashreplace")       # a terminal without Chinese is no reason to stop
     try:
         code = main()
         sys.stdout.flush()
-    except (InputError, Unavailable) as problem:
+    except (InputError, device.Unavailable) as problem:
         code = fail(name, problem)
     except MemoryError as problem:
         code = fail(name, f"out of memory ({problem}): lower --batch-size (--grad-accum makes up for it) or "
                           "--seq-len, or use a smaller model")
-    except BrokenPipeError:                     # `… | head` has seen enough
+    except BrokenPipeError:                     # the reader of `… | head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as problem:

@@ -1,154 +1,285 @@
-"""The flags of train.py: what can be given, what they leave open, all that can be checked before any data is read."""
+"""The flags of train.py: one table, `Settings`, and what a command line makes of it before any data is read."""
 import argparse
+import dataclasses
+import itertools
+import math
 import os
-import sys
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from autograd import ACTIVATIONS
 from console import cli, demo
 from console.cli import number
-from console.metrics import say
+from console.progress import say
 from nanollm import Config
-from storage import checkpoint
+from storage.checkpoint import State, check_free, last_run, newest_checkpoint, read_trainer
 from storage.files import InputError
 from storage.tokens import load_tokenizer, vocab_size
 
-ARCHITECTURE = [name for name in Config.__dataclass_fields__ if name != "vocab_size"]
-# what no resuming changes
-FIXED = [*ARCHITECTURE, "seq_len", "stride", "val_fraction", "seed", "demo", "init_from", "dtype"]
+COUNT, SIZE = number(int, 1, 10**9), number(int, 1, 10**6)
+POSITIVE, SHARE = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
+RATE = number(float, 0, 1, open_low=True)
+SHAPE = [field.name for field in fields(Config) if field.name != "vocab_size"]
+
+
+def setting(group, default, kind, help, fixed=False):
+    """A field of Settings: its group in the help, its kind (bool, an argparse type or a list of choices), its help
+    text, and whether --resume keeps it.
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "kind": kind, "help": help, "fixed": fixed})
+
+
+run, model, data = partial(setting, "the run"), partial(setting, "the model", fixed=True), partial(setting, "the data")
+machine, training = partial(setting, "speed and memory"), partial(setting, "the training")
+reports = partial(setting, "reports and checkpoints")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training is: the flags of train.py, and what "command" in a checkpoint's trainer.json holds."""
+    text: str | None = run(None, str, "the text to learn from, a UTF-8 file")
+    tokenizer: str | None = run(None, str, "a Hugging Face tokenizer.json")
+    demo: bool = run(False, bool, "a small model on Python's own documentation: no files needed", fixed=True)
+    init_from: str | None = run(
+        None, str, "start from this model folder's weights, shape and tokenizer (fine-tuning)", fixed=True)
+
+    embedding_dim: int = model(Config.embedding_dim, SIZE, "C, the width of the model")
+    n_block: int = model(Config.n_block, number(int, 1, 1000), "transformer blocks")
+    n_head: int = model(Config.n_head, SIZE, "attention heads")
+    n_kv_head: int | None = model(
+        None, SIZE, "key/value heads (grouped-query attention); by default as many as heads")
+    max_context: int = model(Config.max_context, SIZE, "the most tokens that the model can ever see at once")
+    hidden_dim: int = model(Config.hidden_dim, SIZE, "F, the width inside the gated linear unit")
+    eps: float = model(Config.eps, RATE, "RMSNorm's epsilon")
+    rope_theta: float = model(Config.rope_theta, POSITIVE, "RoPE's base")
+    activation: str = model(Config.activation, list(ACTIVATIONS), "of the gated linear unit")
+    tie_embeddings: bool = model(False, bool, "use the embedding matrix as the output layer too")
+
+    seq_len: int | None = data(
+        None, SIZE, "tokens in a training window, at most (and by default) max-context", fixed=True)
+    stride: int | None = data(
+        None, SIZE, "tokens between the starts of two windows; by default seq-len/2", fixed=True)
+    val_fraction: float = data(
+        0.1, SHARE, "the share of the text, its end, that is kept for validation; 0: none", fixed=True)
+    num_epochs: int = data(10, COUNT, "passes over the training windows")
+    max_steps: int | None = data(None, COUNT, "end after this number of steps, if the epochs have not ended before")
+    batch_size: int = data(4, COUNT, "windows in a batch")
+
+    dtype: str = machine(
+        "float32", ["float32", "float16", "bfloat16"],
+        "of activations and products; weights, sums, softmax and loss are always float32", fixed=True)
+    tf32: bool = machine(
+        False, bool, "GPU: let float32 products round their inputs to 10 bits of mantissa, for the tensor cores")
+    recompute: bool = machine(
+        False, bool, "compute a block's activations again in backward: less memory, more time")
+
+    dropout: float = training(0.0, SHARE, "the share of activations that become 0 in training")
+    grad_accum: int = training(1, COUNT, "batches whose gradients make one step")
+    learning_rate: float = training(1e-4, RATE, "the highest learning rate")
+    lr_schedule: str = training("cosine", ["cosine", "constant"], "after the warm-up")
+    warmup_steps: int | None = training(
+        None, number(int, 0), "steps of rising learning rate; by default 1 %% of all, up to 100")
+    min_lr: float | None = training(
+        None, number(float, 0), "where the cosine ends; by default a tenth of the learning rate")
+    beta1: float = training(0.9, SHARE, "Adam's memory of the gradient")
+    beta2: float = training(0.999, SHARE, "Adam's memory of its square")
+    weight_decay: float = training(
+        0.0, number(float, 0, 1), "shrink matrices by this times the learning rate in each step")
+    clip_norm: float = training(1.0, number(float, 0), "scale gradients down to this norm; 0: off")
+    patience: int | None = training(
+        None, COUNT, "end after this number of evaluations without a better validation loss")
+    seed: int = training(0, number(int, 0), "of the weights and of the order of the windows", fixed=True)
+
+    eval_every: int | None = reports(None, COUNT, "steps between evaluations, in addition to the ends of epochs")
+    save_every: int = reports(500, COUNT, "steps between checkpoints")
+    keep_last: int = reports(2, COUNT, "checkpoints to keep")
+    log_every: int = reports(10, COUNT, "steps between rows of metrics.csv; step 1 has the first row")
+    sample_every: int | None = reports(
+        None, COUNT, "steps between samples of text; by default one at each evaluation")
+    prompt: str | None = reports(
+        None, cli.text, "what the samples begin with; by default the validation text's first words")
+
+    def complete(self):
+        """These settings with what follows from others filled in. Raises InputError where they contradict."""
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise InputError(f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}: the rate must "
+                             "fall")
+        seq_len = self.seq_len or self.max_context
+        if seq_len > self.max_context:
+            raise InputError(f"--seq-len {seq_len} is more than the longest context, --max-context {self.max_context}")
+        return replace(self, seq_len=seq_len, stride=self.stride or max(seq_len // 2, 1),
+                       n_kv_head=self.n_kv_head or self.n_head)
+
+    def shape(self):
+        """The fields of Config, except for the size of the vocabulary."""
+        return {name: getattr(self, name) for name in SHAPE}
+
+    def windows_per_step(self):
+        return self.batch_size * self.grad_accum
+
+    def resolved(self, state, n_window):
+        """These settings with what only the text can tell: the last step, the warm-up, the lowest rate.
+
+        Training ends with its epochs of `n_window` windows, or at --max-steps if that comes first. Raises InputError.
+        """
+        if self.windows_per_step() > n_window:
+            raise InputError(f"--batch-size {self.batch_size} times --grad-accum {self.grad_accum} is more than the "
+                             f"{n_window} training windows: lower them, --seq-len or --stride, or give more text")
+        left = max(self.num_epochs * n_window - state.windows, 0)
+        end = state.step + math.ceil(left / self.windows_per_step())
+        steps = min(end, self.max_steps or end)
+        if self.warmup_steps is not None and self.warmup_steps > steps:
+            raise InputError(f"--warmup-steps {self.warmup_steps} is more than the {steps} steps of training: lower it")
+        warmup = min(100, steps // 100) if self.warmup_steps is None else self.warmup_steps
+        low = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        return replace(self, max_steps=steps, warmup_steps=warmup, min_lr=low)
+
+    def to_json(self):
+        """What trainer.json holds: files by their whole paths, so that a run can be resumed from any folder."""
+        paths = {name: os.path.abspath(getattr(self, name)) for name in ("text", "tokenizer", "init_from")
+                 if getattr(self, name)}
+        return asdict(self) | paths
+
+    @classmethod
+    def from_json(cls, values):
+        """The Settings that `to_json` gave. Raises InputError naming a value that its flag cannot have."""
+        known = {field.name: field for field in fields(cls)}
+        if unknown := values.keys() - known.keys():
+            raise InputError(f"{flag(min(unknown))} is no flag of train.py")
+        return cls(**{name: checked(known[name], value) for name, value in values.items()})
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def checked(field, value):
+    """The value, read from a file, as this field's flag would give it. Raises InputError if the flag cannot have it."""
+    kind, name = field.metadata["kind"], flag(field.name)
+    if value is None and field.default is None:
+        return None
+    if kind is bool and not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, not {value!r}")
+    if isinstance(kind, list) and value not in kind:
+        raise InputError(f"{name} must be one of {', '.join(kind)}, not {value!r}")
+    if kind is bool or isinstance(kind, list):
+        return value
+    try:
+        return kind(value)
+    except argparse.ArgumentTypeError as problem:
+        raise InputError(f"{name}: {problem}") from None
 
 
 def command_line():
-    count, positive, share = number(int, 1, 10**9), number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
-    size, rate = number(int, 1, 10**6), number(float, 0, 1, open_low=True)
-    parser = cli.Parser(prog="train.py", description="Train a Llama-style language model on a text, from scratch.")
-    add, switch, begin = parser.add, parser.switch, parser.begin
-    begin("the run")
-    add("--text", help="the text to learn from, a UTF-8 file")
-    add("--tokenizer", help="a Hugging Face tokenizer.json")
-    switch("--demo", "a small model on Python's own documentation: no files needed")
-    add("--artifact-dir", help="the run's folder, by default runs/llm, then runs/llm-2, …")
-    switch("--resume", "go on from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
-    add("--init-from", help="start from this model folder's weights, shape and tokenizer (fine-tuning)")
-    begin("the model")
-    add("--embedding-dim", 512, size, "C, the width of the model")
-    add("--n-block", 6, number(int, 1, 1000), "transformer blocks")
-    add("--n-head", 8, size, "attention heads")
-    add("--n-kv-head", None, size, "key/value heads (grouped-query attention); by default as many as heads")
-    add("--max-context", 512, size, "the most tokens that the model can ever see at once")
-    add("--hidden-dim", 2048, size, "F, the width inside the gated linear unit")
-    add("--eps", 1e-6, rate, "RMSNorm's epsilon")
-    add("--rope-theta", 10000.0, positive, "RoPE's base")
-    add("--activation", "silu", list(ACTIVATIONS), "of the gated linear unit")
-    switch("--tie-embeddings", "use the embedding matrix as the output layer too")
-    begin("the data")
-    add("--seq-len", None, size, "tokens in a training window, at most (and by default) max-context")
-    add("--stride", None, size, "tokens between the starts of two windows; by default seq-len/2")
-    add("--val-fraction", 0.1, share, "the share of the text, its end, that validates; 0: none")
-    add("--num-epochs", 10, count, "passes over the training windows")
-    add("--max-steps", None, count, "end after so many steps, if the epochs have not ended before")
-    add("--batch-size", 4, count, "windows in a batch")
-    begin("speed and memory")
-    add("--dtype", "float32", ["float32", "float16", "bfloat16"],
-        "of activations and products; weights, sums, softmax and loss are always float32")
-    switch("--tf32", "GPU: let float32 products round their inputs to 10 bits of mantissa, for the tensor cores")
-    switch("--recompute", "compute a block's activations again in backward: less memory, more time")
-    parser.add_device()
-    begin("the training")
-    add("--dropout", 0.0, share, "the share of activations that become 0 in training")
-    add("--grad-accum", 1, count, "batches whose gradients make one step")
-    add("--learning-rate", 1e-4, rate, "the highest learning rate")
-    add("--lr-schedule", "cosine", ["cosine", "constant"], "after the warm-up")
-    add("--warmup-steps", None, number(int, 0), "steps of rising learning rate; by default 1 %% of all, up to 100")
-    add("--min-lr", None, number(float, 0), "where the cosine ends; by default a tenth of the learning rate")
-    add("--beta1", 0.9, share, "Adam's memory of the gradient")
-    add("--beta2", 0.999, share, "Adam's memory of its square")
-    add("--weight-decay", 0.0, number(float, 0, 1), "shrink matrices by this times the learning rate in each step")
-    add("--clip-norm", 1.0, number(float, 0), "scale gradients down to this norm; 0: off")
-    add("--patience", None, count, "end after so many evaluations without a better validation loss")
-    add("--seed", 0, number(int, 0), "of the weights and of the order of the windows")
-    begin("reports and checkpoints")
-    add("--eval-every", None, count, "steps between evaluations, besides the ends of epochs")
-    add("--save-every", 500, count, "steps between checkpoints")
-    add("--keep-last", 2, count, "checkpoints to keep")
-    add("--log-every", 10, count, "steps between rows of metrics.csv, of which step 1 has the first")
-    add("--sample-every", None, count, "steps between samples of text; by default one at each evaluation")
-    add("--prompt", None, cli.text, "what the samples begin with; by default the validation text's first words")
+    """The parser of these flags, and of the three that belong to one call: its result holds only what was typed."""
+    parser = cli.Parser(prog="train.py", description="Train a Llama-style language model on a text, from scratch.",
+                        argument_default=argparse.SUPPRESS)
+    for group, members in itertools.groupby(fields(Settings), lambda field: field.metadata["group"]):
+        parser.begin(group)
+        for field in members:
+            parser.add(flag(field.name), field.default, field.metadata["kind"], field.metadata["help"])
+        if group == "the run":
+            parser.add("--artifact-dir", help="the run's folder, by default runs/llm, then runs/llm-2, …")
+            parser.add("--resume", False, bool,
+                       "continue from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
+        if group == "speed and memory":
+            parser.add_device()
     return parser
 
 
+# ---------------------------------------------------------------- from a command line to a run
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for: a run with these settings, from its beginning or from a checkpoint."""
+    settings: Settings
+    folder: str | None                  # --artifact-dir
+    checkpoint: Path | None = None      # from which --resume continues; its State, the hashes of its text and tokenizer
+    state: State = dataclasses.field(default_factory=State)
+    hashes: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def source(self):
+        """The folder from which the model comes, None for a fresh one."""
+        return self.checkpoint or self.settings.init_from
+
+
 def read_flags(argv, parser):
-    """(arguments, newest checkpoint or None, its State, its `about`): what the flags say, and what they leave open as
-    --resume, --demo or --init-from has it. Raises InputError.
+    """The Request of these flags: what was typed, laid over the demo's settings, over the shape of the model in
+    --init-from, or over the checkpoint's. The device is chosen, too. Raises InputError.
     """
-    state, about, newest = checkpoint.State(), {}, None
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    if args.resume:
-        args.artifact_dir = args.artifact_dir or str(checkpoint.last_run())
-        newest = checkpoint.newest_checkpoint(args.artifact_dir)
-        state, about = checkpoint.read_trainer(newest)
-        flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-                 for name, value in about["command"].items() if value is not None and value is not False]
-        try:
-            before = parser.parse_args(flags)
-        except InputError as problem:
-            raise InputError(f"{newest / 'trainer.json'}: command: {problem}") from None
-        args = parser.parse_args([*flags, *argv], argparse.Namespace(artifact_dir=args.artifact_dir))
-        for name in FIXED:
-            old, new = getattr(before, name), getattr(args, name)
-            if new != old and not (name == "init_from" and os.path.abspath(new) == old):
-                raise InputError(f"--resume: --{name.replace('_', '-')} was {old} in this run and cannot become {new}")
-        if args.batch_size * args.grad_accum != before.batch_size * before.grad_accum:
-            say("the batch size has changed: training goes on with the next windows, but not as it would have")
-    elif args.demo:
-        if given := [name for name in ("text", "tokenizer", "init_from") if getattr(args, name)]:
-            raise InputError(f"--demo brings its own text and tokenizer: leave out --{given[0].replace('_', '-')}")
-        parser.set_defaults(**demo.SETTINGS)
-        args = parser.parse_args(argv)
-    elif args.init_from:
-        parser.set_defaults(**dict.fromkeys(ARCHITECTURE))      # None: as in that folder
-        args = parser.parse_args(argv)
-        args.tokenizer = args.tokenizer or str(Path(args.init_from, "tokenizer.json"))
-    return args, newest, state, about
+    typed = vars(parser.parse_args(argv))
+    folder, device = typed.pop("artifact_dir", None), typed.pop("device", None)
+    if typed.pop("resume", False):
+        request = resumed(folder or last_run(), typed)
+    else:
+        request = Request(Settings(**(defaults(typed) | typed)).complete(), folder)
+    cli.use_device(device, request.settings.tf32)
+    return request
+
+
+def defaults(typed):
+    """What --demo or --init-from puts in the place of some of Settings' defaults."""
+    if typed.get("demo"):
+        if given := [name for name in ("text", "tokenizer", "init_from") if typed.get(name)]:
+            raise InputError(f"--demo brings its own text and tokenizer: leave out {flag(given[0])}")
+        return demo.SETTINGS
+    if source := typed.get("init_from"):
+        shape = asdict(Config.load(source))
+        return {name: shape[name] for name in SHAPE} | {"tokenizer": str(Path(source, "tokenizer.json"))}
+    return {}
+
+
+def resumed(folder, typed):
+    """The Request to continue the run in this folder, with what was typed instead of what was. Raises InputError."""
+    newest = newest_checkpoint(folder)
+    state, about = read_trainer(newest)
+    try:
+        before = Settings.from_json(about["command"])
+    except InputError as problem:
+        raise InputError(f"{newest / 'trainer.json'}: command: {problem}") from None
+    settings = replace(before, **typed)
+    old, new = before.to_json(), settings.to_json()
+    for name in (field.name for field in fields(Settings) if field.metadata["fixed"]):
+        if new[name] != old[name]:
+            raise InputError(f"--resume: {flag(name)} was {old[name]} in this run and cannot become {typed[name]}")
+    if settings.windows_per_step() != before.windows_per_step():
+        say("the batch size has changed: training continues with the next windows, but not as it would have")
+    return Request(settings.complete(), str(folder), newest, state, about["hashes"])
 
 
 def parse(argv):
-    """`read_flags`, and all that can be checked without the data. Raises InputError."""
-    args, newest, state, about = read_flags(argv, command_line())
-    if not args.demo and not (args.text and args.tokenizer):
+    """`read_flags`, and everything that can be checked without the data. Raises InputError."""
+    request = read_flags(argv, command_line())
+    settings = request.settings
+    if not settings.demo and not (settings.text and settings.tokenizer):
         raise InputError("--text FILE and --tokenizer FILE are needed (or --demo, which needs no files)")
-    if args.min_lr is not None and args.min_lr > args.learning_rate:
-        raise InputError(f"--min-lr {args.min_lr} is above --learning-rate {args.learning_rate}: the rate must fall")
-    if not args.resume:
-        checkpoint.check_free(args.artifact_dir)
-    if args.demo:
-        args.text, args.tokenizer = demo.files()
-    return args, newest, state, about
+    if not request.checkpoint:
+        check_free(request.folder)
+    if settings.demo:
+        text, tokenizer = demo.files()
+        return replace(request, settings=replace(settings, text=text, tokenizer=tokenizer))
+    return request
 
 
-def make_config(args, tokenizer, source):
-    """The Config of the model in the folder `source`, or without one (None) the flags'; args then lack nothing.
+def make_config(request, tokenizer):
+    """The Config of the model: that of the folder it comes from, or without one that of the flags.
 
     tokenizer None stands for the demo's, which need not have been made yet. Raises InputError.
     """
+    settings, source = request.settings, request.source
     size = vocab_size(tokenizer) if tokenizer else demo.WORDS
-    if source:
-        config = Config.load(source)
-        V, theirs = config.vocab_size, Path(source, "tokenizer.json")
-        same = load_tokenizer(theirs).get_vocab() == tokenizer.get_vocab() if theirs.exists() else size == V
-        if not same or size > V:
-            raise InputError(f"{args.tokenizer} ({size} tokens) has not the vocabulary with which the model in "
-                             f"{source} ({V}) was trained: use its own tokenizer")
-    else:
-        config = Config(size, **{name: getattr(args, name) for name in ARCHITECTURE})
-    for name in ARCHITECTURE:
-        given, has = getattr(args, name), getattr(config, name)
-        if given not in (None, has):
-            raise InputError(f"--{name.replace('_', '-')} is {given}, the model in {source} has {has}: leave it out")
-        setattr(args, name, has)
-    args.seq_len = args.seq_len or args.max_context
-    args.stride = args.stride or max(args.seq_len // 2, 1)
-    if args.seq_len > args.max_context:
-        raise InputError(f"--seq-len {args.seq_len} is more than the longest context, --max-context {args.max_context}")
+    if not source:
+        return Config(size, **settings.shape())
+    config = Config.load(source)
+    V, theirs = config.vocab_size, Path(source, "tokenizer.json")
+    same = load_tokenizer(theirs).get_vocab() == tokenizer.get_vocab() if theirs.exists() else size == V
+    if not same or size > V:
+        raise InputError(f"{settings.tokenizer} ({size} tokens) does not have the vocabulary with which the model in "
+                         f"{source} ({V}) was trained: use its own tokenizer")
+    for name, given in settings.shape().items():
+        if given != getattr(config, name):
+            raise InputError(f"{flag(name)} is {given}, the model in {source} has {getattr(config, name)}: "
+                             "leave it out")
     return config

@@ -217,24 +217,25 @@ def mb(value):
     return f"{value / 1e6:,.1f}"
 
 
-def report(config, args):
-    """What `main` prints; args: train.py's, complete (options.make_config)."""
-    B, T, size = args.batch_size, args.seq_len, np.dtype(args.dtype).itemsize
-    tokens, per_token, kept = B * args.grad_accum * T, config.flops_per_token(T), kept_by_a_block(config, B, size)
+def report(config, settings):
+    """What `main` prints for a model of this Config and train.py's Settings."""
+    B, T, size = settings.batch_size, settings.seq_len, np.dtype(settings.dtype).itemsize
+    tokens, per_token = settings.windows_per_step() * T, config.flops_per_token(T)
+    kept = kept_by_a_block(config, B, size)
     count, share, (room, where) = parameters(config), fixed_share(), available()
     n = sum(count.values())
     fixed = {"weights": WIDE * n, "gradients": WIDE * n, "Adam's moments": 2 * WIDE * n,
              "Python and libraries": share}
 
     def step(B):
-        return moments(config, B, T, size, args.recompute, args.dropout)
+        return moments(config, B, T, size, settings.recompute, settings.dropout)
 
     def needed(B):
         return sum(fixed.values()) + max(sum(parts.values()) for parts in step(B).values())
 
     now = step(B)
     peak = max(now, key=lambda name: sum(now[name].values()))
-    block = "the block at work" if args.recompute else "each block"
+    block = "the block at work" if settings.recompute else "each block"
     lines = [
         table(("parameters", "number"), *count.items(), ("total", n)),
         table(("computation", "FLOPs"), ("a token", per_token), (f"a step of {tokens:,} tokens", per_token * tokens)),
@@ -261,14 +262,14 @@ def main(argv=None):
     parser = options.command_line()
     parser.prog = "plan"
     parser.description = "What training with these flags of train.py's would take: parameters, FLOPs, memory."
-    args, newest, *_ = options.read_flags(argv, parser)
-    if not (args.tokenizer or args.demo):
-        raise InputError("--tokenizer FILE is needed, for the size of its vocabulary (or --demo, which has its own)")
-    if args.device:
-        device.use(args.device)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    config = options.make_config(args, tokenizer, newest or args.init_from)
-    print(f"device  {device.reason}\nmodel   {config}\n\n{report(config, args)}")
+    request = options.read_flags(argv, parser)
+    settings = request.settings
+    if not (settings.tokenizer or settings.demo):
+        raise InputError("--tokenizer FILE is needed because the size of its vocabulary counts (or --demo, which has "
+                         "its own)")
+    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    config = options.make_config(request, tokenizer)
+    print(f"device  {device.reason}\nmodel   {config}\n\n{report(config, settings)}")
     return 0
 
 

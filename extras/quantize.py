@@ -51,9 +51,7 @@ def main(argv=None):
     parser.add("--bits", "8", ["8", "4"], "of a weight")
     parser.add_argument("--text", metavar="FILE", help="print the perplexity on this text, before and after")
     parser.add_device()
-    args = parser.parse_args(argv)
-    if args.device:
-        device.use(args.device)
+    args = parser.read(argv)
     source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
     refuse_existing(out)
     model, *_ = open_model(source)

@@ -17,14 +17,15 @@ pytestmark = pytest.mark.usefixtures("cheap")
 
 def test_the_demo_s_settings_are_a_valid_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "files", lambda: tuple(make_files(tmp_path)[1::2]))
-    args, newest, *_ = options.parse(["--demo", "--max-steps", "3"])
-    assert newest is None and args.max_steps == 3       # the command line wins over the demo's settings
+    request = options.parse(["--demo", "--max-steps", "3"])
+    settings = request.settings
+    assert request.checkpoint is None and settings.max_steps == 3   # the command line wins over the demo's settings
     for name, value in demo.SETTINGS.items():
         if name != "max_steps":
-            assert getattr(args, name) == value
+            assert getattr(settings, name) == value
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
              for name, value in demo.SETTINGS.items()]
-    assert {name: vars(options.command_line().parse_args(flags))[name] for name in demo.SETTINGS} == demo.SETTINGS
+    assert vars(options.command_line().parse_args(flags)) == demo.SETTINGS
 
 
 

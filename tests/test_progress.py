@@ -8,7 +8,7 @@ import pytest
 from tiny import rows
 
 import train
-from console import metrics
+from console.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("cheap")
 
@@ -25,8 +25,8 @@ def test_progress_in_plain_lines(finished):
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with metrics.Progress(10, 4, 60.0, 1000) as progress:
-        progress.advance(100)
+    with Progress(10, 100, 1000, step=4, seconds=60.0) as progress:
+        progress.advance()
         progress.show(5, 2.0, 1e-3, 0.5)
         assert 60 <= progress.seconds < 70 and progress.speed > 0
     out, err = capsys.readouterr()
@@ -35,7 +35,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
 
 def test_a_closed_pipe_does_not_end_a_run():
     """`python train.py … | head`: what nobody reads is silently dropped."""
-    code = "from console import metrics\nfor i in range(1000): metrics.say('x' * 1000)\n"
+    code = "from console.progress import say\nfor i in range(1000): say('x' * 1000)\n"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           cwd=Path(train.__file__).parent) as process:
         process.stdout.read(10)

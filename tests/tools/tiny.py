@@ -86,8 +86,7 @@ def rows(folder, without=()):
         return [{name: value for name, value in row.items() if name not in without} for row in csv.DictReader(file)]
 
 
-TIMINGS = ("tokens_per_second", "flops_per_second", "seconds", "data_share", "forward_share", "backward_share",
-           "optimizer_share")
+TIMINGS = "tokens_per_second", "flops_per_second", "seconds"
 
 
 def snapshot(folder):

@@ -1,0 +1,80 @@
+"""What happens after a step of training: reports, evaluations, samples, checkpoints."""
+import math
+
+from console import metrics
+from console.metrics import perplexity
+from console.progress import say
+
+
+class Observer:
+    """Watches a training and does after a step what is due: it reports, evaluates and saves.
+
+    `evaluate()` gives the loss, perplexity and bits_per_byte on the validation text; it is None where there is no such
+    text. `sample(step)` gives a text that the model writes.
+    """
+    def __init__(self, run, settings, train_set, progress, evaluate, sample):
+        self.run, self.settings, self.train_set, self.progress = run, settings, train_set, progress
+        self.validate, self.sample = evaluate, sample
+
+    def after_step(self, model, optimizer, state, lr, loss, norm):
+        settings = self.settings
+
+        def due(every):
+            return bool(every) and state.step % every == 0
+
+        self.progress.advance()
+        if state.step == 1:
+            V, entropy = self.train_set.vocab_size, metrics.unigram_entropy(self.train_set)
+            say(f"step 0: loss {loss:.3f} before training; an even guess among {V} tokens has ln V = "
+                f"{math.log(V):.3f}, a guess by their frequencies alone {entropy:.3f}")
+        ended_epoch = state.windows % len(self.train_set) < settings.windows_per_step()
+        milestone = ended_epoch or state.step >= settings.max_steps or due(settings.eval_every)
+        if milestone or state.step == 1 or due(settings.log_every):     # 1: the plot begins before training
+            self.report(model, state, lr, norm, milestone)
+        if due(settings.sample_every) or (milestone and settings.sample_every is None):
+            say(f"sample: {self.sample(state.step)!r}")
+            self.progress.restart()
+        if due(settings.save_every):
+            self.save(model, optimizer, state)
+
+    def report(self, model, state, lr, norm, milestone):
+        """Show the mean loss since the last report and add a row to metrics.csv; evaluate at a milestone."""
+        loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
+        state.loss_sum, state.loss_count = 0.0, 0
+        folder, progress, speed = self.run.folder, self.progress, self.progress.speed
+        row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * self.train_set.seq_len,
+               "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "loss_scale": state.loss_scale,
+               "skipped": state.skipped, "tokens_per_second": round(speed),
+               "flops_per_second": round(speed * progress.flops_per_token)}
+        progress.show(state.step, loss, lr, norm)
+        if milestone:
+            row |= self.evaluate(model, state, loss)
+        metrics.append(folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
+        progress.redraw(folder)
+        progress.restart()
+
+    def evaluate(self, model, state, loss):
+        """Show the loss in training and in validation, keep the best model; the validation's columns of metrics.csv."""
+        bits = loss / math.log(2) * len(self.train_set.tokens) / self.train_set.source_bytes
+        line = (f"epoch {state.epoch:.2f}: training loss {loss:.4f}, perplexity {perplexity(loss):,.1f}, "
+                f"{bits:.4f} bits per byte")
+        if not self.validate:
+            say(line)
+            return {}
+        result = self.validate()
+        line += (f"; validation loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
+                 f"{result['bits_per_byte']:.4f} bits per byte")
+        state.without_better += 1
+        if result["loss"] < (math.inf if state.best_loss is None else state.best_loss):
+            state.best_loss, state.without_better = result["loss"], 0
+            line += ", the best so far"
+            self.run.write_best(model)
+        say(line)
+        return {f"val_{name}": result[name] for name in ("loss", "perplexity", "bits_per_byte")}
+
+    def save(self, model, optimizer, state):
+        """Write a checkpoint, unless this step has one."""
+        if not (self.run.folder / f"checkpoint-{state.step}").exists():
+            state.seconds, state.updates = self.progress.seconds, optimizer.t
+            self.run.write_checkpoint(model, optimizer, state, self.settings.keep_last)
+            self.progress.restart()

@@ -1,0 +1,69 @@
+"""What a run says on the terminal: lines above a bar or, elsewhere, plain lines; and the clock."""
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+from console import metrics
+
+
+def say(text):
+    """Print a line above the bar. A reader that has gone, or a full disk under the log, is no reason to lose a run."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Progress:
+    """The bar on a terminal, now and then a line elsewhere; and the clock: the speed, the time left, the time in all.
+
+    A run has `steps` steps of `tokens` tokens each. `step` of them were done in `seconds` before this process began.
+    """
+    def __init__(self, steps, tokens, flops_per_token, step=0, seconds=0.0):
+        self.steps, self.tokens, self.flops_per_token = steps, tokens, flops_per_token
+        self.began, self.drawn = time.monotonic() - seconds, time.monotonic()
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.restart()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    @property
+    def seconds(self):
+        """Since the run began, over all its resumptions."""
+        return time.monotonic() - self.began
+
+    def restart(self):
+        """Measure the speed from here on. What came before, such as an evaluation, was not training."""
+        self.advanced, self.since = 0, time.monotonic()
+
+    def advance(self):
+        """Another step is done."""
+        self.advanced += 1
+        self.bar.update()
+
+    @property
+    def speed(self):
+        """Tokens a second since the last restart."""
+        return self.advanced * self.tokens / max(time.monotonic() - self.since, 1e-9)
+
+    def redraw(self, folder, every=15):
+        """Draw loss.png again, unless that was less than `every` seconds ago: it takes a moment."""
+        if time.monotonic() >= self.drawn + every:
+            metrics.draw_loss(folder)
+            self.drawn = time.monotonic()
+
+    def show(self, step, loss, lr, norm):
+        text = (f"loss {loss:.4f}  ppl {metrics.perplexity(loss):,.1f}  lr {lr:.1e}  |g| {norm:.2f}  "
+                f"{self.speed:,.0f} tok/s  {self.speed * self.flops_per_token / 1e9:,.1f} GFLOP/s")
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text)
+            return
+        left = (time.monotonic() - self.since) / max(self.advanced, 1) * (self.steps - step)
+        say(f"step {step}/{self.steps}  {text}  {tqdm.format_interval(left)} left")
