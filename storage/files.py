@@ -81,6 +81,9 @@ def whole(path):
     process is killed in that moment, `recover` moves it back.
     """
     path = Path(path)
+    if any(_WORKPLACE.fullmatch(folder.name) for folder in path.parents):
+        yield path                      # the folder that it is in becomes whole later, with all its files
+        return
     recover(path.parent)
     with _workplace(path) as work:
         beside = work / path.name

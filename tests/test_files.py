@@ -83,6 +83,22 @@ def test_files_have_the_usual_permissions(tmp_path, kind, mask):
         assert part.stat().st_mode & 0o777 == usual & ~mask, part
 
 
+def test_a_folder_is_made_whole_with_all_its_files(tmp_path, monkeypatch):
+    """So a file in it needs no workplace of its own, which would cost time."""
+    sync, synced = module.sync, []
+    monkeypatch.setattr(module, "sync", lambda path: synced.append(path.name) or sync(path))
+    with whole(tmp_path / "folder") as folder:
+        folder.mkdir()
+        with whole(folder / "a.txt") as inside:
+            assert inside == folder / "a.txt"
+            inside.write_text("a")
+            inside.chmod(0o600)
+        assert names(folder) == ["a.txt"] and synced == []
+    assert sorted(synced) == sorted(["a.txt", "folder", tmp_path.name])
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "folder/a.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_what_is_replaced_by_nothing_comes_back(tmp_path, monkeypatch):
     """The disk refuses the very last step, when the old folder has already been moved aside."""
     path, replace = tmp_path / "name", Path.replace
