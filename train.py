@@ -24,6 +24,7 @@ from hardware import device
 from nanollm import NanoLLM
 from storage import checkpoint
 from storage.files import InputError, file_hash, read_json
+from storage.huggingface import tokenizer_files
 from storage.tokens import load_tokenizer
 
 # ---------------------------------------------------------------- the optimizer
@@ -255,7 +256,8 @@ def main(argv=None):
         checkpoint.read_moments(resumed, optimizer)
         optimizer.t = state.updates
     folder = Path(request.folder) if resumed else checkpoint.new_run(request.folder)
-    run = checkpoint.Run(folder, tokenizer, entries, about)
+    files = tokenizer_files(tokenizer, entries, model.config.max_context)
+    run = checkpoint.Run(folder, files, entries, about)
     if resumed and is_over(settings, state) and run.is_finished(resumed):
         say(f"{folder} has finished, after step {state.step}; more --num-epochs or --max-steps "
             "would continue it")

@@ -15,6 +15,7 @@ leaves behind is never read, and the next process that writes there removes it.
 """
 import contextlib
 import filecmp
+import importlib.metadata
 import itertools
 import json
 import math
@@ -26,8 +27,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -140,36 +139,26 @@ def _json(value):
 
 
 def versions():
-    """What computed a run, for the reader of its trainer.json."""
-    return {"python": platform.python_version(), "numpy": np.__version__, "tokenizers": tokenizers.__version__,
-            "safetensors": safetensors.__version__, "device": device.reason}
+    """What computed a run, for people who read its trainer.json."""
+    packages = {name: importlib.metadata.version(name) for name in ("numpy", "tokenizers", "safetensors")}
+    return {"python": platform.python_version(), **packages, "device": device.reason}
 
 
+@dataclass
 class Run:
-    """What goes into every folder of a run beside the numbers: the tokenizer, and `about`, a dict for trainer.json.
+    """A run's folder, and what every model's folder in it holds besides the model.
 
-    `settings` are entries of config.json that belong to the model, such as bos_token_id, where it came from a folder
-    that had them. The tokenizer goes out as training used it, inserting no special tokens, unless they name a BOS.
+    `files`, {name: text}, stand next to the model, such as its tokenizer. `settings` are entries of its config.json,
+    such as bos_token_id. `about` is what trainer.json holds besides the State.
     """
-    def __init__(self, folder, tokenizer, settings, about):
-        self.folder, self.tokenizer, self.about = folder, tokenizer, about
-        self.settings = {name: value for name, value in settings.items() if value is not None}
-        content = json.loads(tokenizer.to_str())
-        if "bos_token_id" not in self.settings:
-            content["post_processor"] = None
-        self.tokenizer_json = json.dumps(content, ensure_ascii=False) + "\n"
-        special = {name.removesuffix("_id"): tokenizer.id_to_token(value) for name, value in self.settings.items()
-                   if isinstance(value, int)}
-        self.tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                                 "eos_token": None} | special
+    folder: Path
+    files: dict
+    settings: dict
+    about: dict
 
     def write_model(self, folder, model):
-        """Fill `folder` with a complete Hugging Face model folder, each file whole or not at all, config.json last."""
-        for name, text in {
-            "tokenizer.json": self.tokenizer_json,
-            "tokenizer_config.json": _json(self.tokenizer_config | {"model_max_length": model.config.max_context}),
-            "generation_config.json": _json({"bos_token_id": None, "eos_token_id": None} | self.settings),
-        }.items():
+        """Fill `folder` with a complete model's folder, config.json last."""
+        for name, text in self.files.items():
             with whole(folder / name) as path:
                 path.write_text(text, encoding="utf-8")
         model.save(folder, **self.settings)

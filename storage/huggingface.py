@@ -20,6 +20,7 @@ NAMES = {"vocab_size": "vocab_size", "embedding_dim": "hidden_size", "n_block": 
          "max_context": "max_position_embeddings", "eps": "rms_norm_eps", "rope_theta": "rope_theta",
          "activation": "hidden_act", "tie_embeddings": "tie_word_embeddings"}
 REQUIRED = "vocab_size", "embedding_dim", "n_block", "n_head", "hidden_dim"
+NO_IDS = {"bos_token_id": None, "eos_token_id": None}       # if absent, transformers takes 1 and 2
 TANH_GELU = "gelu_pytorch_tanh"         # is our "gelu"; their "gelu" is the exact one
 
 
@@ -31,7 +32,7 @@ def to_config(config):
         "head_dim": config.head_dim, "hidden_act": {"gelu": TANH_GELU}.get(config.activation, config.activation),
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},   # version 5 of transformers
         "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
-        "bos_token_id": None, "eos_token_id": None,     # if absent, transformers takes 1 and 2
+        **NO_IDS,
     }
 
 
@@ -70,6 +71,23 @@ def to_fields(hf):
         case name if name == TANH_GELU:
             fields["activation"] = "gelu"
     return fields
+
+
+def tokenizer_files(tokenizer, settings, max_context):
+    """{name: text} of the files next to a language model; `settings` may hold bos_token_id and eos_token_id.
+
+    The tokenizer inserts no special tokens, as in training, unless the model has a BOS.
+    """
+    content = json.loads(tokenizer.to_str())
+    if settings.get("bos_token_id") is None:
+        content["post_processor"] = None
+    special = {name.removesuffix("_id"): tokenizer.id_to_token(value) for name, value in settings.items()
+               if isinstance(value, int)}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+              "eos_token": None, **special, "model_max_length": max_context}
+    return {"tokenizer.json": json.dumps(content, ensure_ascii=False) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+            "generation_config.json": json.dumps(NO_IDS | settings, indent=2) + "\n"}
 
 
 def quantization(bits):

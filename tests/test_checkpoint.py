@@ -45,6 +45,7 @@ from nanollm import Config, NanoLLM
 from storage import checkpoint, tokens
 from storage.checkpoint import State, checkpoints, read_trainer
 from storage.files import InputError
+from storage.huggingface import tokenizer_files
 from storage.tokens import load_tokenizer
 from train import Adam
 
@@ -415,7 +416,8 @@ def little_run(folder, step, seed):
     model = NanoLLM(Config(290, 8, 1, 2, 2, 4, 4), seed)
     optimizer = Adam(model)
     optimizer.m += seed
-    run = checkpoint.Run(folder, load_tokenizer(folder.parent / "tokenizer.json"), {}, {"command": {}, "hashes": {}})
+    files = tokenizer_files(load_tokenizer(folder.parent / "tokenizer.json"), {}, 4)
+    run = checkpoint.Run(folder, files, {}, {"command": {}, "hashes": {}})
     return run, model, optimizer, State(step=step)
 
 
