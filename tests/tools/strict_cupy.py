@@ -5,15 +5,16 @@ imports without a GPU, though, so the real package can be asked what exists and 
 trace the formulas given to `fuse`; only the arithmetic has to be done elsewhere. Here
 
 - every name and every signature is looked up in the real CuPy, before NumPy's function of that name runs;
-- a NumPy array or a list beside a device array is a TypeError, and so is turning a device array into a NumPy
-  array without saying so (`.get()` says so);
+- a NumPy array or a list next to a device array is a TypeError, and so is turning a device array into a NumPy
+  array without `.get()`;
 - reductions give 0-d arrays; integer arrays as indices wrap around; repeated indices meet in a random order;
 - a fused formula is traced by the real CuPy, and what comes out must have the dtypes that it says;
 - `gemmEx` and `gemmStridedBatchedEx` read and write the memory that they are pointed to, column-major.
 
 It is stricter than CuPy in places, always where CuPy would copy between host and device in silence:
 `numpy.exp(x)`, a list or NumPy array as an index, and all of `cupy.random` are refused.
-It proves discipline, not kernels: nothing is compiled or launched.
+It proves discipline, not kernels: nothing is compiled or launched. It imports four private modules of CuPy, which a
+new version may change: requirements.txt names the versions that it was tried with.
 
     with strict_gpu():
         ...                     # device.xp is the stand-in, `device.reason` says so
@@ -279,7 +280,7 @@ class ufunc:
         return out if out is not None else to_device(result)
 
     def at(self, a, indices, b=None):
-        """a[indices] op= b, every repeat counted, in a random order: atomic operations keep none."""
+        """a[indices] op= b, every repeat counted, in a random order, because atomic operations have no order."""
         if self.name not in ATOMIC:
             raise NotImplementedError(f"`cupy_{self.name}.at` is not supported yet")
         host = operand(a)
