@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what is said of those that cannot be used."""
+"""Reading and writing files: each appears whole or not at all, and one that cannot be used is named in one line."""
 import contextlib
 import errno
 import hashlib
@@ -17,7 +17,7 @@ except ImportError:                     # Windows
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names it, and the remedy, in one line."""
+    """What the user gave cannot be used. The message is one line that names it and says what to do."""
 
 
 def read_json(path):
@@ -26,7 +26,7 @@ def read_json(path):
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise InputError(f"{path}: {problem.strerror}; a Hugging Face model folder is needed") from None
-    except (ValueError, RecursionError) as problem:     # not UTF-8, not JSON, or brackets in brackets without end
+    except (ValueError, RecursionError) as problem:     # not UTF-8, not JSON, or brackets nested too deeply
         raise InputError(f"{path}: not valid JSON ({problem})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -34,9 +34,9 @@ def read_json(path):
 
 
 def file_hash(path):
-    """SHA-256 of a file's bytes, in hexadecimal. Raises InputError where there is none to read."""
+    """SHA-256 of a file's bytes, in hexadecimal. Raises InputError if there is no such file."""
     try:
-        if not Path(path).is_file():    # opening a pipe would wait for ever
+        if not Path(path).is_file():    # to open a pipe would wait for ever
             raise InputError(f"{path}: there is no such file")
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -45,14 +45,14 @@ def file_hash(path):
 
 
 def sync(path):
-    """Have the disk hold what was written to a file, or the names in a folder (which Windows cannot open)."""
+    """Wait until the disk holds what was written to a file, or the names in a folder (which Windows cannot open)."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as problem:
-        if problem.errno != errno.EINVAL:       # which says that this file system cannot sync folders
+        if problem.errno != errno.EINVAL:       # EINVAL: this file system cannot sync folders
             raise
     finally:
         os.close(handle)
@@ -72,13 +72,13 @@ _DAY = 24 * 3600
 
 @contextlib.contextmanager
 def whole(path):
-    """Give a path to fill, with a file or a folder that then gets the name `path`, complete and on the disk.
+    """Give a path to fill with a file or a folder. Once that is complete and on the disk, it gets the name `path`.
 
         with whole(folder / "config.json") as beside:
             beside.write_text("{}")
 
-    After an error nothing has changed. A folder that has the name already is moved aside at the very end; if this
-    process is killed in that moment, `recover` moves it back.
+    After an error everything is as before. If there is a folder of this name, it is moved aside at the very end; if
+    this process is killed in that moment, `recover` moves it back.
     """
     path = Path(path)
     if any(_WORKPLACE.fullmatch(folder.name) for folder in path.parents):
@@ -93,7 +93,7 @@ def whole(path):
                 part.chmod(work.stat().st_mode & 0o666)     # safetensors makes files that only their owner can read
             sync(part)
         if beside.is_dir() and path.is_dir():
-            path.rename(_old(work))
+            path.rename(work / (path.name + ".old"))
         beside.replace(path)
         sync(path.parent)
 
@@ -110,7 +110,7 @@ def remove_folder(path):
 
 
 def recover(folder):
-    """Undo what killed processes have left unfinished in a folder. What another process is writing stays."""
+    """Clear away what killed processes left unfinished in a folder. What a living process is writing stays."""
     for work in folder.glob(".*.nanollm"):
         if _WORKPLACE.fullmatch(work.name):
             with contextlib.suppress(OSError), lock(work) as is_held:       # BlockingIOError: its process is alive
@@ -120,19 +120,19 @@ def recover(folder):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Hold a folder's lock until the end of the block or of this process; gives False if the system has no locks.
+    """Hold a folder's lock until this block ends, or this process; gives False if the system has no locks.
 
     Raises BlockingIOError if another process holds it.
     """
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        yield handle is not None and _is_locked(handle)
+        yield handle is not None and _try_lock(handle)
     finally:
         if handle is not None:
             os.close(handle)
 
 
-def _is_locked(handle):
+def _try_lock(handle):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -144,7 +144,7 @@ def _is_locked(handle):
 
 @contextlib.contextmanager
 def _workplace(path):
-    """A folder next to `path`, locked, for what should not be seen yet, or no longer. At the end it is cleared."""
+    """A locked folder next to `path` for what should not be seen yet, or no longer. It is cleared at the end."""
     with contextlib.ExitStack() as stack:
         while True:
             work = path.with_name(f".{path.name}.{secrets.token_hex(4)}.nanollm")
@@ -159,14 +159,10 @@ def _workplace(path):
             _clear(work)
 
 
-def _old(work):
-    """Where a workplace keeps the folder that gives way."""
-    return work / f"{_WORKPLACE.fullmatch(work.name)[1]}.old"
-
-
 def _clear(work):
-    """Remove a workplace. A folder that gave way to nothing gets its name back."""
-    old, path = _old(work), work.with_name(_WORKPLACE.fullmatch(work.name)[1])
+    """Remove a workplace. A folder that was moved aside gets its name back if nothing has taken it."""
+    path = work.with_name(_WORKPLACE.fullmatch(work.name)[1])
+    old = work / (path.name + ".old")
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(work, ignore_errors=True)
