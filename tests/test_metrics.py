@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from tiny import rows
 
 import train
-from console import metrics, progress
+from console import metrics
 from data import TokenDataset
 from nanollm import Config, NanoLLM
 
@@ -85,18 +84,6 @@ def test_any_folder_name_can_be_drawn(name, tmp_path):
     metrics.rewind(folder / "metrics.csv", 0)
     draw_loss(folder)
     assert (folder / "loss.png").stat().st_size > 1000
-
-
-def test_the_loss_is_drawn_during_training(files, monkeypatch):
-    drawn, now = [], [0]
-    monkeypatch.setattr(metrics, "draw_loss", lambda folder: drawn.append(rows(folder)[-1]["step"]))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now.append(now[-1] + 1) or now[-1])
-    tiny.run(*files, "--max-steps", 12, "--log-every", 1)
-    assert len(drawn) > 3 and drawn[-1] == "12"             # every 15 s of this clock, and at the end
-    drawn.clear()
-    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
-    tiny.run(*files, "--max-steps", 12, "--val-fraction", 0, "--log-every", 1)
-    assert drawn == ["12"]
 
 
 # ---------------------------------------------------------------- numbers that are not finite

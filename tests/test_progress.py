@@ -5,15 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from tiny import rows
 
 import train
-from console.progress import Progress
+from console import metrics, progress
 
 pytestmark = pytest.mark.usefixtures("cheap")
 
-
-# ---------------------------------------------------------------- what a run shows and writes
 
 def test_progress_in_plain_lines(finished):
     lines = [line for line in finished[2].splitlines() if re.match(r"step \d+/21 ", line)]
@@ -25,10 +24,10 @@ def test_progress_in_plain_lines(finished):
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Progress(10, 100, 1000, step=4, seconds=60.0) as progress:
-        progress.advance()
-        progress.show(5, 2.0, 1e-3, 0.5)
-        assert 60 <= progress.seconds < 70 and progress.speed > 0
+    with progress.Progress(10, 100, 1000, step=4, seconds=60.0) as bar:
+        bar.advance()
+        bar.show(5, 2.0, 1e-3, 0.5)
+        assert 60 <= bar.seconds < 70 and bar.speed > 0
     out, err = capsys.readouterr()
     assert out == "" and "5/10" in err and "loss 2.0000  ppl 7.4  lr 1.0e-03  |g| 0.50" in err
 
@@ -42,3 +41,15 @@ def test_a_closed_pipe_does_not_end_a_run():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_the_loss_is_drawn_during_training(files, monkeypatch):
+    drawn, now = [], [0]
+    monkeypatch.setattr(metrics, "draw_loss", lambda folder: drawn.append(rows(folder)[-1]["step"]))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now.append(now[-1] + 1) or now[-1])
+    tiny.run(*files, "--max-steps", 12, "--log-every", 1)
+    assert len(drawn) > 3 and drawn[-1] == "12"             # every 15 s of this clock, and at the end
+    drawn.clear()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
+    tiny.run(*files, "--max-steps", 12, "--val-fraction", 0, "--log-every", 1)
+    assert drawn == ["12"]
