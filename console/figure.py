@@ -184,5 +184,5 @@ def draw(path, scores, tokenizer, ids, result):
     long = min(text, 3)
     bar = figure.colorbar(shades, cax=axes(width - 0.8, 0.3 + text - long, 0.14, long), extend="max")
     bar.set_label("loss (nats)")
-    with whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=130)
+    with whole(path) as draft:
+        figure.savefig(draft, format="png", dpi=130)

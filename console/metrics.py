@@ -27,7 +27,7 @@ def read(path):
 def rewind(path, step):
     """Begin the file, or drop its rows after `step`, from which the run continues."""
     rows = [row for row in read(path) if int(row["step"]) <= step]
-    with whole(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    with whole(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -102,8 +102,8 @@ def export(folder, path):
     config, path = model.config, Path(path)
     if config.activation != "silu":
         raise InputError(f"{folder}: llama.cpp's Llama has no activation {config.activation!r}, only silu")
-    with whole(path) as beside:
-        writer = GGUFWriter(beside, "llama")
+    with whole(path) as draft:
+        writer = GGUFWriter(draft, "llama")
         about = {
             "add_name": Path(folder).resolve().name, "add_context_length": config.max_context,
             "add_embedding_length": config.embedding_dim, "add_block_count": config.n_block,

@@ -223,7 +223,9 @@ def read_trainer(checkpoint):
     path = checkpoint / "trainer.json"
     about, values = read_json(path), {}
     for field in fields(State):
-        value = about.pop(field.name, "missing")
+        if field.name not in about:
+            raise InputError(f"{path}: {field.name} is missing")
+        value = about.pop(field.name)
         if not isinstance(value, field.type) or isinstance(value, bool) or not 0 <= (value or 0) < math.inf:
             raise InputError(f"{path}: {field.name} cannot be {value!r}")
         values[field.name] = value

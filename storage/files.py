@@ -74,8 +74,8 @@ _DAY = 24 * 3600
 def whole(path):
     """Give a path to fill with a file or a folder. Once that is complete and on the disk, it gets the name `path`.
 
-        with whole(folder / "config.json") as beside:
-            beside.write_text("{}")
+        with whole(folder / "config.json") as draft:
+            draft.write_text("{}")
 
     After an error everything is as before. If there is a folder of this name, it is moved aside at the very end; if
     this process is killed in that moment, `recover` moves it back.
@@ -86,21 +86,21 @@ def whole(path):
         return
     recover(path.parent)
     with _workplace(path) as work:
-        beside = work / path.name
-        yield beside
-        for part in [beside] if beside.is_file() else [*beside.rglob("*"), beside]:
+        draft = work / path.name
+        yield draft
+        for part in [draft] if draft.is_file() else [*draft.rglob("*"), draft]:
             if part.is_file():
                 part.chmod(work.stat().st_mode & 0o666)     # safetensors makes files that only their owner can read
             sync(part)
-        if beside.is_dir() and path.is_dir():
+        if draft.is_dir() and path.is_dir():
             path.rename(work / (path.name + ".old"))
-        beside.replace(path)
+        draft.replace(path)
         sync(path.parent)
 
 
 def replace_file(path, write):
-    with whole(path) as beside:
-        write(beside)
+    with whole(path) as draft:
+        write(draft)
 
 
 def remove_folder(path):

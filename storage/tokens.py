@@ -279,7 +279,7 @@ def write_tokens(path, text, tokenizer, digest, seq_len):
     n_token = n_byte = n_unknown = crc = 0
     chunks, total, shown = [], os.path.getsize(text), time.monotonic()
     bar = tqdm(desc=f"encoding {text}", total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-    with bar, whole(path) as beside, open(beside, "wb") as file:
+    with bar, whole(path) as draft, open(draft, "wb") as file:
         for context, body, ids in encode_text(tokenizer, read_text(text, digest)):
             data = np.array(ids, dtype).tobytes()
             file.write(data)
@@ -296,8 +296,8 @@ def write_tokens(path, text, tokenizer, digest, seq_len):
         refuse_short(f"the text {text}", n_token, seq_len)
         if digest.hexdigest() != path.stem:
             raise InputError(f"the text {text} changed while it was read: start again when it is complete")
-    with whole(path.with_suffix(".json")) as beside:
-        beside.write_text(json.dumps({"tokens": n_token, "bytes": n_byte, "unknown": max(0, n_unknown),
+    with whole(path.with_suffix(".json")) as draft:
+        draft.write_text(json.dumps({"tokens": n_token, "bytes": n_byte, "unknown": max(0, n_unknown),
                                       "dtype": dtype.str, "crc": crc, "chunks": chunks}))
 
 

@@ -443,7 +443,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_pa
             except Killed:
                 finished = False
         moments.append(sorted(path.name for path in folder.iterdir()))
-        for path in checkpoints(folder):                    # whatever has the name is complete
+        for path in checkpoints(folder):                    # what has the name is complete
             checkpoint.check_sums(path)
         checkpoint.recover(folder)
         assert sorted(path.name for path in folder.glob(".*")) == []

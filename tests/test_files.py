@@ -45,9 +45,9 @@ def test_the_name_appears_at_the_end_and_nothing_else_stays(tmp_path, kind):
     path = tmp_path / "name.txt"
     for text in ("old", "new"):
         before = content(path) if path.exists() else None
-        with whole(path) as beside:
-            assert beside.name == path.name
-            fill(beside, kind, text)
+        with whole(path) as draft:
+            assert draft.name == path.name
+            fill(draft, kind, text)
             assert (content(path) if path.exists() else None) == before
         assert names(tmp_path) == ["name.txt"] and set(content(path).values()) == {text}
 
@@ -58,8 +58,8 @@ def test_after_an_error_all_is_as_before(tmp_path, kind, was_there):
     path = tmp_path / "name"
     if was_there:
         fill(path, kind, "old")
-    with pytest.raises(RuntimeError, match="no more"), whole(path) as beside:
-        fill(beside, kind, "new")
+    with pytest.raises(RuntimeError, match="no more"), whole(path) as draft:
+        fill(draft, kind, "new")
         raise RuntimeError("no more")
     assert names(tmp_path) == ["name"] * was_there
     if was_there:
@@ -72,9 +72,9 @@ def test_files_have_the_usual_permissions(tmp_path, kind, mask):
     """Whatever they were made with: safetensors makes files that only their owner can read."""
     before = os.umask(mask)
     try:
-        with whole(tmp_path / "name") as beside:
-            fill(beside, kind, "text")
-            for part in [beside] if kind == "file" else beside.rglob("*.txt"):
+        with whole(tmp_path / "name") as draft:
+            fill(draft, kind, "text")
+            for part in [draft] if kind == "file" else draft.rglob("*.txt"):
                 part.chmod(0o600)
     finally:
         os.umask(before)
@@ -108,8 +108,8 @@ def test_what_is_replaced_by_nothing_comes_back(tmp_path, monkeypatch):
         assert not path.exists()
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(OSError, match="Read-only"), whole(path) as beside:
-        fill(beside, "folder", "new")
+    with pytest.raises(OSError, match="Read-only"), whole(path) as draft:
+        fill(draft, "folder", "new")
     monkeypatch.setattr(Path, "replace", replace)
     assert names(tmp_path) == ["name"] and set(content(path).values()) == {"old"}
 
@@ -120,15 +120,15 @@ WRITER = """
 import sys, time, pathlib
 from storage.files import whole
 path, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
-with whole(path) as beside:
+with whole(path) as draft:
     if kind == "aside":
         pathlib.Path.replace = lambda *_: print("ready", flush=True) or time.sleep(100)
-        beside.mkdir()
+        draft.mkdir()
     elif kind == "begun":
         print("ready", flush=True)
         time.sleep(100)
     else:
-        beside.write_text("half")
+        draft.write_text("half")
         print("ready", flush=True)
         time.sleep(100)
 """
@@ -156,8 +156,8 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
         assert names(tmp_path) == left
         end(dead)
         assert names(tmp_path) == left
-        with whole(tmp_path / "other.txt") as beside:       # whoever writes next clears it away
-            beside.write_text("other")
+        with whole(tmp_path / "other.txt") as draft:       # whoever writes next clears it away
+            draft.write_text("other")
         kept = [name for name in left if "alive" in name]
         assert names(tmp_path) == [*kept, "other.txt"]
     finally:
@@ -194,8 +194,8 @@ def test_without_locks_a_leftover_goes_after_a_day(tmp_path, monkeypatch):
     for name in (".old.txt.0123abcd.nanollm", ".new.txt.0123abcd.nanollm"):
         (tmp_path / name).mkdir()
     os.utime(tmp_path / ".old.txt.0123abcd.nanollm", (time.time() - 2 * 24 * 3600,) * 2)
-    with whole(tmp_path / "a.txt") as beside:
-        beside.write_text("a")
+    with whole(tmp_path / "a.txt") as draft:
+        draft.write_text("a")
     assert names(tmp_path) == [".new.txt.0123abcd.nanollm", "a.txt"]
 
 
@@ -207,8 +207,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     (tmp_path / ".new.txt.0123abcd.nanollm").mkdir()
     with lock(tmp_path) as is_held:
         assert not is_held
-    with whole(tmp_path / "a.txt") as beside:
-        beside.write_text("a")
+    with whole(tmp_path / "a.txt") as draft:
+        draft.write_text("a")
     assert names(tmp_path) == [".new.txt.0123abcd.nanollm", "a.txt"]
 
 
@@ -228,8 +228,8 @@ def test_many_at_once(tmp_path):
     def work(n):
         try:
             for _ in range(30):
-                with whole(tmp_path / "same.txt") as beside:
-                    beside.write_text(str(n) * 1000)
+                with whole(tmp_path / "same.txt") as draft:
+                    draft.write_text(str(n) * 1000)
                 text = (tmp_path / "same.txt").read_text()
                 assert len(text) == 1000 and len(set(text)) == 1
         except BaseException as problem:

@@ -1,4 +1,4 @@
-"""Text to ids: whatever the text and the tokenizer, the ids are those of encoding it whole, and none is lost."""
+"""Text to ids: for any text and tokenizer, the ids are those of the whole text encoded at once, and none is lost."""
 import os
 import sys
 import time
