@@ -3,6 +3,7 @@ import itertools
 import math
 import tempfile
 import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ from storage.tokens import Decoder, vocab_size
 
 TOKENS = 1000                                   # at most so many are shown
 COLUMNS, ROWS = 84, 26                          # of the text, in characters of
-FONT, SIZE = "DejaVu Sans Mono", 9              # which comes with matplotlib; in points
+SIZE = 9                                        # of the letters, in points
+FONTS = ("DejaVu Sans Mono",                    # the first and the last come with Matplotlib
+         "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+         "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
+         "Noto Emoji", "Segoe UI Symbol", "Symbola", "DejaVu Sans")
 ASIDE = {"\n": "↵", "\t": "⇥", "\r": "←"}       # stand for characters that have no look
 
 
@@ -105,33 +110,12 @@ def layout(found, losses):
     return [line for line in lines if line][:ROWS]
 
 
-def find_fonts(characters):
-    """{character: file of a font that has it}, of all fonts installed, FONT first; without those that no font has."""
+def families():
+    """The fonts of FONTS that are installed. Matplotlib takes each character from the first that has it."""
     from matplotlib import font_manager
 
-    def has(file, c):
-        return font_manager.get_font(file).get_char_index(ord(c)) > 0
-    usual = font_manager.findfont(FONT)
-    found = {c: usual for c in characters if has(usual, c)}
-    missing, files = characters - found.keys(), {
-        font.fname: None for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.fname)
-        if font.style == "normal" and font.weight in (400, "normal", "regular") and "Last Resort" not in font.name}
-    while missing:                              # the font that has the most of them, for characters that look alike
-        best = set()
-        for candidate in files:
-            try:
-                covered = {c for c in missing if has(candidate, c)}
-            except (OSError, RuntimeError):     # a broken file
-                continue
-            if len(covered) > len(best):
-                file, best = candidate, covered
-            if best == missing:
-                break
-        if not best:
-            break
-        found |= dict.fromkeys(best, file)
-        missing -= best
-    return found
+    installed = set(font_manager.get_font_names())
+    return [name for name in FONTS if name in installed]
 
 
 def _draw_text(axes, lines, most):
@@ -139,23 +123,13 @@ def _draw_text(axes, lines, most):
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import LinearSegmentedColormap
 
-    boxes, losses = [], []
-    fonts = find_fonts({c for line in lines for _, text, _ in line for c in text} | {"□"})
-    place = {"va": "center_baseline", "fontsize": SIZE, "parse_math": False}
+    boxes, losses, fonts = [], [], families()
     for row, line in enumerate(lines):
         for column, text, of_tokens in line:
             edges = np.linspace(column, column + max(cells(text), 1), len(of_tokens) + 1)
             boxes += [[(a, row), (b, row), (b, row + 0.9), (a, row + 0.9)] for a, b in itertools.pairwise(edges)]
             losses += of_tokens.tolist()
-            plain = ""
-            for c in text:
-                if fonts.get(c) == fonts["□"]:
-                    plain += c
-                else:                           # in the middle of its columns, as another font may have other widths
-                    axes.text(column + cells(plain) + cells(c) / 2, row + 0.45, c if c in fonts else "□", ha="center",
-                              font=Path(fonts.get(c, fonts["□"])), **place)
-                    plain += " " * cells(c)
-            axes.text(column, row + 0.45, plain, fontfamily=FONT, **place)
+            axes.text(column, row + 0.45, text, fontfamily=fonts, fontsize=SIZE, va="center_baseline", parse_math=False)
     colors = LinearSegmentedColormap.from_list("surprise", ["#ffffff", "#ffe9a8", "#fdae61", "#e8604c"])
     shades = PolyCollection(boxes, array=np.ma.masked_invalid(losses), cmap=colors.with_extremes(bad="0.88"),
                             edgecolor="white", linewidth=0.8, clim=(0, most))
@@ -173,7 +147,7 @@ def draw(path, scores, tokenizer, ids, result):
     from matplotlib.figure import Figure  # here, because importing it takes long
 
     lines = layout(pieces(tokenizer, ids), np.append(np.nan, scores.first))
-    cell, line = 0.602 * SIZE / 72, 1.75 * SIZE / 72        # inches; 0.602: the width of FONT
+    cell, line = 0.602 * SIZE / 72, 1.75 * SIZE / 72        # inches; 0.602: the width of a letter
     text, width, height = len(lines) * line, COLUMNS * cell + 1.65, len(lines) * line + 4.1
     figure = Figure(figsize=(width, height))
 
@@ -184,5 +158,6 @@ def draw(path, scores, tokenizer, ids, result):
     long = min(text, 3)
     bar = figure.colorbar(shades, cax=axes(width - 0.8, 0.3 + text - long, 0.14, long), extend="max")
     bar.set_label("loss (nats)")
-    with whole(path) as draft:
+    with whole(path) as draft, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")     # such a character is drawn as a box
         figure.savefig(draft, format="png", dpi=130)
