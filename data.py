@@ -124,8 +124,8 @@ class TokenDataset:
         if val_fraction == 0:
             return self, None
         n, T = self.last - self.first, self.seq_len
-        middle = self.last - round(n * val_fraction)
-        refuse_short(f"the training part, 1 - {val_fraction} of {n} tokens,", middle - self.first, T)
-        refuse_short(f"the validation part, {val_fraction} of {n} tokens,", self.last - middle, T)
-        return (TokenDataset(self.file, self.first, middle, T, self.stride),
-                TokenDataset(self.file, middle, self.last, T, T))
+        n_val = round(n * val_fraction)
+        refuse_short(f"the training part, 1 - {val_fraction} of {n} tokens,", n - n_val, T)
+        refuse_short(f"the validation part, {val_fraction} of {n} tokens,", n_val, T)
+        return (TokenDataset(self.file, self.first, self.last - n_val, T, self.stride),
+                TokenDataset(self.file, self.last - n_val, self.last, T, T))

@@ -23,7 +23,7 @@ from generate import sample_text
 from hardware import device
 from nanollm import NanoLLM
 from storage import checkpoint
-from storage.files import InputError, file_hash, read_json
+from storage.files import InputError, read_json
 from storage.huggingface import tokenizer_files
 from storage.tokens import load_tokenizer
 
@@ -124,10 +124,10 @@ def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
 # ---------------------------------------------------------------- the loop
 
 def train(model, optimizer, train_set, settings, state, observer, stop):
-    """Train until all steps are done, or patience ends, or stop.signal is set; then save.
+    """Train until step settings.max_steps, or until patience ends or stop.signal is set; then save.
 
-    Ctrl-C and SIGTERM set stop.signal (see console/cli.py, Stop) and interrupt nothing: the
-    running step is finished and a checkpoint is written. `main` then says how to continue.
+    Ctrl-C and SIGTERM set stop.signal (console/cli.py, Stop) and interrupt nothing: the running
+    step is finished and a checkpoint is written. `main` then says how to continue.
 
     A step takes the next grad_accum batches. They are of one size, so the mean of their mean
     losses is the mean over all tokens. Gradients add up, hence backward(1 / grad_accum).
@@ -136,6 +136,8 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
         state.loss_scale = 2.0 ** 16 if settings.dtype == "float16" else 1.0
         observer.save(model, optimizer, state)      # a disk that is too small must show at once
     while not is_over(settings, state) and not stop.signal:
+        lr = learning_rate(state.step, settings.max_steps, settings.learning_rate,
+                           settings.min_lr, settings.warmup_steps, settings.lr_schedule)
         optimizer.zero_grad()
         loss = 0.0
         for _ in range(settings.grad_accum):
@@ -145,16 +147,11 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
             loss = loss + part.data / settings.grad_accum
             state.windows += settings.batch_size
         loss, norm = float(loss), gradient_norm(model) / state.loss_scale
-        lr = learning_rate(state.step, settings.max_steps, settings.learning_rate,
-                           settings.min_lr, settings.warmup_steps, settings.lr_schedule)
-        state.step, state.epoch = state.step + 1, state.windows / len(train_set)
         finite = math.isfinite(loss + norm)
         if finite:
             optimizer.step(lr, clipping(norm, settings.clip_norm) / state.loss_scale)
-            state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
-            state.skipped_in_a_row = 0
-        else:
-            skip(state, loss, norm)
+        state.step, state.epoch = state.step + 1, state.windows / len(train_set)
+        count(state, loss, norm, finite)
         if state.skipped_in_a_row == 10:
             raise InputError(f"10 steps in a row were not finite; the first place is the "
                              f"{model.first_not_finite(x)}: the checkpoints in "
@@ -177,17 +174,18 @@ def clipping(norm, limit):
     return min(1.0, limit / norm) if limit and norm else 1.0
 
 
-def skip(state, loss, norm):
-    """Count and tell a step that changes no weight, because its loss or gradient is not finite.
+def count(state, loss, norm, finite):
+    """Add up the losses for the next report, or tell that a step changed no weight.
 
-    One at a loss scale above 1 is no sign of trouble: the next step has half that scale.
+    Where the loss scale is above 1, that is no sign of trouble: it is halved for the next step.
     """
-    state.skipped += 1
-    remedy = ""
-    if state.loss_scale > 1:
-        remedy = f" (loss scale {state.loss_scale:.0f}, halved)"
-    else:
-        state.skipped_in_a_row += 1
+    if finite:
+        state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
+        state.skipped_in_a_row = 0
+        return
+    state.skipped, remedy = state.skipped + 1, f" (loss scale {state.loss_scale:.0f}, halved)"
+    if state.loss_scale == 1:
+        state.skipped_in_a_row, remedy = state.skipped_in_a_row + 1, ""
     say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, "
         f"{state.skipped} so far{remedy}")
 
@@ -209,19 +207,6 @@ def adapt_loss_scale(state, finite):
 
 # ---------------------------------------------------------------- the command
 
-def file_hashes(settings):
-    return {name: file_hash(getattr(settings, name)) for name in ("text", "tokenizer")}
-
-
-def check_hashes(request):
-    """Raise InputError unless a resumed run has the text and tokenizer that it began with."""
-    for name, value in file_hashes(request.settings).items():
-        if request.hashes.get(name) != value:
-            raise InputError(f"--resume: {getattr(request.settings, name)} is not the {name} that "
-                             f"this run began with: give the original with --{name}, or begin a "
-                             "new run")
-
-
 def make_model(request, tokenizer):
     """(model, entries of config.json that came with it): read from a folder, or fresh."""
     config, source, entries = options.make_config(request, tokenizer), request.source, {}
@@ -237,17 +222,27 @@ def make_model(request, tokenizer):
     return model, entries
 
 
+def announce(model, train_set, val_set, settings, state, folder):
+    """Say what is about to be trained, and on what."""
+    tokens = settings.windows_per_step() * settings.seq_len
+    n_unseen = len(val_set.tokens) if val_set else 0
+    say(f"device     {device.reason}\n"
+        f"text       {settings.text}: {len(train_set.tokens):,} tokens to train on in "
+        f"{len(train_set):,} windows, {n_unseen:,} unseen ones to validate\n"
+        f"model      {model.flat.size:,} parameters, {model.config}\n"
+        f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
+        f"folder     {folder}")
+
+
 def main(argv=None):
     request = options.parse(argv)
     settings, state, resumed = request.settings, request.state, request.checkpoint
     tokenizer = load_tokenizer(settings.tokenizer)
-    if resumed:
-        check_hashes(request)
     model, entries = make_model(request, tokenizer)
     dataset = TokenDataset.from_text(settings.text, settings.tokenizer, settings.seq_len,
                                      settings.stride)
     train_set, val_set = dataset.split(settings.val_fraction)
-    about = {"command": settings.to_json(), "hashes": request.hashes or file_hashes(settings),
+    about = {"command": settings.to_json(), "hashes": request.hashes or settings.hashes(),
              "versions": checkpoint.versions()}
     settings = settings.resolved(state, len(train_set))
     optimizer = Adam(model, settings.learning_rate, (settings.beta1, settings.beta2),
@@ -262,24 +257,20 @@ def main(argv=None):
         say(f"{folder} has finished, after step {state.step}; more --num-epochs or --max-steps "
             "would continue it")
         return 0
+
+    def validate():
+        return evaluate(model, val_set, settings.batch_size)
+
+    def sample():
+        return sample_text(model, tokenizer, settings.prompt, val_set or train_set, state.step)
+
     with checkpoint.held(folder), cli.Stop() as stop, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
-        tokens = settings.windows_per_step() * settings.seq_len
-        say(f"device     {device.reason}\n"
-            f"text       {settings.text}: {len(train_set.tokens):,} tokens to train on in "
-            f"{len(train_set):,} windows, {len(val_set.tokens) if val_set else 0:,} unseen ones to "
-            "validate\n"
-            f"model      {model.flat.size:,} parameters, {model.config}\n"
-            f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
-            f"folder     {folder}")
+        announce(model, train_set, val_set, settings, state, folder)
         metrics.rewind(folder / "metrics.csv", state.step)
         flops = model.config.flops_per_token(settings.seq_len)
-        unseen = val_set or train_set
-        with Progress(settings.max_steps, tokens, flops, state.step, state.seconds) as progress:
-            observer = Observer(
-                run, settings, train_set, progress,
-                val_set and (lambda: evaluate(model, val_set, settings.batch_size)),
-                lambda step: sample_text(model, tokenizer, settings.prompt, unseen, seed=step))
+        with Progress(settings.max_steps, flops, state.step, state.seconds) as progress:
+            observer = Observer(run, settings, train_set, progress, val_set and validate, sample)
             train(model, optimizer, train_set, settings, state, observer, stop)
         if is_over(settings, state):
             run.write_model(folder, model)

@@ -9,12 +9,12 @@ from console.progress import say
 class Observer:
     """Watches a training and does after a step what is due: it reports, evaluates and saves.
 
-    `evaluate()` gives the loss, perplexity and bits_per_byte on the validation text; it is None where there is no such
-    text. `sample(step)` gives a text that the model writes.
+    validate() gives the loss, perplexity and bits_per_byte on the validation text; it is None where there is no such
+    text. sample() gives a text that the model writes.
     """
-    def __init__(self, run, settings, train_set, progress, evaluate, sample):
+    def __init__(self, run, settings, train_set, progress, validate, sample):
         self.run, self.settings, self.train_set, self.progress = run, settings, train_set, progress
-        self.validate, self.sample = evaluate, sample
+        self.validate, self.sample = validate, sample
 
     def after_step(self, model, optimizer, state, lr, loss, norm):
         settings = self.settings
@@ -22,7 +22,7 @@ class Observer:
         def due(every):
             return bool(every) and state.step % every == 0
 
-        self.progress.advance()
+        self.progress.advance(settings.windows_per_step() * self.train_set.seq_len)
         if state.step == 1:
             V, entropy = self.train_set.vocab_size, metrics.unigram_entropy(self.train_set)
             say(f"step 0: loss {loss:.3f} before training; an even guess among {V} tokens has ln V = "
@@ -32,7 +32,7 @@ class Observer:
         if milestone or state.step == 1 or due(settings.log_every):     # 1: the plot begins before training
             self.report(model, state, lr, norm, milestone)
         if due(settings.sample_every) or (milestone and settings.sample_every is None):
-            say(f"sample: {self.sample(state.step)!r}")
+            say(f"sample: {self.sample()!r}")
             self.progress.restart()
         if due(settings.save_every):
             self.save(model, optimizer, state)

@@ -14,7 +14,7 @@ from console.cli import number
 from console.progress import say
 from nanollm import Config
 from storage.checkpoint import State, check_free, last_run, newest_checkpoint, read_trainer
-from storage.files import InputError
+from storage.files import InputError, file_hash
 from storage.tokens import load_tokenizer, vocab_size
 
 COUNT, SIZE = number(int, 1, 10**9), number(int, 1, 10**6)
@@ -141,6 +141,10 @@ class Settings:
                  if getattr(self, name)}
         return asdict(self) | paths
 
+    def hashes(self):
+        """{"text": …, "tokenizer": …}: of the contents of these two files."""
+        return {name: file_hash(getattr(self, name)) for name in ("text", "tokenizer")}
+
     @classmethod
     def from_json(cls, values):
         """The Settings that `to_json` gave. Raises InputError naming a value that its flag cannot have."""
@@ -259,8 +263,18 @@ def parse(argv):
         check_free(request.folder)
     if settings.demo:
         text, tokenizer = demo.files()
-        return replace(request, settings=replace(settings, text=text, tokenizer=tokenizer))
-    return request
+        settings = replace(settings, text=text, tokenizer=tokenizer)
+    if request.checkpoint:
+        check_hashes(settings, request.hashes)
+    return replace(request, settings=settings)
+
+
+def check_hashes(settings, before):
+    """Raise InputError unless a resumed run has the text and the tokenizer that it began with."""
+    for name, value in settings.hashes().items():
+        if before.get(name) != value:
+            raise InputError(f"--resume: {getattr(settings, name)} is not the {name} that this run began with: "
+                             f"give the original with --{name}, or begin a new run")
 
 
 def make_config(request, tokenizer):

@@ -20,10 +20,10 @@ def say(text):
 class Progress:
     """The bar on a terminal, now and then a line elsewhere; and the clock: the speed, the time left, the time in all.
 
-    A run has `steps` steps of `tokens` tokens each. `step` of them were done in `seconds` before this process began.
+    `step` of a run's `steps` steps were done, in `seconds`, before this process began.
     """
-    def __init__(self, steps, tokens, flops_per_token, step=0, seconds=0.0):
-        self.steps, self.tokens, self.flops_per_token = steps, tokens, flops_per_token
+    def __init__(self, steps, flops_per_token, step=0, seconds=0.0):
+        self.steps, self.flops_per_token = steps, flops_per_token
         self.began, self.drawn = time.monotonic() - seconds, time.monotonic()
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.restart()
@@ -41,17 +41,18 @@ class Progress:
 
     def restart(self):
         """Measure the speed from here on. What came before, such as an evaluation, was not training."""
-        self.advanced, self.since = 0, time.monotonic()
+        self.tokens = self.advanced = 0
+        self.since = time.monotonic()
 
-    def advance(self):
-        """Another step is done."""
-        self.advanced += 1
+    def advance(self, tokens):
+        """Another step is done, of this number of tokens."""
+        self.tokens, self.advanced = self.tokens + tokens, self.advanced + 1
         self.bar.update()
 
     @property
     def speed(self):
         """Tokens a second since the last restart."""
-        return self.advanced * self.tokens / max(time.monotonic() - self.since, 1e-9)
+        return self.tokens / max(time.monotonic() - self.since, 1e-9)
 
     def redraw(self, folder, every=15):
         """Draw loss.png again, unless that was less than `every` seconds ago: it takes a moment."""

@@ -24,8 +24,8 @@ def test_progress_in_plain_lines(finished):
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress.Progress(10, 100, 1000, step=4, seconds=60.0) as bar:
-        bar.advance()
+    with progress.Progress(10, 1000, step=4, seconds=60.0) as bar:
+        bar.advance(100)
         bar.show(5, 2.0, 1e-3, 0.5)
         assert 60 <= bar.seconds < 70 and bar.speed > 0
     out, err = capsys.readouterr()
