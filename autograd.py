@@ -1,23 +1,26 @@
-"""Reverse-mode automatic differentiation over arrays, every backward pass derived and written by hand.
+"""Reverse-mode automatic differentiation over arrays, every backward pass derived by hand.
 
-An op computes its result and leaves behind a function that turns dout = dLoss/dout into the gradients of its
-inputs. The recorded ops form a graph, each result pointing to its inputs; its leaves are the tensors that no op made,
-such as weights. `backward` walks it from the loss to the leaves and applies the chain rule at each op. That is the
-engine: under two hundred lines. The rest of this file is one function per op, in the order in which the model needs
-them, and at the end the check that each of them has to pass.
+An op computes its result, `out`, and leaves a function behind. It takes dout, the gradient of the
+loss with respect to out, and returns the gradients with respect to the op's inputs. The recorded
+ops form a graph in which every result points to its inputs; its leaves are the tensors that no op
+made, such as weights. `backward` walks from the loss to the leaves and applies the chain rule at
+each op. That is the engine: under two hundred lines. Then follows one function per op, in the
+order in which the model needs them. Heavy ops come twice: first plain, as the derivation reads,
+then as the model uses them: the same, a block of rows at a time.
 
-Shapes: B batch, T time, S keys (S >= T), C width, H heads, K key/value heads, D = C/H, F hidden width, V vocabulary,
-N rows: all leading axes as one, (..., C) -> (N, C).
+Shapes: B batch, T time, S keys (S > T where a cache holds earlier ones), C width, H heads,
+K key/value heads, D = C/H, F hidden width, V vocabulary, N rows: (..., C) -> (N, C).
+dx is dLoss/dx and has x's shape. * multiplies element by element, @ is the matrix product, ᵀ swaps
+the last two axes. From `device` (hardware/device.py, which you can read later):
 
-On `device` (hardware/device.py, to be read later): `xp` is NumPy or CuPy; `matmul(a, b)` is `a @ b`, with `out=c`
-written into `c` and with `accumulate=True` added to it; `row_dot(a, b)` is `(a * b).sum(-1, keepdims=True)`;
-`sweep(f, n, block)` calls `f` with slices that together are `range(n)`, a block of rows at a time, so that they stay in
-the cache; `fuse` marks a formula that becomes one kernel on a GPU.
+    xp                  NumPy or CuPy
+    matmul(a, b)        a @ b; out=c writes it into c, accumulate=True adds it to c
+    row_dot(a, b)       (a * b).sum(-1, keepdims=True)
+    sweep(f, n, block)  calls f with slices that cover range(n), each at most `block` long
+    fuse                marks a formula that becomes one kernel on a GPU
 
-dx is dLoss/dx and has x's shape; * works element by element, @ is the matrix product. Two rules give most derivations:
-
-    a value used in several places receives the sum of what the places send back (so a broadcast's backward is a sum);
-    for out = a @ b:  da = dout @ bᵀ,  db = aᵀ @ dout  (the only products whose shapes fit).
+Two rules give most derivations: a value used in several places receives the sum of what they send
+back; and for out = a @ b,  da = dout @ bᵀ and db = aᵀ @ dout (no other products have the shapes).
 
 >>> x = Tensor([1.0, 2.0, 3.0], requires_grad=True)
 >>> loss = (x * x).sum()                # 1 + 4 + 9
@@ -25,59 +28,61 @@ dx is dLoss/dx and has x's shape; * works element by element, @ is the matrix pr
 >>> loss.data.item(), x.grad.tolist()   # d(x²)/dx = 2x
 (14.0, [2.0, 4.0, 6.0])
 """
-import builtins
 import functools
 import math
+import threading
 from contextlib import contextmanager
 
 import numpy as np
 
 from hardware import device
-from hardware.quantized import Quantized
+from hardware.random_bits import drop
 
 # ---------------------------------------------------------------- the engine
 
-_recording = True
+_thread = threading.local()     # .no_grad: whether this thread is inside no_grad
 
 
 @contextmanager
 def no_grad():
-    """Inside, ops compute but record nothing: no graph, no memory kept for a backward pass."""
-    global _recording
-    before, _recording = _recording, False
+    """Inside, this thread's ops record nothing: no graph, no memory kept for a backward pass."""
+    before, _thread.no_grad = getattr(_thread, "no_grad", False), True
     try:
         yield
     finally:
-        _recording = before
+        _thread.no_grad = before
 
 
 def recording(*tensors):
     """Whether an op on these tensors has to remember how it was done."""
-    return _recording and any(t.requires_grad for t in tensors)
+    return any(t.requires_grad for t in tensors) and not getattr(_thread, "no_grad", False)
 
 
 class Node:
-    """How a result came about: the nodes of its inputs, and the function from dout to the inputs' gradients.
+    """How a result came about: where its inputs came from, and the op's backward function.
 
-    It does not hold the result: backward functions hold the arrays that they need, all others can be freed at once.
-    An input that requires no gradient is None here, a leaf is the Tensor itself, where its gradient will be kept.
+    `parents` has an entry for every input: None if it requires no gradient, its Node if an op
+    made it, and the Tensor itself if it is a leaf, where the gradient will be kept. `grad` is the
+    sum of the gradients received so far; `shared` says that others may hold that array.
+    The result's data is not here: what no backward function needs can be freed at once.
     """
-    __slots__ = ("parents", "backward", "shape", "dtype")
+    __slots__ = ("parents", "backward", "shape", "dtype", "grad", "shared")
 
 
 class Tensor:
     """An array and, unless it is a leaf, the Node that says how it came about.
 
-    `data` is an array of device.xp, kept as it is (a float array keeps its dtype). `grad` is None, or for a leaf
-    after `backward` the array dLoss/ddata; it grows by each further backward until somebody clears it.
+    `data` is an array of device.xp; a float array keeps its dtype. `grad` is None or, for a leaf
+    after `backward`, the array dLoss/ddata. Further backward passes add to it until it is cleared.
     Raises TypeError for requires_grad=True on numbers that are not floats.
     """
     __slots__ = ("data", "requires_grad", "grad", "_node")
-    __array_ufunc__ = None              # array * tensor: NumPy must ask the tensor
+    __array_ufunc__ = None              # array * tensor: NumPy must leave it to the tensor
+    shared = False                      # nobody else holds a leaf's grad
 
     def __init__(self, data, requires_grad=False):
         self.data = device.xp.asarray(data)
-        if requires_grad and self.data.dtype.kind in "biu":
+        if requires_grad and self.data.dtype.kind in "biu":         # bool, int, unsigned
             raise TypeError(f"requires_grad needs floating-point data, not {self.data.dtype}")
         self.requires_grad = requires_grad
         self.grad = None
@@ -89,96 +94,108 @@ class Tensor:
     def __repr__(self):
         return f"Tensor({self.data}{', requires_grad=True' if self.requires_grad else ''})"
 
-    def backward(self, dout=None):
-        """Add dLoss/dleaf to `grad` of every leaf below; dout = dLoss/dself, by default 1 for a scalar.
+    # operators and methods: each is an op below
+    __add__ = __radd__ = lambda self, other: add(self, other)
+    __mul__ = __rmul__ = lambda self, other: mul(self, other)
+    __sub__ = lambda self, other: sub(self, other)
+    __rsub__ = lambda self, other: sub(other, self)
+    __truediv__ = lambda self, other: div(self, other)
+    __rtruediv__ = lambda self, other: div(other, self)
+    __matmul__ = lambda self, other: matmul(self, other)
+    __neg__ = lambda self: neg(self)
+    __pow__ = lambda self, p: power(self, p)
+    __getitem__ = lambda self, index: getitem(self, index)
+    sum = lambda self, axis=None, keepdims=False: sum(self, axis, keepdims)
+    mean = lambda self, axis=None, keepdims=False: mean(self, axis, keepdims)
+    reshape = lambda self, *shape: reshape(self, *shape)
+    transpose = lambda self, *axes: transpose(self, *axes)
 
-        The graph is taken apart on the way, so the memory of each op goes back as soon as its gradient is done.
-        Raises RuntimeError without a graph, for a second call on the same one, and for a missing dout.
+    def backward(self, dout=None):
+        """Add dLoss/dleaf to `grad` of every leaf this tensor depends on.
+
+        dout is dLoss/dself, by default 1 for a scalar. The graph is dismantled on the way, so each
+        op's memory is freed as soon as its gradients exist. Raises RuntimeError if there is no
+        graph, if it has been used already, and if a tensor that is no scalar gets no dout.
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor depends on nothing that requires a gradient")
         if dout is None:
             if self.data.size != 1:
-                raise RuntimeError(f"backward: a tensor of shape {self.shape} needs dout; only a scalar has a default")
+                raise RuntimeError(f"backward: a tensor of shape {self.shape} needs dout; "
+                                   "only a scalar has a default")
             dout = 1.0
         dout = device.xp.broadcast_to(device.xp.asarray(dout, self.dtype), self.shape)
         root = self._node or self
-        order, gradients = _topological(root), {id(root): _Sum(root, dout)}
+        order = _topological(root)
+        _receive(root, dout)
         while order:
             node = order.pop()
-            gradient = gradients.pop(id(node)).array
-            if isinstance(node, Tensor):        # a leaf: its .grad already is the sum
+            if isinstance(node, Tensor):            # a leaf: its .grad is what was asked for
                 continue
-            parents, backward = node.parents, node.backward
-            node.parents, node.backward = (), _freed
-            for parent, dparent in zip(parents, backward(gradient), strict=True):
+            dout, parents, backward = node.grad, node.parents, node.backward
+            node.grad, node.parents, node.backward = None, (), _freed
+            for parent, part in zip(parents, backward(dout), strict=True):
                 if parent is not None:
-                    if id(parent) not in gradients:
-                        gradients[id(parent)] = _Sum(parent)
-                    gradients[id(parent)].add(dparent)
+                    _receive(parent, part)
 
 
 def _freed(dout):
-    raise RuntimeError("backward: this graph was used and freed by an earlier backward; run the forward pass again")
+    raise RuntimeError("backward: this graph was used and freed by an earlier backward; "
+                       "run the forward pass again")
 
 
 def _topological(root):
-    """All nodes below root, inputs before the results they lead to; no recursion, so no depth limit."""
+    """All nodes that root depends on, inputs before results. No recursion, so no depth limit."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
-        node, done = stack.pop()
-        if done:
+        node, inputs_done = stack.pop()
+        if inputs_done:
             order.append(node)
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            stack.extend((parent, False) for parent in getattr(node, "parents", ()) if parent is not None)
+            if isinstance(node, Node):
+                node.grad, node.shared = None, False
+                stack.extend((parent, False) for parent in node.parents if parent is not None)
     return order
 
 
-class _Sum:
-    """The gradient of one node while its users send their parts.
+def _receive(node, part):
+    """In effect `node.grad += part`; the rest saves copies.
 
-    A part is an array, or a function that is given the sum so far and adds its part in place: a weight's gradient then
-    goes straight into the buffer where it is wanted, a slice's into its place, an embedding's into the rows it touches.
+    A part is an array or a function that adds its part to node.grad in place: a weight's gradient
+    goes straight into the buffer where it is wanted, a slice's into its place, an embedding's into
+    the rows that were used.
     """
-    def __init__(self, node, array=None):
-        self.node = node
-        self.leaf = isinstance(node, Tensor)
-        self.array = node.grad if self.leaf else None
-        self.owned = self.leaf          # may be added to in place: nobody else holds it
-        if array is not None:
-            self.add(array)
-
-    def add(self, part):
-        shape, dtype = self.node.shape, self.node.dtype
-        if callable(part):
-            if self.array is None:
-                self.array = device.xp.zeros(shape, dtype)
-            elif not self.owned:
-                self.array = self.array.copy()
-            self.owned = True
-            part(self.array)
-        else:
-            part = _unbroadcast(part, shape)
-            if part.dtype != dtype:
-                raise TypeError(f"a {dtype} value received a {part.dtype} gradient")
-            if self.array is None:
-                self.array = part.copy() if self.leaf else part         # perhaps shared: then not ours to change
-            elif self.owned:
-                self.array += part
-            else:
-                self.array, self.owned = self.array + part, True
-        if self.leaf:
-            self.node.grad = self.array
+    if callable(part):
+        if node.grad is None:
+            node.grad = device.xp.zeros(node.shape, node.dtype)
+        elif node.shared:
+            node.grad, node.shared = node.grad.copy(), False
+        part(node.grad)
+        return
+    part = _unbroadcast(part, node.shape)
+    if part.dtype != node.dtype:
+        raise TypeError(f"a {node.dtype} value received a {part.dtype} gradient")
+    if node.grad is not None and not node.shared:
+        node.grad += part
+    elif node.grad is not None:
+        node.grad, node.shared = node.grad + part, False
+    elif isinstance(node, Tensor):
+        node.grad = part.copy()                 # a leaf's own: users may change it
+    else:
+        node.grad, node.shared = part, True     # others may hold this array: do not change it
 
 
 def _unbroadcast(gradient, shape):
-    """The transpose of broadcasting: sum over the axes along which a value of this shape was repeated."""
+    """Undo broadcasting: sum over the axes along which a value of this shape was repeated.
+
+    The repeated value was used in several places, so it receives the sum of what they send back.
+    """
     extra = gradient.ndim - len(shape)
     if extra > 0:
         gradient = _total(gradient, tuple(range(extra)))
-    repeated = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)
+    repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)
     if repeated:
         gradient = _total(gradient, repeated, keepdims=True)
     if gradient.shape != shape:
@@ -186,31 +203,37 @@ def _unbroadcast(gradient, shape):
     return gradient
 
 
-def _wide(x):
-    """x, in float32 if it is of half precision: before sums, exponentials and normalisations."""
-    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
-
-
 def _wide_dtype(x):
+    """float32 for half precision, else x's dtype: for sums, exponentials and normalisations."""
     return np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
 
 
+def _wide(x):
+    return x.astype(_wide_dtype(x), copy=False)
+
+
 def _total(x, axis, keepdims=False):
-    return x.sum(axis=axis, keepdims=keepdims, dtype=_wide_dtype(x)).astype(x.dtype, copy=False)
+    total = x.sum(axis=axis, keepdims=keepdims, dtype=_wide_dtype(x))
+    return total.astype(x.dtype, copy=False)
 
 
-def _result(data, parents, backward):
-    """What an op returns. `backward` holds arrays, not the returned Tensor: a reference cycle would keep its memory."""
+def record(data, inputs, backward):
+    """The Tensor that an op returns: `data`, and how it came from the Tensors `inputs`.
+
+    backward maps dout to one gradient for each input. It may hold arrays, but not the returned
+    Tensor: that would be a reference cycle, whose memory only the garbage collector frees.
+    """
     out = Tensor(data)
-    if recording(*parents):
+    if recording(*inputs):
         out.requires_grad, out._node = True, Node()
-        out._node.parents = tuple((t._node or t) if t.requires_grad else None for t in parents)
-        out._node.backward, out._node.shape, out._node.dtype = backward, out.shape, out.dtype
+        node = out._node
+        node.parents = tuple((t._node or t) if t.requires_grad else None for t in inputs)
+        node.backward, node.shape, node.dtype = backward, out.shape, out.dtype
     return out
 
 
 def _tensors(a, b):
-    """Both as Tensors; a Python number or a plain array takes the other's dtype (so nothing becomes float64)."""
+    """Both as Tensors; a Python number or an array takes the other's dtype (never float64)."""
     dtype = a.dtype if isinstance(a, Tensor) else b.dtype
     return [x if isinstance(x, Tensor) else Tensor(device.xp.asarray(x, dtype)) for x in (a, b)]
 
@@ -220,25 +243,25 @@ def _tensors(a, b):
 def add(a, b):
     """out = a + b;  da = dout,  db = dout.  Broadcasts; the engine sums the gradient back."""
     a, b = _tensors(a, b)
-    return _result(a.data + b.data, (a, b), lambda dout: (dout, dout))
+    return record(a.data + b.data, (a, b), lambda dout: (dout, dout))
 
 
 def sub(a, b):
     """out = a - b;  da = dout,  db = -dout."""
     a, b = _tensors(a, b)
-    return _result(a.data - b.data, (a, b), lambda dout: (dout, -dout))
+    return record(a.data - b.data, (a, b), lambda dout: (dout, -dout))
 
 
 def neg(x):
     """out = -x;  dx = -dout."""
-    return _result(-x.data, (x,), lambda dout: (-dout,))
+    return record(-x.data, (x,), lambda dout: (-dout,))
 
 
 def mul(a, b):
     """out = a * b;  da = dout * b,  db = dout * a."""
     a, b = _tensors(a, b)
     x, y = a.data, b.data
-    return _result(x * y, (a, b), lambda dout: (dout * y, dout * x))
+    return record(x * y, (a, b), lambda dout: (dout * y, dout * x))
 
 
 def div(a, b):
@@ -249,673 +272,40 @@ def div(a, b):
     def backward(dout):
         da = dout / y
         return da, -da * out
-    return _result(out, (a, b), backward)
+    return record(out, (a, b), backward)
 
 
 def power(x, p):
-    """out = x**p for a Python number p;  dx = dout * p * x**(p-1).  The square root is power(x, 0.5)."""
+    """out = x**p for a number p;  dx = dout * p * x**(p-1).  The square root is power(x, 0.5)."""
     data = x.data
-    return _result(data ** p, (x,), lambda dout: (dout * (p * data ** (p - 1)),))
+    return record(data ** p, (x,), lambda dout: (dout * (p * data ** (p - 1)),))
 
 
 def cast(x, dtype):
-    """The same numbers in another floating-point type;  dx is dout in x's own."""
+    """The same numbers in another floating-point type;  dx is dout in x's own type."""
     old = x.dtype
-    return x if old == dtype else _result(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))
-
-
-# ---------------------------------------------------------------- shape
-
-def sum(x, axis=None, keepdims=False):
-    """out = sum of x over `axis` (an int, a tuple, or None: all);  dx = dout, repeated along the summed axes."""
-    data = x.data
-    axes = tuple(range(data.ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    axes = tuple(a % data.ndim for a in axes)
-
-    def backward(dout):
-        kept = tuple(1 if i in axes else size for i, size in enumerate(data.shape))
-        return (device.xp.broadcast_to(dout.reshape(kept), data.shape),)
-    return _result(_total(data, axes, keepdims), (x,), backward)
-
-
-def mean(x, axis=None, keepdims=False):
-    """out = sum(x) / n, n the number of summed elements;  dx = dout / n, repeated."""
-    total = sum(x, axis, keepdims)
-    return mul(total, total.data.size / x.data.size)
-
-
-def reshape(x, *shape):
-    """The same elements in another shape;  dx is dout in x's shape."""
-    shape, old = shape[0] if isinstance(shape[0], tuple) else shape, x.shape
-    return _result(x.data.reshape(shape), (x,), lambda dout: (dout.reshape(old),))
-
-
-def transpose(x, *axes):
-    """Axis i of out is axis axes[i] of x (by default all reversed);  dx: dout with the axes put back."""
-    axes = axes or tuple(range(x.data.ndim))[::-1]
-
-    def backward(dout):
-        return (dout.transpose(sorted(range(len(axes)), key=lambda i: axes[i] % len(axes))),)
-    return _result(x.data.transpose(axes), (x,), backward)
-
-
-_INDEX = int, slice, type(Ellipsis)
-
-
-def getitem(x, index):
-    """out = x[index] for ints and slices, which meet no element twice;  dx is dout there and 0 elsewhere."""
-    for part in index if isinstance(index, tuple) else (index,):
-        if not isinstance(part, _INDEX) or isinstance(part, bool):
-            raise TypeError(f"a tensor is indexed by ints and slices, not by {type(part).__name__} (rows: embedding)")
-
-    def backward(dout):
-        def add_in_place(dx):
-            dx[index] += dout
-        return (add_in_place,)
-    return _result(x.data[index], (x,), backward)
-
-
-# ---------------------------------------------------------------- products
-
-def _flat(x):
-    """(..., C) -> (N, C): a view wherever the leading axes lie evenly."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _t(x):
-    return x.swapaxes(-1, -2)
-
-
-def matmul(a, b):
-    """out = a @ b, a (..., m, k), b (..., k, n), leading axes broadcast.
-
-    out_ij = sum_k a_ik b_kj, so da_ik = sum_j dout_ij b_kj and db_kj = sum_i a_ik dout_ij, that is
-        da = dout @ bᵀ,   db = aᵀ @ dout      (and the sum over broadcast axes, in the engine)
-    """
-    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    x, y = (device.xp.broadcast_to(t.data, lead + t.shape[-2:]) for t in (a, b))
-    return _result(device.matmul(x, y), (a, b),
-                   lambda dout: (device.matmul(dout, _t(y)), device.matmul(_t(x), dout)))
-
-
-def _rows_times(rows, weight, out=None):
-    """rows (N, C) @ weightᵀ, weight (F, C) an array, or Quantized (8 or 4 bits: quantized.py) -> (N, F)"""
-    if isinstance(weight, Quantized):
-        return weight.times(rows, device.xp.empty((len(rows), len(weight)), rows.dtype) if out is None else out)
-    return device.matmul(rows, _t(weight.astype(rows.dtype, copy=False)), out=out)
-
-
-def linear(x, w):
-    """out = x @ wᵀ, x (..., C), w (F, C) as PyTorch and Hugging Face store it -> (..., F).
-
-    `matmul` with b = wᵀ, all leading axes of x being rows: dx = dout @ w, and dw = (xᵀ @ dout)ᵀ = doutᵀ @ x,
-    added by the product itself to the gradient that w has so far.
-
-    Mixed precision: for x in half precision w is rounded to x's type for the product, but stays float32 itself, and
-    so does dw: an update far below w's size would be lost in half.  (Micikevicius et al. 2018, §3.1)
-    """
-    rows, weight, shape = _flat(x.data), w.data, x.shape
-
-    def backward(dout):
-        dout = _flat(dout)
-        dx = device.matmul(dout, weight.astype(dout.dtype, copy=False)).reshape(shape)
-        return dx, lambda dw: device.matmul(_t(dout), rows, out=dw, accumulate=True)
-    return _result(_rows_times(rows, weight).reshape(*shape[:-1], len(weight)), (x, w), backward)
-
-
-def token_ids(ids, limit):
-    """`ids` as an integer array on the device. A GPU wraps a wrong index around silently, so host ids are checked here.
-
-    Raises TypeError for numbers that are not integers and IndexError for one outside 0 … limit-1.
-    """
-    if isinstance(ids, device.xp.ndarray) and device.on_gpu:
-        return ids                      # was checked when it left the host
-    ids = np.asarray(ids)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"token ids must be integers, not {ids.dtype}")
-    if ids.size and not 0 <= ids.min() <= ids.max() < limit:
-        wrong = int(ids.min() if ids.min() < 0 else ids.max())
-        raise IndexError(f"token id {wrong} is outside 0 … {limit - 1}: is this the model's tokenizer?")
-    return device.xp.asarray(ids)
-
-
-def embedding(w, ids):
-    """out = w[ids], w (V, C), integer ids of any shape -> (*ids.shape, C).
-
-    Row v of w went wherever ids == v, so dw_v is the sum of dout over those places; the other rows get nothing
-    and are not touched. (On a GPU the order of that sum varies from run to run; no other op does that.)
-    """
-    ids = token_ids(ids, len(w.data))
-
-    def backward(dout):
-        return (lambda dw: device.add_rows(dw, ids.reshape(-1), _flat(dout)),)
-    return _result(w.data[ids], (w,), backward)
-
-
-# ---------------------------------------------------------------- rows: softmax and normalisation
-
-_CACHE = 1 << 16        # elements in a sweep's block: few enough for the cache, enough that Python is no bottleneck
-
-
-def _sweep_rows(f, *shape):
-    """Sweep over `shape[0]` rows of shape[1:] elements, as many at a time as stay in the cache."""
-    return device.sweep(f, shape[0], _CACHE // max(math.prod(shape[1:]), 1))
-
-
-def softmax(x):
-    """out_i = exp(x_i) / sum_j exp(x_j) over the last axis.
-
-    Subtracting the row's maximum changes nothing (it cancels) and keeps exp in range; -inf gives an exact 0.
-    By the quotient rule d out_i / d x_j = out_i (1[i = j] - out_j), where 1[i = j] is 1 for i = j, else 0, so
-        dx_j = sum_i dout_i out_i (1[i = j] - out_j) = out_j (dout_j - sum_i dout_i out_i)
-    With a dout of ones dx is 0, and many a wrong formula gives 0, too: a gradient check needs a random dout.
-
-    >>> x = Tensor(np.log([1.0, 3.0]), requires_grad=True)
-    >>> p = softmax(x)                      # 1/4 and 3/4
-    >>> p.backward([1.0, 0.0])              # sum dout · p = 1/4, so dx = 1/4 · (1 - 1/4), 3/4 · (0 - 1/4)
-    >>> p.data.round(4).tolist(), x.grad.round(4).tolist()
-    ([0.25, 0.75], [0.1875, -0.1875])
-    """
-    rows, shape = _flat(x.data), x.shape
-    p = device.xp.empty(rows.shape, x.dtype)
-
-    def forward(s):
-        block = _wide(rows[s])
-        block = device.xp.exp(block - block.max(-1, keepdims=True))
-        p[s] = block / block.sum(-1, keepdims=True)
-    _sweep_rows(forward, *rows.shape)
-
-    def backward(dout):
-        dout, dx = _flat(dout), device.xp.empty_like(p)
-
-        def block(s):
-            part, d = _wide(p[s]), _wide(dout[s])
-            dx[s] = part * (d - (d * part).sum(-1, keepdims=True))
-        _sweep_rows(block, *p.shape)
-        return (dx.reshape(shape),)
-    return _result(p.reshape(shape), (x,), backward)
-
-
-def rmsnorm(x, w, eps=1e-6):
-    """out = n * w,  n = x * r,  r = (mean(x²) + eps)^(-1/2) per row;  x (..., C), w (C,).  (Zhang & Sennrich 2019, §4)
-
-    n receives dn = dout * w. x_i enters n_i directly and every n_j through r, which receives sum_j dn_j x_j, and with
-    dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C
-        dx_i = r dn_i - r³ x_i/C · sum_j dn_j x_j
-             = r dn_i - x_i · r³ mean(dn * x)                   and with x = n/r
-             = r (dn_i - n_i · mean(dn * n))        # dn without its part along n, for mean(n²) = 1 (but for eps)
-        dw   = sum over rows of dout * n = rᵀ @ (dout * x)      # w is broadcast over the rows
-    Saved: r, one number per row. n is never needed: the first form of dx and the last of dw do with x.
-
-    >>> x, w = Tensor([[1.0, 7.0]], requires_grad=True), Tensor([1.0, 1.0], requires_grad=True)
-    >>> out = rmsnorm(x, w, eps=0)          # mean(x²) = (1 + 49)/2 = 25, r = 1/5, n = (0.2, 1.4)
-    >>> out.backward([[1.0, 0.0]])          # mean(dn · n) = 0.1, so dx = 1/5 · (1 - 0.2 · 0.1, 0 - 1.4 · 0.1)
-    >>> out.data.round(4).tolist(), x.grad.round(4).tolist(), w.grad.round(4).tolist()
-    ([[0.2, 1.4]], [[0.196, -0.028]], [0.2, 0.0])
-    """
-    rows, weight, shape, C = _flat(x.data), w.data, x.shape, x.shape[-1]
-    r = device.xp.empty((len(rows), 1), _wide_dtype(x))
-    out = device.xp.empty(rows.shape, x.dtype)
-
-    def forward(s):
-        part = _wide(rows[s])
-        r[s] = 1 / device.xp.sqrt(device.row_dot(part, part) / C + eps)
-        _times(part, r[s], weight, out[s])
-    _sweep_rows(forward, *rows.shape)
-
-    def backward(dout):
-        dout, dx = _flat(dout), device.xp.empty_like(rows)
-
-        def block(s):
-            x, d = _wide(rows[s]), _wide(dout[s])
-            dn = d * weight
-            _project(dn, x, r[s], device.row_dot(dn, x) / C * r[s] * r[s] * r[s], dx[s])    # dn r - x · r³ mean(dn x)
-            return device.matmul(_t(r[s]), d * x)[0]                                        # this block's part of dw
-        dw = builtins.sum(_sweep_rows(block, *rows.shape), 0 * weight)      # Python's sum, from 0 of w's shape
-        return dx.reshape(shape), dw
-    return _result(out.reshape(shape), (x, w), backward)
-
-
-@device.fuse
-def _times(x, r, w, out):
-    out[...] = x * r * w
-
-
-@device.fuse
-def _project(dn, x, r, along, out):
-    out[...] = dn * r - x * along
-
-
-# ---------------------------------------------------------------- position
-
-def rope(x, cos, sin):
-    """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t θ_i.
-
-    θ_i = θ^(-2i/D), i = 0 … D/2-1, with the base θ, mostly 10,000: the first pairs turn fast, the last ones slowly.
-    `cos` and `sin` (T, D) hold each angle twice, for x_i and for x_{i+D/2}. The halves x₁ and x₂ of a row become
-
-        out₁ = x₁ cos - x₂ sin
-        out₂ = x₂ cos + x₁ sin        a rotation R_t; (R_t q)ᵀ (R_s k) = qᵀ R_{s-t} k: only s - t matters
-
-    or, for both at once, out = x cos + (-x₂, x₁) sin. Its matrix is orthogonal: the backward pass is its transpose, the
-    rotation by the opposite angle. (RoFormer, Su et al. 2021, §3.2.2; to pair the halves is Hugging Face's way.)
-    The result is contiguous whatever view x was: attention wants each head's rows together.
-
-    >>> cos, sin = device.xp.zeros((1, 4)), device.xp.ones((1, 4))          # T = 1, D = 4: both pairs by 90°
-    >>> rope(Tensor([[1.0, 2.0, 3.0, 4.0]]), cos, sin).data.tolist()        # (1, 3) -> (-3, 1), (2, 4) -> (-4, 2)
-    [[-3.0, -4.0, 1.0, 2.0]]
-    """
-    return _result(_rotate(x.data, cos, sin), (x,), lambda dout: (_rotate(dout, cos, -sin),))
-
-
-def _rotate(x, cos, sin):
-    xp, half = device.xp, x.shape[-1] // 2
-    out = xp.empty(x.shape, x.dtype)
-
-    def block(s):
-        part = xp.ascontiguousarray(x[..., s, :])       # a copy: it is read three times
-        turned = xp.concatenate((-part[..., half:], part[..., :half]), -1)      # by 90°
-        _turn(part, turned, cos[s], sin[s], out[..., s, :])
-    _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
-    return out
-
-
-@device.fuse
-def _turn(x, turned, cos, sin, out):
-    out[...] = x * cos + turned * sin
-
-
-# ---------------------------------------------------------------- gated linear units
-# An activation returns its value and a function that gives its slope there, since both share the costly part.
-
-def _sigmoid(x):
-    return 1 / (1 + device.xp.exp(-x))      # where exp overflows, 1 / infinity is the right 0
-
-
-def silu(x):
-    """x σ(x), slope: σ' = σ(1-σ), so (x σ)' = σ + x σ(1-σ).  (Swish: Ramachandran et al. 2017)"""
-    s = _sigmoid(x)
-    a = x * s
-    return a, lambda: s + a * (1 - s)
-
-
-def sigmoid(x):
-    """σ(x) = 1 / (1 + exp(-x)), slope σ(1-σ): the gate of the first gated linear unit (Dauphin et al. 2016, §3)."""
-    s = _sigmoid(x)
-    return s, lambda: s * (1 - s)
-
-
-def gelu_pytorch_tanh(x):
-    """x Φ(x), Φ the normal distribution function, nearly: ½x(1 + t), t = tanh(u), u = √(2/π)(x + 0.044715x³);
-    slope ½(1+t) + ½x(1-t²)u', u' = √(2/π)(1 + 3 · 0.044715x²).  (GELU, Hendrycks & Gimpel 2016, §2)
-    """
-    a = 0.7978845608028654
-    t = device.xp.tanh(a * (x + 0.044715 * x * x * x))
-    return 0.5 * x * (1 + t), lambda: 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (a * (1 + 0.134145 * x * x))
-
-
-def relu(x):
-    """max(x, 0), slope 1 above 0 and 0 below (and, by convention, at 0)."""
-    return device.xp.maximum(x, 0), lambda: (x > 0).astype(x.dtype)
-
-
-def _fused_glu(activation):
-    """The two elementwise formulas of one GLU variant."""
-    @device.fuse
-    def forward(gate, up, out):
-        out[...] = activation(_wide(gate))[0] * up
-
-    @device.fuse
-    def backward(gate, up, dout, dgate, dup):
-        a, slope = activation(_wide(gate))
-        dgate[...] = slope() * up * dout
-        dup[...] = dout * a
-    return forward, backward
-
-
-ACTIVATIONS = {"silu": silu, "sigmoid": sigmoid, "gelu": gelu_pytorch_tanh, "relu": relu}
-_GLU = {name: _fused_glu(activation) for name, activation in ACTIVATIONS.items()}
-
-
-def glu(gate, up=None, activation="silu"):
-    """out = a(gate) * up, elementwise, with the activation a(·) from ACTIVATIONS; "silu": SwiGLU.  (Shazeer 2020, §2)
-
-    dgate = dout * up * a'(gate),  dup = dout * a(gate): the product rule.
-    Without `up`, gate (..., 2F) holds both side by side, as one matrix product leaves them, and so will its gradient.
-
-    >>> both = Tensor([[2.0, -1.0, 5.0, 7.0]], requires_grad=True)          # gate (2, -1), up (5, 7)
-    >>> out = glu(both, activation="relu")
-    >>> out.backward([[1.0, 1.0]])
-    >>> out.data.tolist(), both.grad.tolist()
-    ([[10.0, 0.0]], [[5.0, 0.0, 2.0, 0.0]])
-    """
-    forward, backward_sweep = _GLU[activation]
-    joint = up is None
-    width = gate.shape[-1] // 2 if joint else gate.shape[-1]
-    both = _flat(gate.data)
-    g, u = (both[:, :width], both[:, width:]) if joint else (both, _flat(up.data))
-    out = device.xp.empty(g.shape, g.dtype)
-    _sweep_rows(lambda s: forward(g[s], u[s], out[s]), *g.shape)
-    shape = gate.shape
-
-    def backward(dout):
-        dout = _flat(dout)
-        dboth = device.xp.empty((len(g), 2 * width), g.dtype)
-        dg, du = dboth[:, :width], dboth[:, width:]
-        _sweep_rows(lambda s: backward_sweep(g[s], u[s], dout[s], dg[s], du[s]), *g.shape)
-        return (dboth.reshape(shape),) if joint else (dg.reshape(shape), du.reshape(shape))
-    return _result(out.reshape(*shape[:-1], width), (gate,) if joint else (gate, up), backward)
-
-
-# ---------------------------------------------------------------- attention
-
-@functools.lru_cache(4)
-def _future(xp, n, dtype):
-    """(n, n): -inf where a key lies in the future of a query, above the diagonal, and 0 elsewhere."""
-    return xp.triu(xp.full((n, n), -xp.inf, dtype), 1)
-
-
-_QUERIES = 128          # queries in a block
-_SCORES = 1 << 16       # elements of a block of scores on a CPU: several passes go over it, in the cache
-
-
-def attention(q, k, v):
-    """Causal scaled dot-product attention.  q (B, H, T, D), k and v (B, K, S, D), S >= T -> (B, H, T, D)
-
-    The queries are the last T of the S positions, query t sees the keys up to its own position S - T + t; query head
-    h reads key/value head h // (H/K).  (Vaswani et al. 2017, §3.2.1; grouped queries: Ainslie et al. 2023)
-
-        s = q @ kᵀ / √D,  -inf where a key lies in the query's future;   p = softmax(s);   out = p @ v
-
-    Backward, from the outside in (matmul, softmax, matmul):
-        dv = pᵀ @ dout      dp = dout @ vᵀ
-        ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj
-        dq = ds @ k / √D    dk = dsᵀ @ q / √D       (dk and dv summed over the H/K query heads that share them)
-    Neither s nor p is ever held whole: blocks of queries meet the keys that they may see, and backward computes p anew
-    from the saved log-sum-exp of each row, L = log sum_j exp(s_j):  p = exp(s - L).  Memory grows with T, not with T².
-    (FlashAttention, Dao et al. 2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) In half
-    precision the products' inputs are half, s, p and the sums float32.
-
-    >>> q, k, v = (Tensor(np.reshape(x, (1, 1, 2, 1))) for x in ([1.0, 1.0], [0.0, np.log(3)], [4.0, 8.0]))
-    >>> attention(q, k, v).data.ravel().round(4).tolist()   # token 0 sees itself only; token 1: 1/4 · 4 + 3/4 · 8
-    [4.0, 7.0]
-    """
-    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    if H % K or S < T or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
-    xp, G, scale, dtype, wide = device.xp, H // K, D ** -0.5, q.dtype, _wide_dtype(q)
-    qs = q.data.reshape(B * K, G, T, D)             # the G query heads that share a key/value head, together
-    ks, vs = (t.data.reshape(B * K, S, D) for t in (k, v))
-    out = xp.empty(qs.shape, dtype)
-    log_sum = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None
-    future = _future(xp, min(_QUERIES, T), wide)
-    heads = _SCORES // (G * min(_QUERIES, T) * S)   # key/value heads in a block
-
-    def blocks():                                   # t: a slice of queries; end: the keys that they may see
-        return [(slice(t, min(t + _QUERIES, T)), S - T + min(t + _QUERIES, T)) for t in range(0, T, _QUERIES)]
-
-    # s: from here on a slice of the B·K key/value heads, as ks and vs have them
-    def rows(x, s, t):                              # (heads, G·n, D): n queries of the G heads of a group, one matrix
-        x = x[s, :, t]
-        return x.reshape(len(x), -1, x.shape[-1])
-
-    def groups(x):                                  # and back: (heads, G, n, ...)
-        return x.reshape(len(x), G, -1, x.shape[-1])
-
-    def scaled(s, t):
-        return (rows(qs, s, t) * scale).astype(dtype, copy=False)       # bfloat16 times a number is a float32
-
-    def scores(s, t, end):                          # (heads, G·n, end)
-        block = device.matmul(scaled(s, t), _t(ks[s, :end]), dtype=wide)
-        n = t.stop - t.start                        # only the last n keys can lie in the future
-        if n > 1:
-            block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]
-        return block
-
-    def forward(s):
-        for t, end in blocks():
-            p = scores(s, t, end)
-            top = p.max(-1, keepdims=True)
-            p -= top
-            xp.exp(p, out=p)
-            total = p.sum(-1, keepdims=True)
-            result = device.matmul(p.astype(dtype, copy=False), vs[s, :end], dtype=wide)
-            result /= total
-            out[s, :, t] = groups(result)
-            if log_sum is not None:
-                log_sum[s, :, t] = groups(top + xp.log(total))
-    device.sweep(forward, B * K, heads)
-
-    def backward(dout):
-        dout = dout.reshape(qs.shape)
-        dq, dk, dv = xp.empty(qs.shape, dtype), xp.zeros(ks.shape, wide), xp.zeros(vs.shape, wide)
-
-        def block(s):
-            for t, end in blocks():
-                p = scores(s, t, end)
-                p -= rows(log_sum, s, t)
-                xp.exp(p, out=p)
-                do, keys = rows(dout, s, t), ks[s, :end]
-                device.matmul(_t(p.astype(dtype, copy=False)), do, out=dv[s, :end], accumulate=True)
-                ds = device.matmul(do, _t(vs[s, :end]), dtype=wide)
-                ds -= device.row_dot(p, ds)         # dp - δ
-                ds *= p
-                ds = ds.astype(dtype, copy=False)
-                dq[s, :, t] = groups(device.matmul(ds, keys, dtype=wide) * scale)
-                device.matmul(_t(ds), scaled(s, t), out=dk[s, :end], accumulate=True)
-        device.sweep(block, B * K, heads)
-        dk, dv = (x.astype(dtype, copy=False).reshape(B, K, S, D) for x in (dk, dv))
-        return dq.reshape(B, H, T, D), dk, dv
-    return _result(out.reshape(B, H, T, D), (q, k, v), backward)
-
-
-# ---------------------------------------------------------------- dropout
-
-def dropout(x, p, key):
-    """out = x * keep / (1 - p): each element becomes 0 with probability p, the rest grow so that the mean stays.
-
-    dx = dout * keep / (1 - p): the same mask, which is not saved but drawn again, being a pure function of `key`, a
-    tuple of whole numbers, 0 or more. So a resumed or recomputed step is the same step. (Srivastava et al. 2014, §4,
-    where the weights are scaled at test time instead; to scale in training: §10.)
-
-    Element i's random number is that of counter start + i in Squares (Widynski 2020: four rounds, 32 bits of output);
-    start and the odd factor come from `key`. No generator is advanced: all numbers are computed at once, on either
-    device alike.
-    """
-    words = np.random.SeedSequence(key).generate_state(2, np.uint64)
-    start, odd, limit = words[0], words[1] | np.uint64(1), np.uint64(round(p * 2 ** 32))
-    scale = _wide_dtype(x).type(1 / (1 - p))        # typed: a fused kernel must not become float64
-
-    def masked(x):
-        out, flat = device.xp.empty(x.shape, x.dtype), x.reshape(-1)
-
-        def block(s):
-            at = device.xp.arange(s.start, s.stop, dtype=np.uint64)
-            _drop(flat[s], at, start, odd, limit, scale, out.reshape(-1)[s])
-        device.sweep(block, flat.size, _CACHE)
-        return out
-    return _result(masked(x.data), (x,), lambda dout: (masked(dout),))
-
-
-@device.fuse
-def _drop(x, i, start, odd, limit, scale, out):
-    half = np.uint64(32)
-    y = (i + start) * odd
-    z = y + odd
-    r = y * y + y
-    r = (r >> half) | (r << half)
-    r = r * r + z
-    r = (r >> half) | (r << half)
-    r = r * r + y
-    r = (r >> half) | (r << half)
-    out[...] = x * (((r * r + z) >> half) >= limit) * scale
-
-
-# ---------------------------------------------------------------- memory for time
-
-def recompute(f, x):
-    """f(x), but of all that f's backward will need only x is kept: backward runs f again, and then its backward.
-
-    One more forward pass for a memory that holds the activations of one f at a time; the gradients are the same to the
-    last bit, those of weights that f uses, too.  (Chen et al. 2016, §4)
-    """
-    if not recording(x):
-        return f(x)
-    with no_grad():
-        out = f(x).data
-    start = x.data
-
-    def backward(dout):
-        again = Tensor(start, requires_grad=True)
-        f(again).backward(dout)
-        return (again.grad,)
-    return _result(out, (x,), backward)
-
-
-# ---------------------------------------------------------------- loss
-
-def cross_entropy(logits, targets):
-    """-mean of log softmax(logits)[target], in nats (natural logarithm).  logits (..., V), targets (...) -> scalar.
-
-    A row's loss is L - z_y, with y its target and L = log sum_j exp(z_j). Its derivative by z_j is exp(z_j)/sum, the
-    softmax p_j, minus 1 where j = y, so for N rows
-        dz_j = dout/N · (p_j - 1[j = y])        # what the model said minus what was true
-
-    >>> logits = Tensor(np.log([[1.0, 3.0]]), requires_grad=True)           # p = 1/4, 3/4
-    >>> loss = cross_entropy(logits, [1])
-    >>> loss.backward()
-    >>> round(loss.data.item(), 4), logits.grad.round(4).tolist()           # -ln(3/4), p - (0, 1)
-    (0.2877, [[0.25, -0.25]])
-    """
-    rows, shape = _flat(logits.data), logits.shape
-    targets = token_ids(targets, shape[-1]).reshape(-1)
-    dz = device.xp.empty(rows.shape, _wide_dtype(rows)) if recording(logits) else None
-    losses = _cross_entropy_rows(rows, targets, dz)
-
-    def backward(dout):
-        return ((dz * (dout / len(rows))).astype(rows.dtype, copy=False).reshape(shape),)
-    return _result(losses.mean(), (logits,), backward)
-
-
-def _cross_entropy_rows(z, targets, dz=None, ranks=None):
-    """The loss of each row of z (N, V). Unless they are None, p - onehot goes into dz, which may be z itself, and into
-    ranks how many other logits are not below the target's (so a tie, or a NaN, is no success).
-    """
-    losses = device.xp.empty(len(z), _wide_dtype(z))
-
-    def rows(s):
-        at = device.xp.arange(s.stop - s.start), targets[s]
-        block = _wide(z[s])
-        block = block - block.max(-1, keepdims=True)
-        losses[s] = -block[at]
-        if ranks is not None:
-            ranks[s] = block.shape[1] - 1 - (block < block[at][:, None]).sum(-1, dtype=np.uint32)
-        device.xp.exp(block, out=block)
-        total = block.sum(-1, keepdims=True)
-        losses[s] += device.xp.log(total[:, 0])
-        if dz is not None:
-            device.xp.divide(block, total, out=dz[s])
-            dz[s][at] -= 1
-    _sweep_rows(rows, *z.shape)
-    return losses
-
-
-_LOGITS = 1 << 24       # elements of a block of logits: 64 MB in float32
-
-
-def _logit_blocks(rows, weight):
-    """Yield (slice, rows[slice] @ weightᵀ) block by block, never all logits at once; each stands until the next."""
-    N, V = len(rows), len(weight)
-    block = max(_LOGITS // V, 64)
-    logits = device.xp.empty((min(block, N), V), _wide_dtype(rows))
-    for start in range(0, N, block):
-        s = slice(start, start + block)
-        yield s, _rows_times(rows[s], weight, logits[:len(rows[s])])
-
-
-def linear_cross_entropy(x, w, targets):
-    """cross_entropy(linear(x, w), targets) without ever holding all the logits.  x (..., C), w (V, C) -> scalar.
-
-    With a large vocabulary the logits are a model's largest array: N·V. But a row's logits serve only its loss and
-    its own gradient, which no other row enters (cross_entropy above). So each block of rows
-    makes its logits z, turns them in place into dz = p - onehot, and at once into what backward will ask for:
-        dx_block = dz @ w,      dw += dzᵀ @ x_block        (linear above)
-    Backward has only to scale both with dout/N. Kept from forward to backward: dx and dw, no logits.
-    (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
-
-    In half precision the logits, dx and dw are float32, only the products' inputs are half. Most of dz is 1/V or far
-    less; a float16 loses digits below 6e-5 and becomes 0 below 3e-8. But all of dz is within ±1, so it is rounded as
-    2¹⁵ dz, which still fits (the largest float16 is 65504).
-    """
-    rows, weight, shape = _flat(x.data), w.data.astype(x.dtype, copy=False), x.shape
-    wide = _wide_dtype(x)
-    x_dtype, lift = x.dtype, 2.0 ** 15 if x.dtype != wide else 1
-    N, V = len(rows), len(weight)
-    targets = token_ids(targets, V).reshape(-1)
-    keep = recording(x, w)
-    if keep:
-        dx, dw = device.xp.empty(rows.shape, wide), device.xp.zeros(weight.shape, w.dtype)
-    losses = device.xp.empty(N, wide)
-    for s, z in _logit_blocks(rows, weight):
-        losses[s] = _cross_entropy_rows(z, targets[s], z if keep else None)
-        if keep:
-            if x_dtype != wide:
-                z *= lift
-                z = z.astype(x_dtype)
-            device.matmul(z, weight, out=dx[s])
-            device.matmul(_t(z), rows[s], out=dw, accumulate=True)
-
-    def backward(dout):
-        scale = dout / (N * lift)
-        return (dx * scale).astype(x_dtype, copy=False).reshape(shape), lambda total: _add_scaled(total, dw, scale)
-    return _result(losses.mean(), (x, w), backward)
-
-
-def token_losses(x, w, targets, ranked=False):
-    """What linear_cross_entropy takes the mean of: the loss of each target in nats; and, if `ranked`, its rank among
-    all logits, 0 for the largest, else None.  x (..., C), w (V, C), targets (...) -> two arrays (...), no gradient.
-    """
-    rows, weight, shape = _flat(x.data), w.data.astype(x.dtype, copy=False), x.shape[:-1]
-    targets = token_ids(targets, len(weight)).reshape(-1)
-    losses, ranks = device.xp.empty(len(rows), _wide_dtype(x)), device.xp.empty(len(rows), np.int64)
-    for s, z in _logit_blocks(rows, weight):
-        losses[s] = _cross_entropy_rows(z, targets[s], ranks=ranks[s] if ranked else None)
-    return losses.reshape(shape), ranks.reshape(shape) if ranked else None
-
-
-def _add_scaled(total, x, scale):
-    def block(s):
-        total[s] += x[s] * scale
-    _sweep_rows(block, *x.shape)
-
-
-# ---------------------------------------------------------------- operators and methods: the same functions
-
-def _swapped(op):
-    return lambda a, b: op(*reversed(_tensors(a, b)))
-
-
-Tensor.__add__ = Tensor.__radd__ = add
-Tensor.__mul__ = Tensor.__rmul__ = mul
-Tensor.__sub__, Tensor.__rsub__ = sub, _swapped(sub)
-Tensor.__truediv__, Tensor.__rtruediv__ = div, _swapped(div)
-Tensor.__neg__, Tensor.__pow__, Tensor.__matmul__, Tensor.__getitem__ = neg, power, matmul, getitem
-Tensor.sum, Tensor.mean, Tensor.reshape, Tensor.transpose = sum, mean, reshape, transpose
+    if old == dtype:
+        return x
+    return record(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))
 
 
 # ---------------------------------------------------------------- the check
 
 def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
-    """Whether f's backward agrees with finite differences; True, or AssertionError with the worst element.
+    """True if f's backward agrees with finite differences; else AssertionError, worst element.
 
-    f maps Tensors to a Tensor; `inputs` are arrays of floats, taken as float64. With one random dout, d,
-    g(x) = sum(f(x) * d) is a scalar whose gradient backward gives, and for each element x_i
+    f maps Tensors to a Tensor; `inputs` are arrays, taken as float64. d is one random dout, and
+    g(x) = sum(f(x) * d) is a scalar whose gradient backward gives. For each element x_i
 
-        ∂g/∂x_i ≈ (g(x + h e_i) - g(x - h e_i)) / 2h,  h = step · max(1, |x_i|),  e_i: 1 at place i, 0 elsewhere
+        ∂g/∂x_i ≈ (g(x + h e_i) - g(x - h e_i)) / 2h,   h = step · max(1, |x_i|)
 
-    with an error of order h² from the third derivative (the second cancels) and u/h from rounding (u = 1.1e-16): least
-    near h = 1e-5. d is random because a d of ones hides errors: softmax rows sum to 1, so the gradient is 0, and so is
-    what many a wrong backward returns.
+    where e_i is 1 in place i and 0 elsewhere. The error has a part of order h², from the third
+    derivative (the second cancels), and a part u/h from rounding, u = 1.1e-16. Their sum is
+    smallest near h = 1e-5. d is random because a d of ones hides errors: the rows of softmax sum
+    to 1, so the right gradient is 0, and many wrong backward functions return 0, too.
+
+    >>> gradcheck(mul, [2.0, 3.0], [5.0, 7.0])
+    True
     """
     xp = device.xp
     leaves = [Tensor(xp.array(x, dtype=np.float64), requires_grad=True) for x in inputs]
@@ -929,7 +319,7 @@ def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
 
     worst, report = 0.0, None
     for number, leaf in enumerate(leaves):
-        analytic = device.to_host(leaf.grad) if leaf.grad is not None else np.zeros(leaf.shape)
+        analytic = np.zeros(leaf.shape) if leaf.grad is None else device.to_host(leaf.grad)
         for index in np.ndindex(leaf.shape):
             x = float(leaf.data[index])
             h = step * max(1.0, abs(x))
@@ -940,10 +330,616 @@ def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
             leaf.data[index] = x
             numeric, got = (above - below) / (2 * h), float(analytic[index])
             excess = abs(got - numeric) / (atol + rtol * abs(numeric))
-            if not excess <= worst:     # also when it is nan
-                worst, report = excess, (number, index, got, numeric)
+            if not excess <= worst:             # also when it is NaN
+                worst = excess
+                report = (f"input {number}, element {index}: backward says {got:.10g}, "
+                          f"finite differences {numeric:.10g}")
     if not worst <= 1:
-        number, index, got, numeric = report
-        raise AssertionError(f"input {number}, element {index}: backward says {got:.10g}, "
-                             f"finite differences {numeric:.10g}")
+        raise AssertionError(report)
     return True
+
+
+# ---------------------------------------------------------------- shape
+
+def sum(x, axis=None, keepdims=False):
+    """out = sum of x over `axis` (an int, a tuple, or None: all);  dx = dout, repeated."""
+    shape = x.shape
+    if axis is None:
+        axis = range(len(shape))
+    axes = tuple(a % len(shape) for a in ([axis] if isinstance(axis, int) else axis))
+
+    def backward(dout):
+        kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+        return (device.xp.broadcast_to(dout.reshape(kept), shape),)
+    return record(_total(x.data, axes, keepdims), (x,), backward)
+
+
+def mean(x, axis=None, keepdims=False):
+    """out = sum(x) / n, n the number of summed elements;  dx = dout / n, repeated."""
+    total = sum(x, axis, keepdims)
+    return mul(total, total.data.size / x.data.size)
+
+
+def reshape(x, *shape):
+    """The same elements in another shape;  dx is dout in x's shape."""
+    old = x.shape
+    if isinstance(shape[0], tuple):
+        shape = shape[0]
+    return record(x.data.reshape(shape), (x,), lambda dout: (dout.reshape(old),))
+
+
+def transpose(x, *axes):
+    """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the axes put back."""
+    axes = [a % x.data.ndim for a in axes] or list(reversed(range(x.data.ndim)))
+    back = [axes.index(i) for i in range(len(axes))]            # the inverse permutation
+    return record(x.data.transpose(axes), (x,), lambda dout: (dout.transpose(back),))
+
+
+def getitem(x, index):
+    """out = x[index], ints and slices, which select no element twice;  dx = dout there, else 0."""
+    for part in index if isinstance(index, tuple) else (index,):
+        if not isinstance(part, int | slice | type(...)) or isinstance(part, bool):
+            raise TypeError(f"a tensor is indexed by ints and slices, not by "
+                            f"{type(part).__name__}; to select rows by ids use embedding")
+
+    def backward(dout):
+        def add_in_place(dx):
+            dx[index] += dout
+        return (add_in_place,)
+    return record(x.data[index], (x,), backward)
+
+
+# ---------------------------------------------------------------- products
+
+def _rows(x):
+    """(..., C) -> (N, C): a view where the strides allow, else a copy."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _t(x):
+    """xᵀ: the last two axes swapped."""
+    return x.swapaxes(-1, -2)
+
+
+def matmul(a, b):
+    """out = a @ b, a (..., m, k), b (..., k, n), leading axes broadcast.
+
+    out_ij = sum_k a_ik b_kj, so da_ik = sum_j dout_ij b_kj and db_kj = sum_i a_ik dout_ij, that is
+        da = dout @ bᵀ,   db = aᵀ @ dout      (and the sum over broadcast axes, in the engine)
+    """
+    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    x, y = (device.xp.broadcast_to(t.data, lead + t.shape[-2:]) for t in (a, b))
+    return record(device.matmul(x, y), (a, b),
+                  lambda dout: (device.matmul(dout, _t(y)), device.matmul(_t(x), dout)))
+
+
+def linear(x, w):
+    """out = x @ wᵀ, x (..., C), w (F, C) as PyTorch and Hugging Face store it -> (..., F).
+
+    This is `matmul` with b = wᵀ and x flattened to rows, so
+        dx = dout @ w,   dw = (xᵀ @ dout)ᵀ = doutᵀ @ x
+    The second product adds straight to the gradient that w already has.
+
+    Mixed precision: if x is in half precision, w is rounded to x's type for the product. w itself
+    and dw stay float32, because an update far below w's size would be lost in half precision.
+    (Micikevicius et al. 2018, §3.1)
+    """
+    rows, weight, shape = _rows(x.data), w.data, x.shape
+    out = device.linear(rows, weight)
+
+    def backward(dout):
+        dout = _rows(dout)
+        dx = device.matmul(dout, weight.astype(dout.dtype, copy=False)).reshape(shape)
+        return dx, lambda dw: device.matmul(_t(dout), rows, out=dw, accumulate=True)
+    return record(out.reshape(*shape[:-1], len(weight)), (x, w), backward)
+
+
+def embedding(w, ids):
+    """out = w[ids], w (V, C), integer ids of any shape -> (*ids.shape, C).
+
+    Row v of w went to every place where ids == v, so dw_v is the sum of dout over these places.
+    Other rows get nothing and are not touched. (On a GPU the order of that sum varies from run
+    to run. No other op does that.)
+    """
+    ids = device.as_ids(ids, len(w.data))
+
+    def backward(dout):
+        return (lambda dw: device.add_rows(dw, ids.reshape(-1), _rows(dout)),)
+    return record(w.data[ids], (w,), backward)
+
+
+# ---------------------------------------------------------------- rows: softmax and normalisation
+
+_CACHE = 1 << 16        # elements of a block: they fit the cache, and Python's share stays small
+
+
+def _sweep_rows(f, *shape):
+    """f(slice) over `shape[0]` rows of shape[1:] elements, as many at a time as fit the cache."""
+    return device.sweep(f, shape[0], _CACHE // max(math.prod(shape[1:]), 1))
+
+
+def by_rows(f, *arrays):
+    """f(*arrays), arrays (N, C), a block of rows at a time; half precision is float32 inside."""
+    out = device.xp.empty(arrays[0].shape, arrays[0].dtype)
+
+    def block(rows):
+        out[rows] = f(*(_wide(array[rows]) for array in arrays))
+    _sweep_rows(block, *out.shape)
+    return out
+
+
+def _softmax(x):
+    e = device.xp.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _softmax_backward(p, dout):
+    return p * (dout - (dout * p).sum(-1, keepdims=True))
+
+
+def softmax(x):
+    """out_i = exp(x_i) / sum_j exp(x_j) over the last axis: the two formulas above, by rows.
+
+    Subtracting the row's maximum changes nothing (it cancels) and keeps exp in range; -inf gives
+    an exact 0. With 1[i = j] = 1 for i = j, else 0, the quotient rule says
+        d out_i / d x_j = out_i (1[i = j] - out_j), so
+        dx_j = sum_i dout_i out_i (1[i = j] - out_j) = out_j (dout_j - sum_i dout_i out_i)
+
+    >>> x = Tensor(np.log([1.0, 3.0]), requires_grad=True)
+    >>> p = softmax(x)                  # 1/4 and 3/4
+    >>> p.backward([1.0, 0.0])          # sum dout p = 1/4: dx = 1/4 (1 - 1/4), 3/4 (0 - 1/4)
+    >>> p.data.round(4).tolist(), x.grad.round(4).tolist()
+    ([0.25, 0.75], [0.1875, -0.1875])
+    """
+    p, shape = by_rows(_softmax, _rows(x.data)), x.shape
+
+    def backward(dout):
+        return (by_rows(_softmax_backward, p, _rows(dout)).reshape(shape),)
+    return record(p.reshape(shape), (x,), backward)
+
+
+def rmsnorm_plain(x, w, eps=1e-6):
+    """out = n * w,  n = x * r,  r = (mean(x²) + eps)^(-1/2) for each row;  x (..., C), w (C,).
+
+    n receives dn = dout * w. x_i enters n_i directly, and every n_j through r. What r receives is
+    sum_j dn_j x_j, and dr/dx_i = -½ r³ · 2 x_i/C = -r³ x_i/C, so
+        dx_i = r dn_i - r³ x_i/C · sum_j dn_j x_j
+             = r dn_i - x_i · r³ mean(dn * x)           with x = n/r:
+             = r (dn_i - n_i · mean(dn * n))            dn without its component along n
+        dw   = sum over rows of dout * n                w is broadcast over the rows
+    (It is the component because mean(n²) = 1, up to eps.)  (Zhang & Sennrich 2019, §4)
+
+    >>> x, w = Tensor([[1.0, 7.0]], requires_grad=True), Tensor([1.0, 1.0], requires_grad=True)
+    >>> out = rmsnorm_plain(x, w, eps=0)    # mean(x²) = 25, r = 1/5, n = (0.2, 1.4)
+    >>> out.backward([[1.0, 0.0]])          # mean(dn n) = 0.1: dx = (1 - 0.02, 0 - 0.14) / 5
+    >>> out.data.round(4).tolist(), x.grad.round(4).tolist(), w.grad.round(4).tolist()
+    ([[0.2, 1.4]], [[0.196, -0.028]], [0.2, 0.0])
+    """
+    r = ((x.data ** 2).mean(-1, keepdims=True) + eps) ** -0.5           # (..., 1)
+    n, weight = x.data * r, w.data
+
+    def backward(dout):
+        dn = dout * weight
+        dx = r * (dn - n * (dn * n).mean(-1, keepdims=True))
+        return dx, dout * n                     # the engine sums dw over the rows
+    return record(n * weight, (x, w), backward)
+
+
+def rmsnorm(x, w, eps=1e-6):
+    """`rmsnorm_plain`, a block of rows at a time.
+
+    Of the forward pass only r is kept, one number per row: the second form of dx needs no n, and
+    dw = sum of dout * x * r = rᵀ @ (dout * x) is a product.
+    """
+    rows, weight, shape, C = _rows(x.data), w.data, x.shape, x.shape[-1]
+    r = device.xp.empty((len(rows), 1), _wide_dtype(x))
+    out = device.xp.empty(rows.shape, x.dtype)
+
+    def forward(part):
+        x = _wide(rows[part])
+        r[part] = 1 / device.xp.sqrt(device.row_dot(x, x) / C + eps)
+        _scale(x, r[part], weight, out[part])
+    _sweep_rows(forward, *rows.shape)
+
+    def backward(dout):
+        dout, dx, dw = _rows(dout), device.xp.empty_like(rows), device.xp.zeros_like(weight)
+
+        def block(part):
+            x, d, r_ = _wide(rows[part]), _wide(dout[part]), r[part]
+            dn = d * weight
+            along = device.row_dot(dn, x) / C * r_ * r_ * r_            # r³ mean(dn * x)
+            _two_products(dn, r_, x, -along, dx[part])
+            return device.matmul(_t(r_), d * x)[0]
+        for dw_part in _sweep_rows(block, *rows.shape):
+            dw += dw_part
+        return dx.reshape(shape), dw
+    return record(out.reshape(shape), (x, w), backward)
+
+
+@device.fuse
+def _scale(x, r, w, out):
+    out[...] = x * r * w
+
+
+@device.fuse
+def _two_products(a, b, c, d, out):
+    out[...] = a * b + c * d
+
+
+# ---------------------------------------------------------------- position
+
+def rope(x, cos, sin):
+    """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t θ_i.
+
+    θ_i = θ^(-2i/D), i = 0 … D/2-1, where θ is usually 10,000: the first pairs turn fast, the last
+    ones slowly. cos and sin (T, D) hold each angle twice. The halves x₁ and x₂ of a row become
+        out₁ = x₁ cos - x₂ sin
+        out₂ = x₂ cos + x₁ sin
+    or, both at once, out = x cos + (-x₂, x₁) sin. This is a rotation R_t, and only distances
+    matter: (R_t q)ᵀ (R_s k) = qᵀ R_{s-t} k. Its matrix is orthogonal, so the backward pass is its
+    transpose, the rotation by the opposite angle. (RoFormer, Su et al. 2021, §3.2.2; pairing the
+    halves is Hugging Face's convention.) The result is contiguous, as attention needs it.
+
+    >>> cos, sin = device.xp.zeros((1, 4)), device.xp.ones((1, 4))      # T = 1, D = 4: by 90°
+    >>> rope(Tensor([[1.0, 2.0, 3.0, 4.0]]), cos, sin).data.tolist()    # (1, 3) -> (-3, 1), …
+    [[-3.0, -4.0, 1.0, 2.0]]
+    """
+    return record(_rotate(x.data, cos, sin), (x,), lambda dout: (_rotate(dout, cos, -sin),))
+
+
+def _rotate(x, cos, sin):
+    xp, half = device.xp, x.shape[-1] // 2
+    out = xp.empty(x.shape, x.dtype)
+
+    def block(t):
+        part = xp.ascontiguousarray(x[..., t, :])       # a copy, because it is read three times
+        by_90_degrees = xp.concatenate((-part[..., half:], part[..., :half]), -1)
+        _two_products(part, cos[t], by_90_degrees, sin[t], out[..., t, :])
+    _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
+    return out
+
+
+# ---------------------------------------------------------------- gated linear units
+# An activation returns its value and a function that returns its slope: both share the costly part.
+
+def _sigmoid(x):
+    return 1 / (1 + device.xp.exp(-x))          # where exp overflows, 1 / infinity is the right 0
+
+
+def silu(x):
+    """x σ(x), slope: σ' = σ(1-σ), so (x σ)' = σ + x σ(1-σ).  (Swish: Ramachandran et al. 2017)"""
+    gate = _sigmoid(x)
+    out = x * gate
+    return out, lambda: gate + out * (1 - gate)
+
+
+def sigmoid(x):
+    """σ(x) = 1 / (1 + exp(-x)), slope σ(1-σ): the first GLU's gate (Dauphin et al. 2016, §3)."""
+    gate = _sigmoid(x)
+    return gate, lambda: gate * (1 - gate)
+
+
+def gelu_pytorch_tanh(x):
+    """Close to x Φ(x), Φ the normal distribution function: ½ x (1 + t), t = tanh(u),
+    u = a (x + b x³), a = √(2/π), b = 0.044715; slope ½ (1 + t) + ½ x (1 - t²) u',
+    u' = a (1 + 3b x²).  (GELU, Hendrycks & Gimpel 2016, §2)
+    """
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    t = device.xp.tanh(a * (x + b * x * x * x))
+    return 0.5 * x * (1 + t), lambda: (
+        0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (a * (1 + 3 * b * x * x)))
+
+
+def relu(x):
+    """max(x, 0), slope 1 above 0 and 0 below (and, by convention, at 0)."""
+    return device.xp.maximum(x, 0), lambda: (x > 0).astype(x.dtype)
+
+
+ACTIVATIONS = {"silu": silu, "sigmoid": sigmoid, "gelu": gelu_pytorch_tanh, "relu": relu}
+
+
+def glu_plain(gate, up, activation="silu"):
+    """out = a(gate) * up, with a from ACTIVATIONS; "silu" is SwiGLU.  (Shazeer 2020, §2)
+
+    By the product rule  dgate = dout * up * a'(gate),  dup = dout * a(gate).
+    """
+    a, slope = ACTIVATIONS[activation](gate.data)
+    up_ = up.data
+    return record(a * up_, (gate, up), lambda dout: (dout * up_ * slope(), dout * a))
+
+
+@functools.cache
+def _fused_glu(activation):
+    """The formulas of one GLU variant, forward and backward."""
+    @device.fuse
+    def forward(gate, up, out):
+        a, _ = ACTIVATIONS[activation](_wide(gate))
+        out[...] = a * up
+
+    @device.fuse
+    def backward(gate, up, dout, dgate, dup):
+        a, slope = ACTIVATIONS[activation](_wide(gate))
+        dgate[...] = dout * up * slope()
+        dup[...] = dout * a
+    return forward, backward
+
+
+def glu(gate, up=None, activation="silu"):
+    """`glu_plain`, a block of rows at a time, in one kernel on a GPU.
+
+    Without `up`, gate (..., 2F) holds both next to each other, as one matrix product makes them,
+    and its gradient does, too: that is how the model calls it.
+
+    >>> both = Tensor([[2.0, -1.0, 5.0, 7.0]], requires_grad=True)      # gate (2, -1), up (5, 7)
+    >>> out = glu(both, activation="relu")
+    >>> out.backward([[1.0, 1.0]])
+    >>> out.data.tolist(), both.grad.tolist()
+    ([[10.0, 0.0]], [[5.0, 0.0, 2.0, 0.0]])
+    """
+    if up is not None:
+        return glu_plain(gate, up, activation)
+    forward, backward_formula = _fused_glu(activation)
+    both, shape, F = _rows(gate.data), gate.shape, gate.shape[-1] // 2
+    g, u = both[:, :F], both[:, F:]
+    out = device.xp.empty(g.shape, g.dtype)
+    _sweep_rows(lambda rows: forward(g[rows], u[rows], out[rows]), *g.shape)
+
+    def backward(dout):
+        dout, dboth = _rows(dout), device.xp.empty(both.shape, both.dtype)
+        dg, du = dboth[:, :F], dboth[:, F:]
+        _sweep_rows(lambda rows: backward_formula(g[rows], u[rows], dout[rows], dg[rows], du[rows]),
+                    *g.shape)
+        return (dboth.reshape(shape),)
+    return record(out.reshape(*shape[:-1], F), (gate,), backward)
+
+
+# ---------------------------------------------------------------- attention
+
+def attention_plain(q, k, v):
+    """Causal attention.  q (B, H, T, D), k and v (B, K, S, D), S >= T -> (B, H, T, D)
+
+    The queries are the last T of S positions; query t sees the keys up to its own position,
+    S - T + t. Query head h reads key/value head h // (H/K).
+
+        s = q @ kᵀ / √D,  -inf where a key lies in the query's future;  p = softmax(s);  out = p @ v
+
+    Backward, from the outside in (matmul, softmax, matmul):
+        dv = pᵀ @ dout      dp = dout @ vᵀ
+        ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj
+        dq = ds @ k / √D    dk = dsᵀ @ q / √D     dk, dv: summed over the heads that share them
+    (Vaswani et al. 2017, §3.2.1; grouped queries: Ainslie et al. 2023)
+
+    >>> q, k, v = [1.0, 1.0], [0.0, np.log(3)], [4.0, 8.0]              # T = S = 2, D = 1
+    >>> q, k, v = (Tensor(np.reshape(x, (1, 1, 2, 1))) for x in (q, k, v))
+    >>> attention_plain(q, k, v).data.ravel().round(4).tolist()     # 4;  1/4 · 4 + 3/4 · 8
+    [4.0, 7.0]
+    """
+    xp, (B, H, T, D), (_, K, S, _) = device.xp, q.shape, k.shape
+    q_, (k_, v_) = q.data, (xp.repeat(x.data, H // K, axis=1) for x in (k, v))  # (B, H, S, D)
+    future = xp.triu(xp.ones((T, S), bool), S - T + 1)          # True where key > S - T + query
+    p = _softmax(xp.where(future, -xp.inf, q_ @ _t(k_) / D ** 0.5))             # (B, H, T, S)
+
+    def backward(dout):
+        dv, dp = _t(p) @ dout, dout @ _t(v_)
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True))
+        dq, dk = ds @ k_ / D ** 0.5, _t(ds) @ q_ / D ** 0.5
+        return dq, *(dx.reshape(B, K, H // K, S, D).sum(2) for dx in (dk, dv))
+    return record(p @ v_, (q, k, v), backward)
+
+
+_QUERIES = 128          # queries in a block
+_SCORES = 1 << 16       # scores in a block on a CPU: several passes go over it, in the cache
+
+
+def _query_blocks(T, S):
+    """Yield (t, end): a slice of queries, and the number of keys that its last query may see."""
+    for start in range(0, T, _QUERIES):
+        stop = min(start + _QUERIES, T)
+        yield slice(start, stop), S - T + stop
+
+
+@functools.lru_cache(4)
+def _future(xp, n, dtype):
+    """(n, n): -inf where a key lies in a query's future, above the diagonal, and 0 elsewhere."""
+    return xp.triu(xp.full((n, n), -xp.inf, dtype), 1)
+
+
+def attention(q, k, v):
+    """`attention_plain` without ever holding s or p whole: memory grows with T, not with T².
+
+    Blocks of queries meet the keys that they may see, and backward computes p again from the
+    log-sum-exp of each row, L = log sum_j exp(s_j), as p = exp(s - L). (FlashAttention, Dao et al.
+    2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) In half precision
+    the inputs of the products are half; s, p and the sums are float32.
+
+    The G = H/K query heads that share a key/value head form one matrix of G·n rows. `h` is a slice
+    of the B·K key/value heads, `t` a slice of n queries.
+    """
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if H % K or S < T or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"attention: q {q.shape} does not go with k {k.shape} and v {v.shape}")
+    xp, G, dtype, wide = device.xp, H // K, q.dtype, _wide_dtype(q)
+    qs = q.data.reshape(B * K, G, T, D)
+    ks, vs = (x.data.reshape(B * K, S, D) for x in (k, v))
+    out = xp.empty(qs.shape, dtype)
+    L = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None
+    heads = _SCORES // (G * min(_QUERIES, T) * S)       # in a block
+
+    merged = lambda x: x.reshape(len(x), -1, x.shape[-1])           # (h, G, n, D) -> (h, G·n, D)
+    split = lambda x: x.reshape(len(x), G, -1, x.shape[-1])         # and back
+    product = lambda a, b, **into: device.matmul(a.astype(dtype, copy=False), b, **into)
+
+    def scores(h, t, end):                              # q/√D (h, G·n, D) and s (h, G·n, end)
+        q = (merged(qs[h, :, t]) * D ** -0.5).astype(dtype, copy=False)
+        s = product(q, _t(ks[h, :end]), dtype=wide)
+        n = t.stop - t.start                            # only the last n keys can be in the future,
+        split(s)[..., end - n:] += _future(xp, n, wide)         # and of these the upper triangle
+        return q, s
+
+    def forward(h):
+        for t, end in _query_blocks(T, S):
+            _, s = scores(h, t, end)
+            top = s.max(-1, keepdims=True)
+            p = xp.exp(xp.subtract(s, top, out=s), out=s)       # softmax, not yet divided by
+            total = p.sum(-1, keepdims=True)                    # its row sum: D < end divisions
+            out[h, :, t] = split(product(p, vs[h, :end], dtype=wide) / total)
+            if L is not None:
+                L[h, :, t] = split(top + xp.log(total))
+    device.sweep(forward, B * K, heads)
+
+    def backward(dout):
+        dout = dout.reshape(qs.shape)
+        dq, dk, dv = xp.empty(qs.shape, dtype), xp.zeros(ks.shape, wide), xp.zeros(vs.shape, wide)
+
+        def block(h):
+            for t, end in _query_blocks(T, S):
+                q, s = scores(h, t, end)
+                p = xp.exp(xp.subtract(s, merged(L[h, :, t]), out=s), out=s)
+                d = merged(dout[h, :, t])
+                product(_t(p), d, out=dv[h, :end], accumulate=True)
+                ds = product(d, _t(vs[h, :end]), dtype=wide)    # dp
+                ds -= device.row_dot(p, ds)                     # dp - δ
+                ds *= p
+                dq[h, :, t] = split(product(ds, ks[h, :end], dtype=wide) * D ** -0.5)
+                product(_t(ds), q, out=dk[h, :end], accumulate=True)
+        device.sweep(block, B * K, heads)
+        dk, dv = (x.astype(dtype, copy=False).reshape(B, K, S, D) for x in (dk, dv))
+        return dq.reshape(B, H, T, D), dk, dv
+    return record(out.reshape(B, H, T, D), (q, k, v), backward)
+
+
+# ---------------------------------------------------------------- dropout
+
+def dropout(x, p, key):
+    """out = x * keep / (1 - p): each element becomes 0 with probability p, and the mean stays.
+
+    dx = dout * keep / (1 - p). The mask `keep` is not saved but computed again: it depends only on
+    `key`, a tuple of whole numbers, so a resumed or recomputed step drops the same elements.
+    (Srivastava et al. 2014, §4; scaling in training rather than in use: §10)
+    """
+    if p == 0:
+        return x
+    return record(drop(x.data, p, key), (x,), lambda dout: (drop(dout, p, key),))
+
+
+# ---------------------------------------------------------------- memory for time
+
+def recompute(f, x):
+    """f(x), but only x is kept for backward, which runs f again and then backpropagates through it.
+
+    That costs one more forward pass and saves the memory of f's activations. The gradients are the
+    same to the last bit. Weights that f uses get theirs when backward runs through the second
+    f(x), as leaves of that graph.  (Chen et al. 2016, §4)
+    """
+    if not recording(x):
+        return f(x)
+    with no_grad():
+        out = f(x).data
+    start = x.data
+
+    def backward(dout):
+        again = Tensor(start, requires_grad=True)
+        f(again).backward(dout)
+        return (again.grad,)
+    return record(out, (x,), backward)
+
+
+# ---------------------------------------------------------------- loss
+
+def cross_entropy(logits, targets):
+    """-mean of log softmax(logits)[target], in nats.  logits (..., V), targets (...) -> scalar.
+
+    The loss of a row is L - z_y, with y its target and L = log sum_j exp(z_j). Its derivative with
+    respect to z_j is exp(z_j)/sum, the softmax p_j, minus 1 where j = y. So for N rows
+        dz_j = dout/N · (p_j - 1[j = y])        # what the model said minus what was true
+
+    >>> logits = Tensor(np.log([[1.0, 3.0]]), requires_grad=True)       # p = 1/4, 3/4
+    >>> loss = cross_entropy(logits, [1])
+    >>> loss.backward()
+    >>> round(loss.data.item(), 4), logits.grad.round(4).tolist()       # -ln(3/4), p - (0, 1)
+    (0.2877, [[0.25, -0.25]])
+    """
+    z, shape, dtype = _wide(_rows(logits.data)), logits.shape, logits.dtype
+    N, V = z.shape
+    target = device.xp.arange(N), device.as_ids(targets, V).reshape(-1)
+    z = z - z.max(-1, keepdims=True)
+    L = device.xp.log(device.xp.exp(z).sum(-1, keepdims=True))          # (N, 1)
+    dz = device.xp.exp(z - L)                                           # p
+    dz[target] -= 1
+
+    def backward(dout):
+        return ((dz * (dout / N)).astype(dtype, copy=False).reshape(shape),)
+    return record((L[:, 0] - z[target]).mean(), (logits,), backward)
+
+
+_LOGITS = 1 << 24       # elements of a block of logits: 64 MB in float32
+
+
+def logit_blocks(rows, weight):
+    """Yield (slice, rows[slice] @ weightᵀ), each valid until the next: never all logits at once."""
+    N, V = len(rows), len(weight)
+    size = max(_LOGITS // V, 64)
+    logits = device.xp.empty((min(size, N), V), _wide_dtype(rows))
+    for start in range(0, N, size):
+        part = slice(start, min(start + size, N))
+        yield part, device.linear(rows[part], weight, out=logits[:part.stop - start])
+
+
+def loss_of_rows(z, targets, dz=None):
+    """The loss L - z_y of each row of z (N, V). p - onehot goes into dz, if given; it may be z."""
+    losses = device.xp.empty(len(z), _wide_dtype(z))
+
+    def block(rows):
+        target = device.xp.arange(rows.stop - rows.start), targets[rows]
+        s = _wide(z[rows])
+        s = s - s.max(-1, keepdims=True)
+        losses[rows] = -s[target]
+        p = device.xp.exp(s, out=s)
+        total = p.sum(-1, keepdims=True)
+        losses[rows] += device.xp.log(total[:, 0])
+        if dz is not None:
+            device.xp.divide(p, total, out=dz[rows])
+            dz[rows][target] -= 1
+    _sweep_rows(block, *z.shape)
+    return losses
+
+
+def linear_cross_entropy(x, w, targets):
+    """cross_entropy(linear(x, w), targets) without all the logits.  x (..., C), w (V, C) -> scalar.
+
+    With a large vocabulary the logits, N·V, are a model's largest array. But a row's logits serve
+    only its own loss and gradient. So each block of rows makes its logits z, turns them in place
+    into dz = p - onehot, and these at once into its share of what backward will ask for,
+        dx_block = dz @ w,      dw += dzᵀ @ x_block
+    Backward only scales both by dout/N. Kept from forward to backward: dx and dw, no logits.
+    (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
+
+    In half precision logits, dx and dw are float32, and the products' inputs are half. Most of dz
+    is 1/V or far less; a float16 loses digits below 6e-5 and becomes 0 below 3e-8. But all of dz
+    is within ±1, so 2¹⁵ dz, which is rounded instead, still fits (the largest float16 is 65504).
+    """
+    rows, weight, shape, dtype = _rows(x.data), w.data, x.shape, x.dtype
+    N, V, wide = len(rows), len(weight), _wide_dtype(x)
+    lift = 1 if dtype == wide else 2.0 ** 15
+    targets = device.as_ids(targets, V).reshape(-1)
+    losses, keep = device.xp.empty(N, wide), recording(x, w)
+    if keep:
+        weight = weight.astype(dtype, copy=False)
+        dx, dw = device.xp.empty(rows.shape, wide), device.xp.zeros(weight.shape, w.dtype)
+    for part, z in logit_blocks(rows, weight):
+        losses[part] = loss_of_rows(z, targets[part], z if keep else None)
+        if keep:
+            dz = z if lift == 1 else (z * lift).astype(dtype)
+            device.matmul(dz, weight, out=dx[part])
+            device.matmul(_t(dz), rows[part], out=dw, accumulate=True)
+
+    def add_scaled(total, scale):
+        def block(part):
+            total[part] += dw[part] * scale
+        _sweep_rows(block, *dw.shape)
+
+    def backward(dout):
+        scale = dout / (N * lift)
+        dx_ = (dx * scale).astype(dtype, copy=False).reshape(shape)
+        return dx_, lambda total: add_scaled(total, scale)
+    return record(losses.mean(), (x, w), backward)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autograd import no_grad, token_losses
+from autograd import logit_blocks, loss_of_rows, no_grad
 from console import cli, figure
 from console.cli import number
 from console.metrics import perplexity
@@ -21,6 +21,34 @@ from data import TokenDataset
 from generate import open_model
 from hardware import device
 from storage.files import InputError
+
+
+def token_losses(x, w, targets, ranked=False):
+    """What the loss is the mean of: the loss of each target in nats and, if `ranked`, the number of other tokens with a
+    logit that is not below the target's (so a tie, or a NaN, is no success), else None.
+
+    x (B, T, C) hidden states, w (V, C) the output layer, targets (B, T) -> two arrays (B, T).
+    """
+    rows, shape, V = x.data.reshape(-1, x.shape[-1]), x.shape[:-1], len(w.data)
+    targets = device.as_ids(targets, V).reshape(-1)
+    losses = device.xp.empty(len(rows), np.promote_types(x.dtype, np.float32))
+    ranks = device.xp.empty(len(rows), np.int64)
+    for part, z in logit_blocks(rows, w.data):
+        losses[part] = loss_of_rows(z, targets[part])
+        if ranked:
+            ranks[part] = ranks_of(z, targets[part])
+    return losses.reshape(shape), ranks.reshape(shape) if ranked else None
+
+
+def ranks_of(z, targets):
+    """For each row of logits z (N, V) the number of tokens besides the target whose logit is not below the target's."""
+    ranks = device.xp.empty(len(z), np.int64)
+
+    def block(rows):
+        own = z[device.xp.arange(rows.start, rows.stop), targets[rows]]
+        ranks[rows] = z.shape[1] - 1 - (z[rows] < own[:, None]).sum(-1, dtype=np.uint32)
+    device.sweep(block, len(z), (1 << 16) // z.shape[1])
+    return ranks
 
 
 def evaluate(model, dataset, batch_size=8, scores=None):

@@ -50,16 +50,18 @@ class Adam:
     m, v, parameters and gradients are one flat array each: a step is one sweep over memory.
 
     >>> from types import SimpleNamespace
-    >>> model = SimpleNamespace(n_matrix=0, flat=device.xp.ones(2),
-    ...                         flat_grad=device.xp.array([0.001, -50.0]))
-    >>> Adam(model, lr=0.1).step()
-    >>> model.flat.round(4).tolist()    # step 1: m̂ = g, √v̂ = |g|: lr against the sign of g
+    >>> from nanollm import Parameters
+    >>> weights = Parameters({"bias": (2,)}, np.float64)        # two ones
+    >>> weights.grad[...] = device.xp.array([0.001, -50.0])
+    >>> Adam(SimpleNamespace(weights=weights), lr=0.1).step()
+    >>> weights.flat.round(4).tolist()      # step 1: m̂ = g, √v̂ = |g|: lr against the sign of g
     [0.9, 1.1]
     """
     def __init__(self, model, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        self.model, self.lr, self.betas, self.eps = model, lr, betas, eps
+        self.weights, self.lr, self.betas, self.eps = model.weights, lr, betas, eps
         self.weight_decay = weight_decay
-        self.m, self.v = device.xp.zeros_like(model.flat), device.xp.zeros_like(model.flat)
+        self.m = device.xp.zeros_like(self.weights.flat)
+        self.v = device.xp.zeros_like(self.weights.flat)
         self.t = 0
 
     def step(self, lr=None, scale=1.0):
@@ -70,11 +72,11 @@ class Adam:
         self.t += 1
         beta1, beta2 = self.betas
         number = self.m.dtype.type      # a typed scalar keeps a fused kernel in float32
-        decay, n_matrix = number(1 - lr * self.weight_decay), self.model.n_matrix
+        decay, n_matrix = number(1 - lr * self.weight_decay), self.weights.n_matrix
         constants = [number(x) for x in (
             scale, 1 - beta1, 1 - beta2, lr / (1 - beta1 ** self.t), 1 / (1 - beta2 ** self.t),
             self.eps)]
-        arrays = self.model.flat, self.model.flat_grad, self.m, self.v
+        arrays = self.weights.flat, self.weights.grad, self.m, self.v
 
         def update(s):
             p, g, m, v = (array[s] for array in arrays)
@@ -85,7 +87,7 @@ class Adam:
 
     def zero_grad(self):
         """Set all gradients to 0, because backward adds to them."""
-        device.sweep(lambda s: self.model.flat_grad[s].fill(0), self.m.size, 1 << 20)
+        device.sweep(lambda s: self.weights.grad[s].fill(0), self.m.size, 1 << 20)
 
 
 @device.fuse
@@ -99,7 +101,7 @@ def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, correc
 
 def gradient_norm(model):
     """√(sum of all squared gradients), a float: one number for how steep the loss is."""
-    g = model.flat_grad
+    g = model.weights.grad
     squares = device.sweep(lambda s: g[s] @ g[s], g.size, 1 << 18)
     return math.sqrt(sum(float(square) for square in squares))
 
@@ -154,7 +156,7 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
         count(state, loss, norm, finite)
         if state.skipped_in_a_row == 10:
             raise InputError(f"10 steps in a row were not finite; the first place is the "
-                             f"{model.first_not_finite(x)}: the checkpoints in "
+                             f"{metrics.first_not_finite(model, x)}: the checkpoints in "
                              f"{observer.run.folder} are as they were, continue from them with "
                              "--resume and a lower --learning-rate")
         if settings.dtype == "float16":
@@ -213,12 +215,12 @@ def make_model(request, tokenizer):
     if source:
         model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
         entries = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
-        if model.flat is None:
+        if not model.trainable:
             raise InputError(f"{source} is quantised and cannot be trained: start from the model "
                              "from which it was made")
     else:
         model = NanoLLM(config, request.settings.seed)
-    model.compute, model.recompute = np.dtype(request.settings.dtype), request.settings.recompute
+    model.compute_dtype, model.recompute = np.dtype(request.settings.dtype), request.settings.recompute
     return model, entries
 
 
@@ -229,7 +231,7 @@ def announce(model, train_set, val_set, settings, state, folder):
     say(f"device     {device.reason}\n"
         f"text       {settings.text}: {len(train_set.tokens):,} tokens to train on in "
         f"{len(train_set):,} windows, {n_unseen:,} unseen ones to validate\n"
-        f"model      {model.flat.size:,} parameters, {model.config}\n"
+        f"model      {model.weights.flat.size:,} parameters, {model.config}\n"
         f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
         f"folder     {folder}")
 
@@ -268,7 +270,7 @@ def main(argv=None):
         warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
         announce(model, train_set, val_set, settings, state, folder)
         metrics.rewind(folder / "metrics.csv", state.step)
-        flops = model.config.flops_per_token(settings.seq_len)
+        flops = metrics.flops_per_token(model.config, settings.seq_len)
         with Progress(settings.max_steps, flops, state.step, state.seconds) as progress:
             observer = Observer(run, settings, train_set, progress, val_set and validate, sample)
             train(model, optimizer, train_set, settings, state, observer, stop)

@@ -61,10 +61,10 @@ class Side:
 class Nanollm(Side):
     def load(self, folder, threads, compiled):
         import train
+        from console import metrics
         from hardware import device
         from nanollm import Config, NanoLLM
-        device.use("gpu" if self.gpu else "cpu")
-        device.tf32 = self.tf32
+        device.use("gpu" if self.gpu else "cpu", self.tf32)
         self.threads, self.gradient_norm = device.threads, train.gradient_norm
         if self.gpu:
             self.wait = device.xp.cuda.Device().synchronize
@@ -72,10 +72,11 @@ class Nanollm(Side):
         fields = {name: value for name, value in self.c.items() if name != "batch_size"}
         self.model = NanoLLM.load(folder) if folder else NanoLLM(Config(**fields), seed=self.seed)
         self.adam, self.save = train.Adam(self.model, **ADAM), self.model.save
-        self.model.compute, self.loss_scale = np.dtype(self.dtype), 2.0 ** 16 if self.dtype == "float16" else 1.0
+        self.flops = metrics.flops_per_token(self.model.config, self.c["max_context"])
+        self.model.compute_dtype, self.loss_scale = np.dtype(self.dtype), 2.0 ** 16 if self.dtype == "float16" else 1.0
 
     def flops_per_token(self):
-        return self.model.config.flops_per_token(self.c["max_context"])
+        return self.flops
 
     def loss(self, ids, targets):
         return self.model.loss(ids, targets).data

@@ -40,18 +40,11 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv):
         """parse_args, and the device that --device names is chosen."""
         args = self.parse_args(argv)
-        use_device(args.device)
+        device.use(args.device)
         return args
 
     def error(self, message):
         raise InputError(f"{message}; --help lists what can be given")
-
-
-def use_device(name=None, tf32=False):
-    """Choose the device that --device names; if it was not given, NANOLLM_DEVICE decides at the first use."""
-    if name:
-        device.use(name)
-    device.tf32 = tf32
 
 
 def number(kind, low, high=float("inf"), open_low=False, open_high=False):

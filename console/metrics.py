@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from autograd import cast, embedding, no_grad
+from hardware import device
 from storage.files import whole
 
 COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity", "val_bits_per_byte",
@@ -77,3 +79,35 @@ def unigram_entropy(dataset):
         counts += np.bincount(tokens[start:start + (1 << 20)], minlength=dataset.vocab_size)
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
+
+
+def flops_per_token(config, seq_len):
+    """Floating-point operations of training on one token of a window, forward and backward.
+
+    Each of a matrix's N weights is multiplied and added once forward and twice backward (dx, dw): 6 N. An embedding is
+    looked up, not multiplied, so it does not count unless it is the lm_head, too. A token meets T/2 keys on average, in
+    two products of width C: 6 C T per block. What is computed twice to save memory does not count.
+    (PaLM, Chowdhery et al. 2022, appendix B; it counts all T keys, masked or not: 12 C T.)
+    """
+    n = sum(math.prod(shape) for shape in config.shapes().values() if len(shape) == 2)
+    if not config.tie_embeddings:
+        n -= config.vocab_size * config.embedding_dim
+    return 6 * n + 6 * config.n_block * config.embedding_dim * seq_len
+
+
+def first_not_finite(model, ids):
+    """Where NaN or infinity comes from, in words: the first weights, activations or gradients that hold any."""
+    finite, parameters = device.xp.isfinite, model.parameters()
+    for name, parameter in parameters.items():
+        if not finite(parameter.data).all():
+            return f"weights of {name}"
+    with no_grad():
+        h = cast(embedding(model.embed, ids), model.compute_dtype)
+        for i in range(model.config.n_block):
+            h = model.block(i, h)
+            if not finite(h.data).all():
+                return f"activations after block {i}"
+    for name, parameter in reversed(parameters.items()):        # the order in which backward runs
+        if not finite(parameter.grad).all():
+            return f"gradient of {name}"
+    return "loss"

@@ -12,6 +12,7 @@ from autograd import ACTIVATIONS
 from console import cli, demo
 from console.cli import number
 from console.progress import say
+from hardware.device import use
 from nanollm import Config
 from storage.checkpoint import State, check_free, last_run, newest_checkpoint, read_trainer
 from storage.files import InputError, file_hash
@@ -219,7 +220,7 @@ def read_flags(argv, parser):
         request = resumed(folder or last_run(), typed)
     else:
         request = Request(Settings(**(defaults(typed) | typed)).complete(), folder)
-    cli.use_device(device, request.settings.tf32)
+    use(device, request.settings.tf32)
     return request
 
 

@@ -316,7 +316,7 @@ def gradient_flow():
     model, _, train_set, _ = trained()
     found = {}
     for when, one in (("step 0", NanoLLM(model.config, SEED)), ("trained", model)):
-        one.flat_grad[:] = 0
+        one.weights.grad[:] = 0
         one.loss(*train_set.batch(0, 32, SEED)).backward()
         found[when] = [part_norms(one, {name: getattr(t, what) for name, t in one.parameters().items()})
                        for what in ("grad", "data")]

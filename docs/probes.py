@@ -18,7 +18,7 @@ def hooked(forward, backward):
 
     `op` is an object with the function's name; forward and backward may store what they like in it.
     """
-    plain = autograd._result
+    plain = autograd.record
 
     def result(data, parents, run):
         op = SimpleNamespace(name=run.__qualname__.split(".")[0])
@@ -29,11 +29,11 @@ def hooked(forward, backward):
         out = plain(data, parents, hooked_run)
         forward(op, out)
         return out
-    autograd._result = result
+    autograd.record = result
     try:
         yield
     finally:
-        autograd._result = plain
+        autograd.record = plain
 
 
 Span = namedtuple("Span", "op phase seconds peak")      # phase: data, forward, backward or optimizer

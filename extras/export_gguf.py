@@ -29,7 +29,7 @@ def interleave(w, heads):
 
 def tensors(model):
     """{llama.cpp's name: float32 array} of all weights. Raises InputError for a quantised model."""
-    if model.flat is None:
+    if not model.trainable:
         raise InputError("a quantised model cannot be exported: give the model that it was made of")
     result, config = {}, model.config
     for name, parameter in model.parameters().items():

@@ -220,7 +220,7 @@ def mb(value):
 def report(config, settings):
     """What `main` prints for a model of this Config and train.py's Settings."""
     B, T, size = settings.batch_size, settings.seq_len, np.dtype(settings.dtype).itemsize
-    tokens, per_token = settings.windows_per_step() * T, config.flops_per_token(T)
+    tokens, per_token = settings.windows_per_step() * T, metrics.flops_per_token(config, T)
     kept = kept_by_a_block(config, B, size)
     count, share, (room, where) = parameters(config), fixed_share(), available()
     n = sum(count.values())

@@ -55,14 +55,14 @@ def main(argv=None):
     source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
     refuse_existing(out)
     model, *_ = open_model(source)
-    if model.flat is None:
+    if not model.trainable:
         raise InputError(f"{source} is quantised already: give the model that it was made of")
     dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", model.config.max_context,
                                                    model.config.max_context)
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, source, model, bits)
     found = {"before": model, "after": open_model(out)[0]}
-    sizes = {"before": model.flat.nbytes, "after": sum(w.nbytes for w in tensors(model, bits).values())}
+    sizes = {"before": model.weights.flat.nbytes, "after": sum(w.nbytes for w in tensors(model, bits).values())}
     for (when, which), folder in zip(found.items(), (source, out), strict=True):
         disk = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
         line = f"{when:<7} {disk / 1e6:10,.2f} MB on disk  {sizes[when] / 1e6:10,.2f} MB of weights in memory"

@@ -7,13 +7,18 @@ Everything above speaks to `device.xp`, which is NumPy or CuPy, and to these hel
     fuse(formula)    an elementwise formula: one compiled kernel on a GPU, itself on a CPU
     row_dot(a, b)    sum(a * b) along the last axis
     add_rows(...)    out[ids[i]] += rows[i]
+    as_ids(ids, n)   token ids on the device, checked
+    linear(x, w)     x @ wᵀ for a weight that is an array or a matrix in 8 or 4 bits
     to_host(array)   a NumPy array, wherever the data was
 
-Always write `device.xp`, never `from device import xp`: the device is chosen when `xp` is first read, by
-`NANOLLM_DEVICE` (auto, gpu or cpu) unless `use` came before.
+Always write `device.xp`, never `from hardware.device import xp`: the device is chosen when `xp` is first read, by
+`NANOLLM_DEVICE` (auto, gpu or cpu), unless `use` was called before. Importing this file changes nothing; `use` does:
+on a CPU it takes over BLAS's threads, and has the C library keep freed memory.
 """
 import contextlib
 import ctypes
+import functools
+import math
 import os
 import queue
 import threading
@@ -23,49 +28,76 @@ import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-np.seterr(over="ignore")    # infinity is a result, as on a GPU: train.py finds it in the gradients; NaN still warns
-
 
 class Unavailable(ValueError):
-    """There is no such device here; the message says why, in one line."""
+    """The device that was asked for cannot be used; the message says why and what to do, in one line."""
 
 
 # ---------------------------------------------------------------- the choice
 
-on_gpu = False
-tf32 = False            # GPU: let float32 products round their inputs to TF32's 10 bits of mantissa (8x the rate)
+on_gpu = tf32_products = False      # until a device is chosen; xp, reason and threads do not exist before
 
 
-def use(name="auto"):
+def use(name=None, tf32=False):
     """Choose the device: "gpu" is CuPy, "cpu" is NumPy, "auto" is the GPU where one works.
 
-    Call it before a model is made. `device.reason` then says what was chosen and why.
-    Raises Unavailable for another name, and for "gpu" where none works (with the reason that CuPy gave).
+    Call it before a model is made. Without a name, a device that was chosen before stays, and otherwise NANOLLM_DEVICE
+    names it, by default auto. `device.reason` then says what was chosen and why. tf32 lets a GPU round the inputs of
+    float32 products to TF32's 10 bits of mantissa (8 times the rate).
+    Raises Unavailable for another name, for "gpu" where none works (with CuPy's reason), and for a NANOLLM_THREADS that
+    is not a number of threads.
     """
-    global xp, on_gpu, reason
+    global xp, on_gpu, reason, threads, tf32_products
+    if name is None and "xp" in globals():
+        tf32_products = tf32
+        return
+    name = name or os.environ.get("NANOLLM_DEVICE") or "auto"
     if name not in ("auto", "gpu", "cpu"):
         raise Unavailable(f"device {name!r}: must be auto, gpu or cpu")
-    xp, on_gpu, reason = np, False, f"cpu (NumPy {np.__version__}, {threads} threads)"
-    if name == "cpu":
-        return
-    try:
-        import cupy
-        if not cupy.is_available():
-            raise RuntimeError("CuPy is installed, but sees no CUDA GPU or driver")
-        probe = cupy.ones((2, 2), np.float32)
-        float(cupy.exp(probe @ probe).sum())    # cuBLAS or the kernel compiler may be missing: find out now
-        card = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-        xp, on_gpu, reason = cupy, True, f"gpu (CuPy {cupy.__version__}, {card})"
-    except Exception as problem:                # whatever CuPy or CUDA raise: there is no GPU to use
-        why = " ".join(str(problem).split()) or type(problem).__name__
-        if name == "gpu":
-            raise Unavailable(f"device gpu: {why}; use --device cpu, or install CuPy and CUDA (see README)") from None
-        reason += f"; no GPU: {why}"
+    count = _thread_count()
+    library, card, missing = np, None, ""
+    if name != "cpu":
+        try:
+            library, card = _find_gpu()
+        except Exception as problem:            # whatever CuPy or CUDA raise: there is no GPU to use
+            why = " ".join(str(problem).split()) or type(problem).__name__
+            if name == "gpu":
+                raise Unavailable(
+                    f"device gpu: {why}; use --device cpu, or install CuPy and CUDA (see README)") from None
+            missing = f"; no GPU: {why}"
+    xp, on_gpu, threads, tf32_products = library, card is not None, count, tf32
+    if on_gpu:
+        reason = f"gpu (CuPy {xp.__version__}, {card})"
+        _blas_threads(None)
+    else:
+        reason = f"cpu (NumPy {np.__version__}, {threads} threads){missing}"
+        _keep_freed_memory()
+        _blas_threads(1)                        # the rows are split here, once, for every kind of work
 
 
-def __getattr__(name):                          # reached only while `xp` and `reason` do not exist yet
-    if name in ("xp", "reason"):
-        use(os.environ.get("NANOLLM_DEVICE", "auto"))
+def _find_gpu():
+    """(cupy, the card's name). Raises whatever CuPy or CUDA raise where no GPU can compute."""
+    import cupy
+    if not cupy.is_available():
+        raise RuntimeError("CuPy is installed, but sees no CUDA GPU or driver")
+    probe = cupy.ones((2, 2), np.float32)
+    float(cupy.exp(probe @ probe).sum())        # cuBLAS or the kernel compiler may be missing: find out now
+    return cupy, cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+
+
+def _thread_count():
+    """How many threads share the work on a CPU: NANOLLM_THREADS, by default one for each core of this process."""
+    wanted = os.environ.get("NANOLLM_THREADS")
+    if not wanted:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not wanted.isdecimal() or not 1 <= int(wanted) <= 1024:
+        raise Unavailable(f"NANOLLM_THREADS must be a whole number from 1 to 1024, not {wanted!r}")
+    return int(wanted)
+
+
+def __getattr__(name):
+    if name in ("xp", "reason", "threads"):
+        use()
         return globals()[name]
     raise AttributeError(f"module 'device' has no attribute {name!r}")
 
@@ -92,79 +124,113 @@ def seconds(start, end):
     return xp.cuda.get_elapsed_time(start, end) / 1000
 
 
+def as_ids(ids, limit):
+    """`ids` as an integer array on the device. A GPU wraps a wrong index around silently: host ids are checked here.
+
+    Raises TypeError for numbers that are not integers and IndexError for one outside 0 … limit-1.
+    """
+    if on_gpu and isinstance(ids, xp.ndarray):
+        return ids                              # was checked when it left the host
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":              # signed or unsigned
+        raise TypeError(f"token ids must be integers, not {ids.dtype}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < limit:
+        wrong = int(ids.min() if ids.min() < 0 else ids.max())
+        raise IndexError(f"token id {wrong} is outside 0 … {limit - 1}: is this the model's tokenizer?")
+    return xp.asarray(ids)
+
+
 # ---------------------------------------------------------------- memory, threads and blocks
 
 def _keep_freed_memory():
-    """Have glibc reuse the memory of large arrays, which it would return to the system: each new one is then paid for
-    with page faults, a tenth to a fifth of a training step. (M_MMAP_MAX 0, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX 1)
+    """Have glibc keep the memory of large arrays, which it would return to the system after each use: getting it back
+    costs page faults, 10 to 20 % of a training step. (M_MMAP_MAX 0, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX 1)
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):      # another C library: nothing to set
         for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 1 << 26), (-8, 1)):
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-_keep_freed_memory()
-
-threads = int(os.environ.get("NANOLLM_THREADS", 0)) or (
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-_jobs = queue.SimpleQueue()                     # of (a share of a sweep, the queue that waits for its end)
-_here = threading.local()                       # .busy: this thread is already inside a sweep
-_blas_libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+@functools.cache
+def _blas_libraries():
+    """[(a BLAS library of this process, the number of threads it had before we set any)]"""
+    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+    return [(library, library.num_threads) for library in libraries]
 
 
 def _blas_threads(n):
-    for library in _blas_libraries:
-        library.set_num_threads(n)
+    """Let BLAS use n threads; None: as many as before."""
+    for library, before in _blas_libraries():
+        library.set_num_threads(n or before)
 
 
-_blas_threads(1)                                # the rows are split here, once, for every kind of work
+_workers = []                                   # threads, started by the first sweep that needs them
+_jobs = queue.SimpleQueue()                     # of (a share of a sweep, the queue that waits for its end)
+_here = threading.local()                       # .busy: this thread is already inside a sweep
 
 
-def _worker():
-    np.seterr(over="ignore")                    # each thread has its own
+def _start_workers(n):
+    """Have n worker threads. A forked child inherits none of its parent's: it starts its own."""
+    if not _workers and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget_workers)
+    while len(_workers) < n:                    # the hand-over takes a third of the time of concurrent.futures
+        _workers.append(threading.Thread(target=_work, args=(_jobs,), name="sweep", daemon=True))
+        _workers[-1].start()
+
+
+def _forget_workers():
+    global _jobs
+    _workers.clear()
+    _jobs = queue.SimpleQueue()
+
+
+def _work(jobs):
     _here.busy = True
     while True:
-        share, ended = _jobs.get()
+        share, ended = jobs.get()
         try:
             ended.put(share())
         except BaseException as problem:        # for whoever waits to raise
             ended.put(problem)
 
 
-for _ in range(max(threads - 1, 1)):            # a third of the hand-over time of concurrent.futures
-    threading.Thread(target=_worker, name="sweep", daemon=True).start()
-
-
 def sweep(f, n, block):
     """[f(slice), ...] for slices that cover range(n): the loop under every row-wise operation.
 
     On a GPU there is one slice, all of it. On a CPU slices of at most `block` rows, small enough to stay in
-    the cache while f passes over them several times, are shared between the threads (NumPy lets go of
-    Python's lock while it computes). The slices do not depend on the number of threads, the results stand in
+    the cache while f passes over them several times, are shared between the threads (NumPy releases
+    Python's lock while it computes). The slices do not depend on the number of threads, and the results are in
     their order: the arithmetic is the same on every run.
+    Inside, infinity is a result and no warning, as on a GPU: training finds it in the gradients. NaN still warns.
     """
     if on_gpu or n <= block:
-        return [f(slice(0, n))] if n else []
-    count = -(-n // max(int(block), 1))
-    block = -(-n // (count + count % 2))        # an even number of one size: the threads end together
-    slices = [slice(i, min(i + block, n)) for i in range(0, n, block)]
-    workers = min(threads, len(slices))
-    if workers <= 1 or getattr(_here, "busy", False):
-        return [f(rows) for rows in slices]
-    results, left, ended = [None] * len(slices), iter(enumerate(slices)), queue.SimpleQueue()
+        with np.errstate(over="ignore"):
+            return [f(slice(0, n))] if n else []
+    count = math.ceil(n / max(int(block), 1))
+    count += count % 2                          # an even number of one size: the threads end together
+    size = math.ceil(n / count)
+    slices = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    results, left = [None] * len(slices), iter(enumerate(slices))
 
     def share():
-        for i, rows in left:                    # whoever is free takes the next
-            results[i] = f(rows)
+        with np.errstate(over="ignore"):        # each thread has its own
+            for i, rows in left:                # whoever is free takes the next
+                results[i] = f(rows)
 
-    for _ in range(workers - 1):
+    helpers = min(threads, len(slices)) - 1
+    if helpers < 1 or getattr(_here, "busy", False):
+        share()
+        return results
+    _start_workers(helpers)
+    ended = queue.SimpleQueue()
+    for _ in range(helpers):
         _jobs.put((share, ended))
     _here.busy = True
     try:
         share()
     finally:                                    # even after an error nobody may still be writing
         _here.busy = False
-        problems = [ended.get() for _ in range(workers - 1)]
+        problems = [ended.get() for _ in range(helpers)]
     for problem in filter(None, problems):
         raise problem
     return results
@@ -245,15 +311,16 @@ def _blas(a, b, out, accumulate):
     if out.dtype.itemsize == 2:
         wide = out.astype(np.float32) if accumulate else np.empty(out.shape, np.float32)
         _blas(a, b, wide, accumulate)
-        out[...] = wide
+        with np.errstate(over="ignore"):        # infinity is a result
+            out[...] = wide
         return
     m, n = out.shape[-2:]
     if out.size // m * max(m, _FEW) * a.shape[-1] < _SMALL or threads == 1 or getattr(_here, "busy", False):
         _product(a, b, out, accumulate)
     elif out.ndim > 2:
-        sweep(lambda s: _product(a[s], b[s], out[s], accumulate), len(out), -(-len(out) // threads))
+        sweep(lambda s: _product(a[s], b[s], out[s], accumulate), len(out), math.ceil(len(out) / threads))
     elif m >= 64:
-        block = -(-m // threads)
+        block = math.ceil(m / threads)
         if accumulate:
             block = min(block, max(_TILE // n, 128))
         sweep(lambda s: _product(a[s], b, out[s], accumulate), m, block)
@@ -261,6 +328,13 @@ def _blas(a, b, out, accumulate):
         _blas_threads(threads)
         _product(a, b, out, accumulate)
         _blas_threads(1)
+
+
+def linear(x, w, out=None):
+    """x (N, C) @ wᵀ -> (N, F); w (F, C) is an array, or a matrix in 8 or 4 bits, which has its own `times`."""
+    if isinstance(w, xp.ndarray):
+        return matmul(x, w.astype(x.dtype, copy=False).T, out=out)
+    return w.times(x, xp.empty((len(x), len(w)), x.dtype) if out is None else out)
 
 
 _CUDA_TYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}     # cudaDataType
@@ -273,7 +347,11 @@ def _cublas(a, b, out, accumulate):
     """
     from cupy_backends.cuda.libs import cublas
     wide = out.dtype.name == "float64"
-    compute = 70 if wide else 77 if tf32 and a.dtype.name == "float32" else 68      # cublasComputeType
+    compute = 68                                # cublasComputeType: float32
+    if wide:
+        compute = 70                            # float64
+    elif tf32_products and a.dtype.name == "float32":
+        compute = 77                            # float32 by TF32
     scalar = np.float64 if wide else np.float32
     one, beta = np.array(1, scalar), np.array(1 if accumulate else 0, scalar)       # read from host memory
     a, ta, lda, sa = _as_cublas(a)

@@ -84,3 +84,38 @@ class Quantized:
                 device.matmul(x, self[s].T, out=out[:, s])
         device.sweep(block, len(self), (1 << 16) // self.shape[1])
         return out
+
+
+class QuantizedParameters:
+    """What a quantised model has instead of nanollm.Parameters: the same `tensor` and `arrays`, but no gradients.
+
+    read(name) gives the arrays as they are stored: a matrix's integers, under name + ".scale" its scales, and vectors
+    in float32. `vector` makes what the model computes with out of a vector's array: autograd.Tensor, which this floor
+    cannot import.
+    """
+    def __init__(self, shapes, bits, read, vector):
+        self.shapes, self.bits, self.read, self.vector = shapes, bits, read, vector
+        self.made = {}                  # {names: what `tensor` returned for them}
+
+    def tensor(self, *names):
+        """The vector, or the Quantized of matrices of one width, their rows below each other."""
+        shape = self.shapes[names[0]]
+        if len(shape) == 1:
+            self.made[names] = self.vector(self.read(names[0]))
+        else:
+            q, scale = (np.concatenate([self.read(name + kind) for name in names]) for kind in ("", ".scale"))
+            self.made[names] = Quantized(q, scale, shape[1])
+        return self.made[names]
+
+    def arrays(self):
+        """{name: array on the host}: what a model's file holds."""
+        found = {}
+        for names, made in self.made.items():
+            if isinstance(made, Quantized):
+                ends = np.cumsum([self.shapes[name][0] for name in names])[:-1]
+                for kind, array in (("", made.q), (".scale", made.scale)):
+                    parts = np.split(device.to_host(array), ends)
+                    found |= {name + kind: part for name, part in zip(names, parts, strict=True)}
+            else:
+                found[names[0]] = device.to_host(made.data)
+        return found

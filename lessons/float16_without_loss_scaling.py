@@ -16,9 +16,11 @@ A power of two changes the exponent and no digit, and Adam divides by it in floa
 How nanollm avoids it. train.py begins backward with loss_scale / grad_accum, and `adapt_loss_scale` halves the scale
 after an overflow and doubles it after 1,000 steps without one. Weights and their gradients stay float32.
 """
+from unittest import mock
+
 import numpy as np
 
-from autograd import Tensor, linear_cross_entropy
+from autograd import Tensor
 from hardware import device
 from lessons import common
 
@@ -28,15 +30,16 @@ QUESTION = ("bfloat16 has only 16 bits, too. Why does nanollm train in it with a
 
 def gradients(model, x, y, dtype, start):
     """The gradients (of all activations, of all weights), divided by `start`, where backward begins; float64 arrays."""
-    model.compute, zeros = np.dtype(dtype), []
+    model.compute_dtype, zeros = np.dtype(dtype), []
 
-    def listen(h, place):       # h + 0: the gradient of this 0 is that of h
+    def listen(h, p, key):      # h + 0: the gradient of this 0 is that of h
         zeros.append(Tensor(device.xp.zeros(h.shape, h.dtype), requires_grad=True))
         return h + zeros[-1]
-    model.flat_grad[...] = 0
-    linear_cross_entropy(model.hidden(x, drop=listen), model.lm_head, y).backward(start)
+    model.weights.grad[...] = 0
+    with mock.patch("nanollm.dropout", listen):         # at every place where the model would drop activations
+        model.loss(x, y).backward(start)
     of_activations = np.concatenate([device.to_host(zero.grad).ravel() for zero in zeros])
-    return of_activations.astype(np.float64) / start, device.to_host(model.flat_grad).astype(np.float64) / start
+    return of_activations.astype(np.float64) / start, device.to_host(model.weights.grad).astype(np.float64) / start
 
 
 def main(text=None, steps=160, B=8, batch_tokens=2 ** 19, scale=2.0 ** 16, **shape):
@@ -46,7 +49,7 @@ def main(text=None, steps=160, B=8, batch_tokens=2 ** 19, scale=2.0 ** 16, **sha
     for name, dtype, start in (("float32", "float32", 1.0), ("unscaled", "float16", part),
                                ("scaled", "float16", scale * part)):
         model = common.small_model(len(alphabet), **shape)
-        model.compute = np.dtype(dtype)
+        model.compute_dtype = np.dtype(dtype)
         found[name] = {"start": start, "loss": np.mean(common.train(model, ids, steps, B, scale=start)[-10:])}
     print(f"part: 1/{1 / part:,.0f} of a batch; loss after {steps} steps in float32 {found.pop('float32')['loss']:.2f}")
     x, y = common.batch(ids, B, model.config.max_context, np.random.default_rng(1))

@@ -17,7 +17,7 @@ functions, including one that returns zeros, which the check must reject.
 """
 import numpy as np
 
-from autograd import Tensor, _result, gradcheck, softmax
+from autograd import Tensor, gradcheck, record, softmax
 from hardware import device
 from lessons import common
 
@@ -39,7 +39,7 @@ def softmax_with(backward):
     """An op that is softmax forward, and this function of p and dout backward."""
     def op(x):
         p = softmax(x).data
-        return _result(p, (x,), lambda dout: (backward(p, dout),))
+        return record(p, (x,), lambda dout: (backward(p, dout),))
     return op
 
 

@@ -29,10 +29,10 @@ QUESTION = ("Here chance decides which windows are in the small part, so the wro
 
 def gradient(model, parts):
     """sum_i weight_i · gradient of the mean loss of part i; parts: (x, y, weight) each."""
-    model.flat_grad[...] = 0
+    model.weights.grad[...] = 0
     for x, y, weight in parts:
         model.loss(x, y).backward(weight)
-    return to_host(model.flat_grad).astype(np.float64)
+    return to_host(model.weights.grad).astype(np.float64)
 
 
 def mean_of_means(x, y, n):

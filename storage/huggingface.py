@@ -24,8 +24,8 @@ NO_IDS = {"bos_token_id": None, "eos_token_id": None}       # if absent, transfo
 TANH_GELU = "gelu_pytorch_tanh"         # is our "gelu"; their "gelu" is the exact one
 
 
-def to_config(config):
-    """The settings in config.json of a LlamaForCausalLM; `config` is a nanollm.Config."""
+def to_config(config, bits=None):
+    """The settings in config.json of a LlamaForCausalLM; `config` is a nanollm.Config, `bits` as in tensor_reader."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         **{name: getattr(config, field) for field, name in NAMES.items()},
@@ -33,6 +33,7 @@ def to_config(config):
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},   # version 5 of transformers
         "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
         **NO_IDS,
+        **({"quantization_config": quantization(bits)} if bits else {}),
     }
 
 
@@ -133,12 +134,14 @@ def save_model(folder, settings, tensors):
         path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def tensor_reader(folder, config, bits=None):
-    """read(name) gives a tensor of the folder as an array on the host: float32, or a quantised matrix's integers.
+def tensor_reader(folder, config):
+    """(read, bits): read(name) gives a tensor of the folder as an array on the host, float32 or, for a matrix quantised
+    to `bits` (8 or 4, else None), integers and, under name.scale, their scales.
 
     Names, shapes and types are checked against the Config here and now (see `find_tensors`), the values by `read`.
     Both raise InputError that names the file.
     """
+    bits = (read_config(folder)[1].get("quantization_config") or {}).get("bits")
     found = find_tensors(Path(folder), config, bits)
 
     def read(name):
@@ -149,7 +152,7 @@ def tensor_reader(folder, config, bits=None):
         if not np.isfinite(array).all():
             raise InputError(f"{found[name]}: {name} holds NaN or infinity, or more than a float32 can")
         return array
-    return read
+    return read, bits
 
 
 def find_tensors(folder, config, bits=None):

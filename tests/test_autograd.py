@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_info
 
 import autograd as ag
 from autograd import Tensor, gradcheck, no_grad
+from evaluate import token_losses
 from hardware import device
 
 
@@ -439,7 +440,7 @@ def test_numbers_and_arrays_take_the_dtype_of_the_tensor():
 
 
 def wrong_op(backward):
-    return lambda x: ag._result(x.data * 2, (x,), lambda dout: backward(2 * dout))
+    return lambda x: ag.record(x.data * 2, (x,), lambda dout: backward(2 * dout))
 
 
 @pytest.mark.parametrize("backward, error, message", [
@@ -620,18 +621,18 @@ def test_token_losses_are_those_of_each_target_and_its_rank(N, V, C, dtype, monk
     x, w = (Tensor(device.xp.asarray(rng.standard_normal(shape), dtype), True) for shape in ((*N, C), (V, C)))
     z = device.to_host(ag.linear(x, w).data).astype(np.float64)
     at = np.take_along_axis(z, targets[..., None], -1)
-    losses, ranks = (device.to_host(array) for array in ag.token_losses(x, w, targets, ranked=True))
+    losses, ranks = (device.to_host(array) for array in token_losses(x, w, targets, ranked=True))
     assert losses.shape == ranks.shape == N and losses.dtype == dtype and ranks.dtype == np.int64
     assert_close([losses], [np.log(np.exp(z - at).sum(-1))], dtype)
     assert (ranks == (z > at).sum(-1)).all()
-    alone, none = ag.token_losses(x, w, targets)
+    alone, none = token_losses(x, w, targets)
     assert none is None and (device.to_host(alone) == losses).all() and x.grad is None
 
 
 def test_a_tie_and_a_nan_are_no_success():
     eye = Tensor(device.xp.eye(4))
     for z, rank in (([1, 1, 1, 1], 3), ([2, 1, 1, 0], 2), ([0, 1, 0, 0], 0), ([1, np.nan, 0, 0], 3)):
-        _, ranks = ag.token_losses(Tensor(device.xp.asarray([z], float)), eye, [1], ranked=True)
+        _, ranks = token_losses(Tensor(device.xp.asarray([z], float)), eye, [1], ranked=True)
         assert device.to_host(ranks).tolist() == [rank]
 
 
@@ -714,7 +715,7 @@ IDS = {"embedding": lambda ids: ag.embedding(Tensor(device.xp.zeros((5, 2))), id
        "cross_entropy": lambda ids: ag.cross_entropy(Tensor(device.xp.zeros((2, 5))), ids),
        "linear_cross_entropy": lambda ids: ag.linear_cross_entropy(Tensor(device.xp.zeros((2, 3))),
                                                                    Tensor(device.xp.zeros((5, 3))), ids),
-       "token_losses": lambda ids: ag.token_losses(Tensor(device.xp.zeros((2, 3))),
+       "token_losses": lambda ids: token_losses(Tensor(device.xp.zeros((2, 3))),
                                                    Tensor(device.xp.zeros((5, 3))), ids)}
 
 
@@ -884,7 +885,7 @@ def test_linear_cross_entropy_never_holds_all_logits():
     def run():
         x, w = tensor(N, C, dtype=np.float32), tensor(V, C, dtype=np.float32)
         ag.linear_cross_entropy(x, w, some_ids(N, V)).backward()
-        ag.token_losses(x, w, some_ids(N, V), ranked=True)
+        token_losses(x, w, some_ids(N, V), ranked=True)
     assert peak_memory(run) < 4 * N * V * 0.75
 
 
@@ -896,7 +897,7 @@ X, W = np.random.default_rng(6).standard_normal((2, 4, 4))
 def linear_with(backward):
     """linear, and for its backward this function of (x, w, dout)."""
     def f(x, w):
-        return ag._result(x.data @ w.data.T, (x, w), lambda dout: backward(x.data, w.data, dout))
+        return ag.record(x.data @ w.data.T, (x, w), lambda dout: backward(x.data, w.data, dout))
     return f
 
 
@@ -931,7 +932,7 @@ def test_gradcheck_rejects(backward):
 def test_gradcheck_rejects_a_softmax_whose_gradient_is_zero():
     """The bug that a dout of ones cannot see: the rows sum to 1, so that 0 is compared with 0."""
     def softmax(x):
-        return ag._result(ag.softmax(x).data, (x,), lambda dout: (0 * dout,))
+        return ag.record(ag.softmax(x).data, (x,), lambda dout: (0 * dout,))
     with pytest.raises(AssertionError):
         gradcheck(softmax, X)
     assert gradcheck(lambda x: softmax(x).sum(), X)

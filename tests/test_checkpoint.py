@@ -356,12 +356,12 @@ def test_best_is_the_lowest_validation_loss_across_resumptions(files, tmp_path, 
 
     def record(self, *args):
         step(self, *args)
-        weights[self.t] = to_host(self.model.flat).copy()
+        weights[self.t] = to_host(self.weights.flat).copy()
     monkeypatch.setattr(Adam, "step", record)
     fake_evaluations(monkeypatch, [math.nan, 5.0, 3.0, 4.0, math.nan, 3.0, 2.0, 9.0])
 
     def best():
-        return to_host(NanoLLM.load(tmp_path / "run/best").flat)
+        return to_host(NanoLLM.load(tmp_path / "run/best").weights.flat)
     tiny.run(*files, "--max-steps", 8, "--eval-every", 2, "--log-every", 1, "--artifact-dir", "run")
     np.testing.assert_array_equal(best(), weights[6])       # of nan, 5, 3, 4
     state = read_trainer(tmp_path / "run/checkpoint-8")[0]
@@ -418,7 +418,7 @@ def little_run(folder, step, seed):
 
 
 def weights(folder):
-    return to_host(NanoLLM.load(folder).flat).tolist()
+    return to_host(NanoLLM.load(folder).weights.flat).tolist()
 
 
 def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_path, monkeypatch):
@@ -429,7 +429,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_old_or_the_new(files, tmp_pa
         run, model, optimizer, state = little_run(begin, step, step)
         run.write_best(model)
         run.write_checkpoint(model, optimizer, state, 2)
-    old, new = (to_host(little_run(begin, step, step)[1].flat).tolist() for step in (2, 3))
+    old, new = (to_host(little_run(begin, step, step)[1].weights.flat).tolist() for step in (2, 3))
     moments = []
     for call in range(1000):
         folder = shutil.copytree(begin, tmp_path / "run")
@@ -577,7 +577,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(files, tmp_path,
 
     def record(self, *args):
         step(self, *args)
-        seen[self.t] = to_host(self.model.flat).copy()
+        seen[self.t] = to_host(self.weights.flat).copy()
     monkeypatch.setattr(Adam, "step", record)
     poison(monkeypatch, {2, 3, 6}, value)       # the square of 1e30 is infinite in float32
     code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--max-steps", 6, "--log-every", 1,
@@ -588,7 +588,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(files, tmp_path,
         assert re.fullmatch(rf"step {step}: loss \d\.\d+, gradient norm (nan|inf): skipped, {count} so far", line)
     state = read_trainer(tmp_path / "run/checkpoint-6")[0]
     assert (state.skipped, state.skipped_in_a_row, state.updates, state.windows) == (3, 1, 3, 12)
-    np.testing.assert_array_equal(to_host(NanoLLM.load("run").flat), seen[3])
+    np.testing.assert_array_equal(to_host(NanoLLM.load("run").weights.flat), seen[3])
     table = rows(tmp_path / "run")
     assert [bool(row["train_loss"]) for row in table] == [True, False, False, True, True, False]
     assert [bool(row["grad_norm"]) for row in table] == [True, False, False, True, True, False]

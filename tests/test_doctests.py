@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WITH_EXAMPLES = sorted(file.stem for file in ROOT.glob("*.py") if ">>> " in file.read_text(encoding="utf-8"))
+WITH_EXAMPLES = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts)
+                       for pattern in ("*.py", "hardware/*.py", "storage/*.py", "console/*.py", "extras/*.py")
+                       for file in ROOT.glob(pattern) if ">>> " in file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)

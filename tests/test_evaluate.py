@@ -26,7 +26,7 @@ def log_softmax(z):
 def test_evaluate_scores_every_target_once(files, batch_size):
     _, val = TokenDataset.from_text(files[1], files[3], 8, 3).split(0.11)
     model = NanoLLM(Config(290, 16, 2, 4, 2, 8, 24))
-    model.flat[:model.n_matrix] *= 10
+    model.weights.flat[:model.weights.n_matrix] *= 10
     ids, nats = np.asarray(val.tokens).astype(np.int64), 0.0
     for start in range(0, len(ids) - 1, 8):
         x, y = ids[start:start + 8], ids[start + 1:start + 9]
@@ -70,9 +70,10 @@ def test_evaluate_leaves_the_gradients_and_the_weights_alone(files):
     _, val = TokenDataset.from_text(files[1], files[3], 8).split(0.1)
     model = NanoLLM(Config(290, 16, 2, 4, 2, 8, 24))
     set_gradients(model, 0)
-    before = to_host(model.flat).copy(), to_host(model.flat_grad).copy()
+    before = to_host(model.weights.flat).copy(), to_host(model.weights.grad).copy()
     train.evaluate(model, val)
-    assert np.array_equal(before[0], to_host(model.flat)) and np.array_equal(before[1], to_host(model.flat_grad))
+    np.testing.assert_array_equal(to_host(model.weights.flat), before[0])
+    np.testing.assert_array_equal(to_host(model.weights.grad), before[1])
 
 
 # ---------------------------------------------------------------- evaluate.py

@@ -47,7 +47,8 @@ def folder_of(tmp_path, tokenizer, **settings):
     fields = {"embedding_dim": 16, "n_block": 2, "n_head": 4, "n_kv_head": 2, "max_context": 8, "hidden_dim": 24,
               "eps": 1e-5, "rope_theta": 500.0}
     model = NanoLLM(Config(tokenizer.get_vocab_size(), **fields | settings), seed=3)
-    model.flat[:] = model.flat + 0.1 * np.random.default_rng(0).standard_normal(len(model.flat)).astype(np.float32)
+    weights = model.weights.flat
+    weights[:] += 0.1 * np.random.default_rng(0).standard_normal(len(weights)).astype(np.float32)
     model.save(tmp_path / "model")
     tokenizer.save(str(tmp_path / "model/tokenizer.json"))
     return model, tmp_path / "model"

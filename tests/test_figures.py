@@ -51,7 +51,7 @@ def test_graph_shows_the_expression_with_its_values_and_gradients():
 
 def test_attention_maps_are_causal_distributions_and_the_ones_the_model_used(rng, monkeypatch):
     model, ids = NanoLLM(CONFIG, seed=1), rng.integers(0, 30, 12)
-    model.flat *= 10                                    # attention is far from even
+    model.weights.flat *= 10                                    # attention is far from even
     maps = probes.attention_maps(model, ids)
     assert maps.shape == (2, 4, 12, 12)
     assert np.allclose(maps.sum(-1), 1)
@@ -75,7 +75,7 @@ def test_rope_products_depend_on_the_distance_alone(rng):
 
 def test_a_measured_step_is_a_step_and_tells_every_op(rng):
     batch = rng.integers(0, 30, (2, 3, 12))
-    plain, models, spans = autograd._result, [NanoLLM(CONFIG, seed=1) for _ in range(3)], {}
+    plain, models, spans = autograd.record, [NanoLLM(CONFIG, seed=1) for _ in range(3)], {}
     models[0].loss(*batch).backward()
     Adam(models[0]).step()
     for model in models[1:]:
@@ -83,8 +83,8 @@ def test_a_measured_step_is_a_step_and_tells_every_op(rng):
         tracemalloc.start()
         spans[model.recompute] = probes.training_step(model, Adam(model), lambda: batch)
         tracemalloc.stop()
-        assert (model.flat == models[0].flat).all() and not model.flat_grad.any()
-    assert autograd._result is plain
+        assert (model.weights.flat == models[0].weights.flat).all() and not model.weights.grad.any()
+    assert autograd.record is plain
     phases = [span.phase for span in spans[False]]
     half = len(phases) // 2 - 1
     assert phases == ["data"] + ["forward"] * half + ["backward"] * half + ["optimizer"]
@@ -93,12 +93,12 @@ def test_a_measured_step_is_a_step_and_tells_every_op(rng):
     assert ops["forward"]["linear"] == 8 and ops["forward"]["rmsnorm"] == 5 and ops["forward"]["attention"] == 2
     again = Counter(span.op for span in spans[True] if span.phase == "forward")
     assert again["linear"] == 16 and again["recompute"] == 2
-    assert all(span.seconds > 0 and span.peak > model.flat.nbytes for span in spans[False])
+    assert all(span.seconds > 0 and span.peak > model.weights.flat.nbytes for span in spans[False])
 
 
 def test_part_norms_add_up_to_the_norm_of_the_blocks_matrices(rng):
     model = NanoLLM(CONFIG)
-    model.flat[:] = rng.standard_normal(model.flat.size)
+    model.weights.flat[:] = rng.standard_normal(model.weights.flat.size)
     arrays = {name: t.data for name, t in model.parameters().items()}
     blocks = sum((a ** 2).sum() for name, a in arrays.items() if ".layers." in name and a.ndim == 2)
     norms = figures.part_norms(model, arrays)

@@ -157,7 +157,7 @@ def test_seeds():
                                      {"temperature": 1.5, "top_k": 6, "top_p": 0.7}])
 def test_generated_tokens_have_the_distribution_asked_for(options):
     model, n = lively(), 4000
-    model.flat *= 0.75
+    model.weights.flat *= 0.75
     ids = np.tile(random_ids(model.config, 1, 4), (n, 1))
     p = expected_distribution(logits_of(model, ids[:1])[0, -1].astype(np.float64), **options)
     counts = np.bincount(next(model.generate(ids, 1, seed=5, **options)), minlength=29)
@@ -167,7 +167,7 @@ def test_generated_tokens_have_the_distribution_asked_for(options):
 
 def test_every_token_of_every_row_is_drawn_by_itself():
     model = NanoLLM(small())
-    model.flat[...] = 0                                             # all tokens are equally likely
+    model.weights.flat[...] = 0                                             # all tokens are equally likely
     text = np.stack(list(model.generate(np.zeros((100, 1), int), 50, seed=0)), 1)
     assert (abs(np.bincount(text.ravel(), minlength=29) - 5000 / 29) < 5 * math.sqrt(5000 / 29)).all()
     for a, b in (text[1:], text[:-1]), (text[:, 1:], text[:, :-1]), (text[1:, 1:], text[:-1, :-1]):
@@ -207,13 +207,13 @@ def test_generation_records_nothing_and_leaves_recording_as_it_was():
     ids = random_ids(model.config, 1, 6)
     x = Tensor([1.0], requires_grad=True)
     model.loss(ids, ids).backward()
-    expected = to_host(model.flat_grad).copy()
-    model.flat_grad[...] = 0
+    expected = to_host(model.weights.grad).copy()
+    model.weights.grad[...] = 0
     for _ in model.generate(ids, 3):                                # between two tokens the caller may train
         assert recording(x)
         model.loss(ids, ids).backward()
-        np.testing.assert_array_equal(to_host(model.flat_grad), expected)
-        model.flat_grad[...] = 0
+        np.testing.assert_array_equal(to_host(model.weights.grad), expected)
+        model.weights.grad[...] = 0
     with nanollm.no_grad():
         for _ in model.generate(ids, 3):
             assert not recording(x)

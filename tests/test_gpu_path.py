@@ -157,7 +157,7 @@ def test_logits_loss_and_gradients_equal_numpy(rng, config):
         model = nanollm.NanoLLM(config, seed=3)
         loss = model.loss(ids[:, :-1], ids[:, 1:])
         loss.backward()
-        return [model.flat, model(ids[:, :-1]).data, loss.data, model.flat_grad]
+        return [model.weights.flat, model(ids[:, :-1]).data, loss.data, model.weights.grad]
     on_both(work, 1e-5)
 
 
@@ -174,7 +174,7 @@ def test_training_steps_equal_numpy(rng, config):
             loss.backward()
             adam.step(scale=1 / train.gradient_norm(model))
             losses.append(loss.data)
-        return [*losses, model.flat, adam.m, adam.v]
+        return [*losses, model.weights.flat, adam.m, adam.v]
     on_both(work, 1e-4)
 
 
@@ -183,7 +183,7 @@ def test_generation_equals_numpy(config, use_cache):
     """Past the end of the context too, where the oldest half is dropped."""
     def work():
         model = nanollm.NanoLLM(config, seed=3)
-        model.flat *= 20    # away from the even guess
+        model.weights.flat *= 20    # away from the even guess
         batch = [[3, 1, 4], [1, 5, 9]]
         greedy = list(model.generate([3, 1, 4], 20, temperature=0, use_cache=use_cache))
         sampled = np.array(list(model.generate(batch, 20, top_k=9, top_p=0.9, seed=5, use_cache=use_cache)))
@@ -193,12 +193,12 @@ def test_generation_equals_numpy(config, use_cache):
 
 def test_a_model_saved_on_one_device_loads_on_the_other(tmp_path, config):
     on_cpu = nanollm.NanoLLM(config, seed=3)
-    expected = device.to_host(on_cpu.flat)
+    expected = device.to_host(on_cpu.weights.flat)
     on_cpu.save(tmp_path / "cpu")
     with strict_gpu():
         model = nanollm.NanoLLM.load(tmp_path / "cpu")
-        assert isinstance(model.flat, cp.ndarray)
-        np.testing.assert_array_equal(model.flat.get(), expected)
+        assert isinstance(model.weights.flat, cp.ndarray)
+        np.testing.assert_array_equal(model.weights.flat.get(), expected)
         model.save(tmp_path / "gpu")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "gpu" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()
@@ -250,7 +250,7 @@ def test_programs_on_one_device_and_then_the_other(tmp_path, text_and_tokenizer,
     assert len(seen["cpu"]["text"]) > 40
     assert seen["gpu"] == {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
                            for key, value in seen["cpu"].items()}
-    got, expected = (nanollm.NanoLLM.load(folder).flat for folder in (halves, whole))
+    got, expected = (nanollm.NanoLLM.load(folder).weights.flat for folder in (halves, whole))
     np.testing.assert_allclose(device.to_host(got), device.to_host(expected), atol=1e-4)
 
 
@@ -264,7 +264,7 @@ def test_fused_formulas_compile(rng):
         for activation in ag.ACTIVATIONS:
             for dtype in "float32", "float16", "bfloat16":
                 model = nanollm.NanoLLM(dataclasses.replace(CONFIGS["plain"], activation=activation))
-                model.compute = np.dtype(dtype)
+                model.compute_dtype = np.dtype(dtype)
                 model.loss(ids[:, :-1], ids[:, 1:], 0.1, (1,)).backward()
                 train.Adam(model).step()
     options = cupy._core.core.assemble_cupy_compiler_options(())

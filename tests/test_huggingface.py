@@ -11,9 +11,9 @@ from conftest import reference
 from safetensors.numpy import load_file, save_file
 from tiny import edit_config, every_shape, lively, logits_of, random_ids, refused, small
 
-import nanollm
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
+from storage import huggingface
 
 # ---------------------------------------------------------------- folders
 
@@ -39,8 +39,8 @@ def test_a_saved_model_loads_bit_for_bit(tmp_path, activation, n_kv_head, tied):
     model = lively(config)
     model.save(tmp_path / "new" / "folder")
     again = NanoLLM.load(tmp_path / "new" / "folder")
-    assert again.config == config and again.flat.dtype == np.float32
-    assert (to_host(again.flat) == to_host(model.flat)).all()
+    assert again.config == config and again.weights.flat.dtype == np.float32
+    assert (to_host(again.weights.flat) == to_host(model.weights.flat)).all()
     assert (logits_of(again, random_ids(config, 2, 9)) == logits_of(model, random_ids(config, 2, 9))).all()
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["config.json", "model.safetensors"]
 
@@ -52,7 +52,7 @@ def test_a_folder_is_named_by_a_string_too_and_settings_are_written_along(tmp_pa
     assert config["eos_token_id"] == 2 and config["bos_token_id"] is None
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000     # transformers 4 and 5
-    assert (to_host(NanoLLM.load(folder).flat) == to_host(model.flat)).all()
+    assert (to_host(NanoLLM.load(folder).weights.flat) == to_host(model.weights.flat)).all()
 
 
 def test_a_save_that_fails_leaves_the_old_model(folder, monkeypatch):
@@ -61,7 +61,7 @@ def test_a_save_that_fails_leaves_the_old_model(folder, monkeypatch):
     def full_disk(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(nanollm, "save_file", full_disk)
+    monkeypatch.setattr(huggingface, "save_file", full_disk)
     with pytest.raises(OSError):
         lively(NanoLLM.load(folder).config, seed=9).save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -73,7 +73,7 @@ def test_other_float_types_are_converted(folder, name):
     stored = {key: value.astype(dtype) for key, value in read_tensors(folder).items()}
     write_tensors(folder, stored)
     model = NanoLLM.load(folder)
-    assert model.flat.dtype == np.float32
+    assert model.weights.flat.dtype == np.float32
     for key, t in model.parameters().items():
         assert (to_host(t.data) == stored[key].astype(np.float32)).all()
 
@@ -96,9 +96,9 @@ def write_index(folder, weight_map):
 
 
 def test_shards_are_put_together(folder):
-    whole = to_host(NanoLLM.load(folder).flat)
+    whole = to_host(NanoLLM.load(folder).weights.flat)
     shard(folder)
-    assert (to_host(NanoLLM.load(folder).flat) == whole).all()
+    assert (to_host(NanoLLM.load(folder).weights.flat) == whole).all()
 
 
 def test_tensors_that_follow_from_others_are_skipped(tmp_path):
@@ -107,7 +107,7 @@ def test_tensors_that_follow_from_others_are_skipped(tmp_path):
     tensors = read_tensors(tmp_path)
     write_tensors(tmp_path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"],
                                        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)})
-    assert (to_host(NanoLLM.load(tmp_path).flat) == to_host(model.flat)).all()
+    assert (to_host(NanoLLM.load(tmp_path).weights.flat) == to_host(model.weights.flat)).all()
 
 
 def test_settings_that_may_be_absent_have_llamas_defaults(folder):

@@ -97,16 +97,16 @@ def diagnosed():
 
 def test_the_diagnosis_names_the_first_place():
     model, x = diagnosed()
-    assert model.first_not_finite(x) == "loss"
+    assert metrics.first_not_finite(model, x) == "loss"
     model.parameters()["model.layers.2.mlp.up_proj.weight"].grad[0, 0] = np.inf
-    assert model.first_not_finite(x) == "gradient of model.layers.2.mlp.up_proj.weight"
+    assert metrics.first_not_finite(model, x) == "gradient of model.layers.2.mlp.up_proj.weight"
     model, x = diagnosed()
     for name in ("up", "down"):
         model.parameters()[f"model.layers.1.mlp.{name}_proj.weight"].data[...] = 3e38
     with np.errstate(all="ignore"):
-        assert model.first_not_finite(x) == "activations after block 1"
+        assert metrics.first_not_finite(model, x) == "activations after block 1"
     model.parameters()["model.layers.0.self_attn.k_proj.weight"].data[1, 1] = np.nan
-    assert model.first_not_finite(x) == "weights of model.layers.0.self_attn.k_proj.weight"
+    assert metrics.first_not_finite(model, x) == "weights of model.layers.0.self_attn.k_proj.weight"
 
 
 # ---------------------------------------------------------------- metrics.csv

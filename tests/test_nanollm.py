@@ -81,19 +81,20 @@ def test_names_and_shapes_are_those_of_a_hugging_face_llama():
 def test_parameters_and_gradients_are_views_into_two_flat_buffers(tied):
     model = NanoLLM(small(n_block=3, tie_embeddings=tied))
     parameters = model.parameters()
-    assert model.flat.ndim == model.flat_grad.ndim == 1 and model.flat.dtype == model.flat_grad.dtype == np.float32
-    assert model.flat.size == model.flat_grad.size == sum(math.prod(t.shape) for t in parameters.values())
-    assert all(t.requires_grad and t.grad is not None and t.grad.shape == t.shape for t in parameters.values())
-    assert not to_host(model.flat_grad).any()
+    weights = model.weights
+    assert weights.flat.ndim == weights.grad.ndim == 1 and weights.flat.dtype == weights.grad.dtype == np.float32
+    assert model.weights.flat.size == model.weights.grad.size == sum(math.prod(t.shape) for t in parameters.values())
+    assert all(t.data.shape == t.grad.shape == t.shape for t in parameters.values())
+    assert not to_host(model.weights.grad).any()
 
-    model.flat[...] = device.xp.arange(model.flat.size)         # each element now says where it is
-    model.flat_grad[...] = device.xp.arange(model.flat.size) + 0.5
+    model.weights.flat[...] = device.xp.arange(model.weights.flat.size)         # each element now says where it is
+    model.weights.grad[...] = device.xp.arange(model.weights.flat.size) + 0.5
     start = {}
     for name, t in parameters.items():
         at = to_host(t.data).ravel()
         start[name] = int(at[0])
         assert (at == np.arange(at[0], at[0] + at.size)).all() and (to_host(t.grad).ravel() == at + 0.5).all()
-        assert (at.max() < model.n_matrix) == (len(t.shape) == 2), f"{name}: matrices first, then vectors"
+        assert (at.max() < model.weights.n_matrix) == (len(t.shape) == 2), f"{name}: matrices first, then vectors"
     assert len(set(start.values())) == len(start)
     for block in range(3):
         at = f"model.layers.{block}."
@@ -108,17 +109,17 @@ def test_gradients_keep_their_place_through_backward():
     ids = random_ids(model.config, 2, 7)
     model.loss(ids, ids).backward()
     assert all(to_host(t.grad).any() for t in model.parameters().values())
-    once = to_host(model.flat_grad).copy()
+    once = to_host(model.weights.grad).copy()
     model.loss(ids, ids).backward()
-    np.testing.assert_allclose(to_host(model.flat_grad), 2 * once, rtol=1e-4, atol=1e-7)
-    model.flat_grad[...] = 0                                        # how an optimizer clears them all
+    np.testing.assert_allclose(to_host(model.weights.grad), 2 * once, rtol=1e-4, atol=1e-7)
+    model.weights.grad[...] = 0                                        # how an optimizer clears them all
     assert not any(to_host(t.grad).any() for t in model.parameters().values())
 
 
 def test_weights_are_a_pure_function_of_the_seed():
-    flat = [to_host(NanoLLM(small(), seed=seed).flat) for seed in (5, 5, 6)]
+    flat = [to_host(NanoLLM(small(), seed=seed).weights.flat) for seed in (5, 5, 6)]
     assert (flat[0] == flat[1]).all() and (flat[0] != flat[2]).any()
-    assert (to_host(NanoLLM(small()).flat) == to_host(NanoLLM(small(), seed=0).flat)).all()
+    assert (to_host(NanoLLM(small()).weights.flat) == to_host(NanoLLM(small(), seed=0).weights.flat)).all()
 
 
 @pytest.mark.parametrize("n_block", [1, 8])
@@ -200,11 +201,11 @@ def test_gradient_along_random_directions(activation, n_kv_head, tied):
     """(loss(w + hd) - loss(w - hd)) / 2h = gradient · d, in float64, for a random d in each parameter and in all."""
     config = small(activation=activation, n_kv_head=n_kv_head, tie_embeddings=tied, vocab_size=11, hidden_dim=10)
     model, rng = lively(config, dtype=np.float64), np.random.default_rng(3)
-    model.flat *= 0.6                                               # a smoother function: a smaller h² error
+    model.weights.flat *= 0.6                                               # a smoother function: a smaller h² error
     ids, targets = random_ids(config, 2, 6), random_ids(config, 2, 6, seed=2)
     model.loss(ids, targets).backward()
-    assert model.flat_grad.dtype == np.float64
-    before, gradient, h = model.flat.copy(), to_host(model.flat_grad), 1e-6
+    assert model.weights.grad.dtype == np.float64
+    before, gradient, h = model.weights.flat.copy(), to_host(model.weights.grad), 1e-6
     start, directions = 0, {"all": rng.standard_normal(before.size)}
     for name, t in model.parameters().items():
         end = start + math.prod(t.shape)
@@ -214,7 +215,7 @@ def test_gradient_along_random_directions(activation, n_kv_head, tied):
     for name, d in directions.items():
         loss = []
         for sign in (1, -1):
-            model.flat[...] = before + device.xp.asarray(sign * h * d)
+            model.weights.flat[...] = before + device.xp.asarray(sign * h * d)
             loss.append(float(model.loss(ids, targets).data))
         numeric = (loss[0] - loss[1]) / (2 * h)
         assert abs(numeric) > 1e-5
@@ -223,14 +224,14 @@ def test_gradient_along_random_directions(activation, n_kv_head, tied):
 
 def test_micro_batches_add_up_to_one_big_batch():
     model = lively(small(n_block=3))
-    model.flat *= 0.5                                               # softmax far from saturation: less rounding
+    model.weights.flat *= 0.5                                               # softmax far from saturation: less rounding
     ids, targets = random_ids(model.config, 8, 16), random_ids(model.config, 8, 16, seed=2)
     model.loss(ids, targets).backward()
-    big = to_host(model.flat_grad).astype(np.float64)
-    model.flat_grad[...] = 0
+    big = to_host(model.weights.grad).astype(np.float64)
+    model.weights.grad[...] = 0
     for part in np.split(np.arange(8), 4):
         (model.loss(ids[part], targets[part]) * (1 / 4)).backward()
-    difference = np.linalg.norm(to_host(model.flat_grad) - big) / np.linalg.norm(big)
+    difference = np.linalg.norm(to_host(model.weights.grad) - big) / np.linalg.norm(big)
     assert difference < 1e-6
 
 
@@ -238,14 +239,14 @@ def test_one_batch_can_be_overfitted():
     config = small(tie_embeddings=True)
     model, xp = NanoLLM(config), device.xp
     ids, targets = random_ids(config, 2, 16), random_ids(config, 2, 16, seed=2)
-    m, v = xp.zeros_like(model.flat), xp.zeros_like(model.flat)
+    m, v = xp.zeros_like(model.weights.flat), xp.zeros_like(model.weights.flat)
     first = float(model.loss(ids, targets).data)
     for step in range(1, 81):
-        model.flat_grad[...] = 0
+        model.weights.grad[...] = 0
         model.loss(ids, targets).backward()
-        m += 0.1 * (model.flat_grad - m)
-        v += 0.01 * (model.flat_grad**2 - v)
-        model.flat -= 0.02 * (m / (1 - 0.9**step)) / (xp.sqrt(v / (1 - 0.99**step)) + 1e-8)
+        m += 0.1 * (model.weights.grad - m)
+        v += 0.01 * (model.weights.grad**2 - v)
+        model.weights.flat -= 0.02 * (m / (1 - 0.9**step)) / (xp.sqrt(v / (1 - 0.99**step)) + 1e-8)
     assert first > 3 and float(model.loss(ids, targets).data) < 0.01
     assert (logits_of(model, ids).argmax(-1) == targets).all()
 
@@ -319,7 +320,7 @@ def test_changing_a_token_changes_nothing_before_it_with_the_cache_either():
     model = lively()
 
     def read(ids):
-        cache = KVCache(model.config, len(ids), model.flat.dtype)
+        cache = KVCache(model.config, len(ids), model.weights.flat.dtype)
         return [to_host(model.hidden(ids[:, start:end], cache).data)
                 for start, end in [(0, 5), (5, 10), *((t, t + 1) for t in range(10, 16))]]
     ids = random_ids(model.config, 2, 16)

@@ -9,7 +9,7 @@ import pytest
 from tiny import SHAPE, command, make_tokenizer
 
 from autograd import ACTIVATIONS
-from console import demo
+from console import demo, metrics
 from extras import plan
 from hardware import device
 from nanollm import Config, NanoLLM
@@ -56,10 +56,10 @@ def megabytes(out):
 def test_parameters_are_the_models(fields):
     config = Config(**{"vocab_size": 30, "embedding_dim": 16, "n_head": 4, "max_context": 8} | fields)
     count, model = plan.parameters(config), NanoLLM(config)
-    assert sum(count.values()) == model.flat.size
+    assert sum(count.values()) == model.weights.flat.size
     assert count["embedding"] == 30 * 16
     assert count["lm_head"] == (0 if config.tie_embeddings else 30 * 16)
-    assert count["norms"] == model.flat.size - model.n_matrix
+    assert count["norms"] == model.weights.flat.size - model.weights.n_matrix
     assert count["gated linear unit"] == config.n_block * 3 * 16 * config.hidden_dim
 
 
@@ -78,10 +78,10 @@ def test_parameters_are_the_models(fields):
 def test_a_step_allocates_what_is_planned(fields, B, T, dtype, recompute, dropout):
     config = Config(**vars(CONFIG) | {"max_context": 512} | fields)
     model, ids = NanoLLM(config), np.random.default_rng(0).integers(0, config.vocab_size, (2, B, T))
-    model.compute, model.recompute = np.dtype(dtype), recompute
+    model.compute_dtype, model.recompute = np.dtype(dtype), recompute
     model.loss(*ids).backward()                         # what a first step makes once, such as attention's mask
-    model.flat_grad[...] = 0
-    plans = plan.moments(config, B, T, model.compute.itemsize, recompute, dropout)
+    model.weights.grad[...] = 0
+    plans = plan.moments(config, B, T, model.compute_dtype.itemsize, recompute, dropout)
     gc.collect()
     tracemalloc.start()
     try:
@@ -145,8 +145,8 @@ def test_every_flag_that_matters_is_honoured(tokenizer, quick):
     assert cell(planned("--tokenizer", tokenizer, *SHAPE, "--tie-embeddings"), "lm_head") == 0
     assert plain == at_glu("--grad-accum", 8) == at_glu("--text", "no/such/file")
     out = planned("--tokenizer", tokenizer, *SHAPE, "--batch-size", 3, "--grad-accum", 5)
-    assert cell(out, "a step of 120 tokens") == 120 * cell(out, "a token") == 120 * Config(
-        290, 16, 2, 2, 1, 8, 24).flops_per_token(8)
+    assert cell(out, "a step of 120 tokens") == 120 * cell(out, "a token") == 120 * metrics.flops_per_token(
+        Config(290, 16, 2, 2, 1, 8, 24), 8)
 
 
 def test_the_demo_needs_no_files(quick, cache_folder):

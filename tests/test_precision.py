@@ -36,8 +36,8 @@ def files(tmp_path):
 
 def model_and_batch(rng, dtype="float32"):
     model = NanoLLM(CONFIG, seed=1)
-    model.compute = np.dtype(dtype)
-    model.flat[:model.n_matrix] *= 4            # trained weights are larger than fresh ones
+    model.compute_dtype = np.dtype(dtype)
+    model.weights.flat[:model.weights.n_matrix] *= 4            # trained weights are larger than fresh ones
     ids = rng.integers(0, 50, (3, 21))
     return model, (ids[:, :-1], ids[:, 1:])
 
@@ -79,9 +79,9 @@ def test_the_gradient_in_half_is_that_of_float32_but_for_rounding(rng, half):
     narrow, _ = model_and_batch(rng, half)
     loss = narrow.loss(*batch)
     loss.backward(2.0 ** 12)
-    assert loss.dtype == narrow.flat.dtype == narrow.flat_grad.dtype == np.float32
+    assert loss.dtype == narrow.weights.flat.dtype == narrow.weights.grad.dtype == np.float32
     assert abs(float(loss.data) / float(expected.data) - 1) < UNIT[half.name]
-    assert 0 < relative(narrow.flat_grad / 2 ** 12, model.flat_grad) < 8 * UNIT[half.name]
+    assert 0 < relative(narrow.weights.grad / 2 ** 12, model.weights.grad) < 8 * UNIT[half.name]
 
 
 def test_what_half_cannot_hold_on_the_way_is_float32(half):
@@ -113,7 +113,7 @@ def test_activations_are_half(rng, half):
     assert model.hidden(x).dtype == half and model(x).dtype == half
     with no_grad():
         exact = NanoLLM(CONFIG, seed=1)
-        exact.flat[...] = model.flat
+        exact.weights.flat[...] = model.weights.flat
         assert 0 < relative(model(x).data, exact(x).data) < 8 * UNIT[half.name]
 
 
@@ -173,7 +173,11 @@ def test_an_overflow_halves_the_loss_scale_and_is_survived(files, tmp_path, monk
         backward(self, dout if dout is None or dout < 2.0 ** 14 else dout * 2.0 ** 40)
     monkeypatch.setattr(Tensor, "backward", steep)
     norm = train.gradient_norm
-    monkeypatch.setattr(train, "gradient_norm", lambda model: weights.append(to_host(model.flat).copy()) or norm(model))
+
+    def seen(model):
+        weights.append(to_host(model.weights.flat).copy())
+        return norm(model)
+    monkeypatch.setattr(train, "gradient_norm", seen)
     tiny.run(*files, "--max-steps", 6, "--log-every", 1, "--dtype", "float16", "--artifact-dir", "run")
     table = rows(tmp_path / "run")
     assert [math.log2(float(row["loss_scale"])) for row in table] == [15, 14, 13, 13, 13, 13]
@@ -202,7 +206,7 @@ def test_the_loss_scale_does_not_change_the_update(files, tmp_path, monkeypatch)
                             lambda state, finite, scale=2.0 ** exponent: setattr(state, "loss_scale", scale))
         folders.append(tmp_path / str(exponent))
         tiny.run(*files, "--max-steps", 8, "--dtype", "float16", "--clip-norm", 0.3, "--artifact-dir", folders[-1])
-    a, b = (to_host(NanoLLM.load(folder).flat) for folder in folders)
+    a, b = (to_host(NanoLLM.load(folder).weights.flat) for folder in folders)
     np.testing.assert_allclose(a, b, atol=2e-4)
 
 
@@ -212,7 +216,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(files, flags):
     tiny.run(*files, *flags, "--max-steps", 7, "--lr-schedule", "constant", "--artifact-dir", "whole")
     tiny.run(*files, *flags, "--max-steps", 4, "--lr-schedule", "constant", "--artifact-dir", "halves")
     train.main("--resume --max-steps 7 --artifact-dir halves".split())
-    a, b = (to_host(NanoLLM.load(folder).flat) for folder in ("whole", "halves"))
+    a, b = (to_host(NanoLLM.load(folder).weights.flat) for folder in ("whole", "halves"))
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 if device.on_gpu else 0)    # see `embedding`
     states = [train.checkpoint.read_trainer(train.Path(folder, "checkpoint-7"))[0] for folder in ("whole", "halves")]
     assert states[0].loss_scale == states[1].loss_scale == (2.0 ** 16 if "float16" in flags else 1)
@@ -263,7 +267,7 @@ def test_masks_are_independent_and_a_function_of_the_key():
 
 def test_each_place_of_each_step_has_its_own_mask(files, monkeypatch):
     keys, drop = [], autograd.dropout
-    monkeypatch.setattr("nanollm.dropout", lambda x, p, key: keys.append((key, p)) or drop(x, p, key))
+    monkeypatch.setattr("nanollm.dropout", lambda x, p, key: keys.append((key, p)) or drop(x, p, key) if p else x)
     tiny.run(*files, "--max-steps", 3, "--grad-accum", 2, "--dropout", 0.3, "--seed", 5, "--artifact-dir", "run")
     assert len(set(keys)) == len(keys) == 3 * 2 * (1 + 2 * 2) and {p for _, p in keys} == {0.3}
     assert {key[0] for key, _ in keys} == {5}
@@ -290,8 +294,8 @@ def test_recomputed_gradients_are_the_same_to_the_last_bit(rng, dtype, p):
             loss.backward(64)
             if device.on_gpu:                   # which adds up the embedding's gradient in no fixed order
                 model.embed.grad[...] = 0
-            results += [to_host(loss.data), to_host(model.flat_grad).copy()]
-        model.flat_grad[...] = 0
+            results += [to_host(loss.data), to_host(model.weights.grad).copy()]
+        model.weights.grad[...] = 0
     assert all((a == b).all() for a, b in zip(kept, again, strict=True))
 
 

@@ -27,7 +27,7 @@ from console import figure, options
 from data import TokenDataset
 from hardware.device import to_host
 from nanollm import Config, NanoLLM, probabilities, sample
-from storage import checkpoint, tokens
+from storage import checkpoint, huggingface, tokens
 from storage.checkpoint import read_moments, read_trainer
 from storage.files import InputError
 from train import Adam, learning_rate
@@ -53,7 +53,7 @@ def test_any_values_make_a_config_or_an_input_error(values):
         return
     assert config.embedding_dim == config.n_head * config.head_dim and config.head_dim % 2 == 0
     assert config.n_head % config.n_kv_head == 0 and config.eps > 0 and config.activation in ACTIVATIONS
-    assert Config.from_hugging_face(json.loads(json.dumps(config.to_hugging_face()))) == config
+    assert Config(**huggingface.to_fields(json.loads(json.dumps(huggingface.to_config(config))))) == config
 
 
 # ---------------------------------------------------------------- sampling
@@ -119,7 +119,7 @@ def test_flipped_bytes_load_the_same_shapes_or_are_refused(flippable, flips):
         assert "model.safetensors" in str(problem) and str(problem).isprintable()
         return
     assert [t.shape for t in model.parameters().values()] == shapes
-    assert np.isfinite(to_host(model.flat)).all()
+    assert np.isfinite(to_host(model.weights.flat)).all()
 
 
 json_values = st.recursive(

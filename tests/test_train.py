@@ -33,7 +33,7 @@ def test_ten_steps_have_the_losses_of_torch_and_transformers(tmp_path, weight_de
     torch, transformers = reference("torch"), reference("transformers")
     torch.set_num_threads(1)            # with more, such small products wait for each other on a busy machine
     model = NanoLLM(Config(50, 16, 2, 4, 2, 12, 24, tie_embeddings=tied), seed=3)
-    model.flat[:model.n_matrix] *= 8            # with the initial weights, attention hardly matters
+    model.weights.flat[:model.weights.n_matrix] *= 8            # with the initial weights, attention hardly matters
     model.save(tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     settings = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6}
@@ -64,60 +64,61 @@ def test_ten_steps_have_the_losses_of_torch_and_transformers(tmp_path, weight_de
 def test_adam_follows_the_formulas_with_bias_correction_and_decay_of_matrices_only():
     model = NanoLLM(TINY)
     adam = Adam(model, lr=0.1, betas=(0.7, 0.9), eps=1e-3, weight_decay=0.25)
-    p = to_host(model.flat).astype(np.float64)
+    p = to_host(model.weights.flat).astype(np.float64)
     m, v = np.zeros_like(p), np.zeros_like(p)
-    matrix = np.arange(p.size) < model.n_matrix
+    matrix = np.arange(p.size) < model.weights.n_matrix
     for t, lr in ((1, None), (2, 0.03), (3, None)):
         set_gradients(model, t)
-        g = to_host(model.flat_grad) * 0.5
+        g = to_host(model.weights.grad) * 0.5
         adam.step(lr, scale=0.5)
         rate = 0.1 if lr is None else lr
         m, v = 0.7 * m + 0.3 * g, 0.9 * v + 0.1 * g * g
         p = p - rate * 0.25 * p * matrix
         p = p - rate * (m / (1 - 0.7 ** t)) / (np.sqrt(v / (1 - 0.9 ** t)) + 1e-3)
-        np.testing.assert_allclose(to_host(model.flat), p, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(to_host(model.weights.flat), p, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(to_host(adam.m), m, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(to_host(adam.v), v, rtol=1e-5, atol=1e-6)
         assert adam.t == t
-    assert 0 < model.n_matrix < p.size
+    assert 0 < model.weights.n_matrix < p.size
 
 
 def test_the_first_step_moves_every_weight_by_the_learning_rate():
     model = NanoLLM(TINY)
-    before = to_host(model.flat).copy()
+    before = to_host(model.weights.flat).copy()
     set_gradients(model, 0)
     Adam(model, lr=0.01).step()
-    sign = np.sign(to_host(model.flat_grad))
-    np.testing.assert_allclose(before - to_host(model.flat), 0.01 * sign, rtol=1e-3)
+    sign = np.sign(to_host(model.weights.grad))
+    np.testing.assert_allclose(before - to_host(model.weights.flat), 0.01 * sign, rtol=1e-3)
 
 
 def test_without_gradients_only_the_decay_moves_weights():
     model = NanoLLM(TINY)
-    before = to_host(model.flat).copy()
+    before = to_host(model.weights.flat).copy()
     adam = Adam(model, lr=0.5, weight_decay=0.1)
     adam.zero_grad()
     adam.step()
-    np.testing.assert_allclose(to_host(model.flat)[:model.n_matrix], before[:model.n_matrix] * 0.95, rtol=1e-6)
-    np.testing.assert_array_equal(to_host(model.flat)[model.n_matrix:], before[model.n_matrix:])
+    after, n = to_host(model.weights.flat), model.weights.n_matrix
+    np.testing.assert_allclose(after[:n], before[:n] * 0.95, rtol=1e-6)
+    np.testing.assert_array_equal(to_host(model.weights.flat)[model.weights.n_matrix:], before[model.weights.n_matrix:])
 
 
 def test_the_boundary_between_matrices_and_vectors_may_fall_anywhere_in_a_sweep():
     """The sweep has more than one block, and the last matrix ends inside one."""
     model = NanoLLM(Config(2100, 32, 1, 4, 2, 12, 24))
-    assert model.flat.size > 2 << 16 and model.n_matrix % (1 << 12)
-    model.flat[...] = 1
+    assert model.weights.flat.size > 2 << 16 and model.weights.n_matrix % (1 << 12)
+    model.weights.flat[...] = 1
     Adam(model, lr=0.5, weight_decay=0.1).step()
-    expected = np.where(np.arange(model.flat.size) < model.n_matrix, np.float32(0.95), 1)
-    np.testing.assert_allclose(to_host(model.flat), expected, rtol=1e-6)
+    expected = np.where(np.arange(model.weights.flat.size) < model.weights.n_matrix, np.float32(0.95), 1)
+    np.testing.assert_allclose(to_host(model.weights.flat), expected, rtol=1e-6)
 
 
 def test_zero_grad_and_gradient_norm():
     model = NanoLLM(Config(2100, 32, 1, 4, 2, 12, 24))
     set_gradients(model, 0)
-    expected = np.linalg.norm(to_host(model.flat_grad).astype(np.float64))
+    expected = np.linalg.norm(to_host(model.weights.grad).astype(np.float64))
     assert gradient_norm(model) == pytest.approx(expected, rel=1e-5) and isinstance(gradient_norm(model), float)
     Adam(model).zero_grad()
-    assert gradient_norm(model) == 0 and not to_host(model.flat_grad).any()
+    assert gradient_norm(model) == 0 and not to_host(model.weights.grad).any()
 
 
 # ---------------------------------------------------------------- the learning rate
@@ -156,7 +157,7 @@ def recorded_steps(monkeypatch):
     calls, step = [], Adam.step
 
     def record(self, lr=None, scale=1.0):
-        calls.append((lr, scale, to_host(self.model.flat_grad).copy()))
+        calls.append((lr, scale, to_host(self.weights.grad).copy()))
         step(self, lr, scale)
     monkeypatch.setattr(Adam, "step", record)
     return calls

@@ -29,8 +29,8 @@ TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 # Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
 EQUIVALENT = {
     ("self.array = part.copy() if self.leaf else part", "self.array = part.copy() if True else part"): "a copy more",
-    ("return x if old == dtype else _result(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))",
-     "return x if False else _result(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))"): "a copy more",
+    ("return x if old == dtype else record(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))",
+     "return x if False else record(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))"): "a copy more",
     ("if extra > 0:", "if True:"): "a sum over no axes is a copy",
     ("if extra > 0:", "if extra >= 0:"): "a sum over no axes is a copy",
     ("if repeated:", "if True:"): "a sum over no axes is a copy",

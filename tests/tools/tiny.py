@@ -116,7 +116,8 @@ def assert_same(a, b):
 
 
 def set_gradients(model, seed):
-    model.flat_grad[...] = device.xp.asarray(np.random.default_rng(seed).standard_normal(model.flat.size, np.float32))
+    drawn = np.random.default_rng(seed).standard_normal(model.weights.flat.size, np.float32)
+    model.weights.grad[...] = device.xp.asarray(drawn)
 
 
 class Killed(BaseException):
@@ -155,9 +156,9 @@ def small(**changes):
 def lively(config=None, seed=0, dtype=np.float32):
     """A model whose weights are large enough that every part of it shows in the logits; no norm weight is 1."""
     model, rng = NanoLLM(config or small(), dtype=dtype), np.random.default_rng(seed)
-    weights = rng.standard_normal(model.flat.size) * 0.4
-    weights[model.n_matrix:] += 1
-    model.flat[...] = device.xp.asarray(weights.astype(dtype))
+    weights = rng.standard_normal(model.weights.flat.size) * 0.4
+    weights[model.weights.n_matrix:] += 1
+    model.weights.flat[...] = device.xp.asarray(weights.astype(dtype))
     return model
 
 
