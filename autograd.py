@@ -603,7 +603,8 @@ def _rotate(x, cos, sin):
 # An activation returns its value and a function that returns its slope: both share the costly part.
 
 def _sigmoid(x):
-    return 1 / (1 + device.xp.exp(-x))          # where exp overflows, 1 / infinity is the right 0
+    with np.errstate(over="ignore"):
+        return 1 / (1 + device.xp.exp(-x))      # where exp overflows, 1 / infinity is the right 0
 
 
 def silu(x):
@@ -864,10 +865,10 @@ def cross_entropy(logits, targets):
     target = device.xp.arange(N), device.as_ids(targets, V).reshape(-1)
     z = z - z.max(-1, keepdims=True)
     L = device.xp.log(device.xp.exp(z).sum(-1, keepdims=True))          # (N, 1)
-    dz = device.xp.exp(z - L)                                           # p
-    dz[target] -= 1
 
     def backward(dout):
+        dz = device.xp.exp(z - L)                                       # p
+        dz[target] -= 1
         return ((dz * (dout / N)).astype(dtype, copy=False).reshape(shape),)
     return record((L[:, 0] - z[target]).mean(), (logits,), backward)
 

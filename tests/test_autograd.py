@@ -436,7 +436,7 @@ def test_numbers_and_arrays_take_the_dtype_of_the_tensor():
     assert "requires_grad=True" in repr(x) and "requires_grad" not in repr(Tensor([1.0]))
 
 
-# Wrong backward functions. An op is made by _result: the one private name that they need.
+# Wrong backward functions. An op is made by `record`.
 
 
 def wrong_op(backward):

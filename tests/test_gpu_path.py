@@ -66,6 +66,9 @@ OPS = {  # op and the shapes of its inputs
     "embedding": (lambda w: ag.embedding(w, IDS), (9, 4)),
     "softmax": (ag.softmax, (2, 3, 5)),
     "rmsnorm": (ag.rmsnorm, (2, 3, 5), (5,)),
+    "rmsnorm_plain": (ag.rmsnorm_plain, (2, 3, 5), (5,)),
+    "glu_plain": (ag.glu_plain, (2, 3, 4), (2, 3, 4)),
+    "attention_plain": (ag.attention_plain, (2, 6, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
     "glu silu": (lambda g, u: ag.glu(g, u, "silu"), (2, 3, 4), (2, 3, 4)),
     "glu sigmoid": (lambda g, u: ag.glu(g, u, "sigmoid"), (2, 3, 4), (2, 3, 4)),
     "glu gelu": (lambda g, u: ag.glu(g, u, "gelu"), (2, 3, 4), (2, 3, 4)),
@@ -82,10 +85,10 @@ OPS = {  # op and the shapes of its inputs
 
 
 def test_every_op_of_the_engine_is_here():
-    """A new op has to be added to OPS: each makes its result with _result, or is made of ops that do."""
+    """A new op has to be added to OPS: each makes its result with `record`, or is made of ops that do."""
     covered = " ".join(OPS) + " rope tensor"
     public = {name for name, f in vars(ag).items() if callable(f) and getattr(f, "__module__", "") == "autograd"
-              and "_result" in getattr(getattr(f, "__code__", None), "co_names", ())}
+              and "record" in getattr(getattr(f, "__code__", None), "co_names", ())}
     assert {name for name in public if name not in covered} == set()
 
 

@@ -131,11 +131,12 @@ json_values = st.recursive(
 
 
 @quick
-@given(st.dictionaries(st.sampled_from([*SMALLEST.to_hugging_face(), "rope_scaling", "quantization_config",
+@given(st.dictionaries(st.sampled_from([*huggingface.to_config(SMALLEST), "rope_scaling", "quantization_config",
                                         "pretraining_tp"]), json_values, min_size=1, max_size=2))
 def test_any_json_in_a_setting_makes_a_config_or_is_refused(values):
     try:
-        config = Config.from_hugging_face(SMALLEST.to_hugging_face() | values, "folder/config.json")
+        with huggingface.in_words_of("folder/config.json"):
+            config = Config(**huggingface.to_fields(huggingface.to_config(SMALLEST) | values))
     except InputError as problem:
         assert str(problem).startswith("folder/config.json: ") and str(problem).isprintable()
         return
