@@ -207,6 +207,20 @@ def test_a_model_saved_on_one_device_loads_on_the_other(tmp_path, config):
         assert (tmp_path / "gpu" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()
 
 
+@pytest.mark.parametrize("tf32, dtype, compute", [          # compute: a cublasComputeType
+    (False, "float32", 68), (True, "float32", 77), (True, "float16", 68), (True, "float64", 70)])
+def test_tf32_is_for_float32_products_alone(tf32, dtype, compute, monkeypatch):
+    with strict_gpu():
+        from cupy_backends.cuda.libs import cublas
+        asked, gemm = [], cublas.gemmEx
+        monkeypatch.setattr(cublas, "gemmEx", lambda *args: asked.append(args[-2]) or gemm(*args))
+        monkeypatch.setattr(device, "tf32_products", not tf32)
+        device.use(tf32=tf32)
+        a = device.xp.ones((2, 3), dtype)
+        device.matmul(a, a.T)
+        assert asked == [compute]
+
+
 def test_wrong_token_ids_are_caught_on_the_host(config):
     """On the device they would wrap around in silence."""
     with strict_gpu():

@@ -1,5 +1,6 @@
 """The model: its configuration, parameters and gradients, what it computes, and that no token sees a later one."""
 import gc
+import itertools
 import math
 import tracemalloc
 from dataclasses import FrozenInstanceError
@@ -102,6 +103,26 @@ def test_parameters_and_gradients_are_views_into_two_flat_buffers(tied):
                      "mlp.gate_proj", "mlp.up_proj"):
             a, b = (at + name + ".weight" for name in pair)
             assert start[a] + math.prod(parameters[a].shape) == start[b]
+
+
+def test_one_tensor_for_each_memory():
+    """What a name gives is what the model multiplies by; nothing can be replaced that the model would then ignore."""
+    model, ids = NanoLLM(small()), np.array([[1, 2, 3]])
+    tensors = [model.embed, model.lm_head, model.norm, *(tensor for block in model.blocks for tensor in block)]
+    spans = sorted((tensor.data.__array_interface__["data"][0], tensor.data.nbytes) for tensor in tensors) \
+        if device.xp is np else [(0, model.weights.flat.nbytes)]
+    assert sum(n for _, n in spans) == model.weights.flat.nbytes
+    assert all(start + n <= following for (start, n), (following, _) in itertools.pairwise(spans))
+    for name, parameter in model.parameters().items():
+        with pytest.raises(AttributeError):
+            parameter.data = parameter.data * 0
+        with pytest.raises(AttributeError):
+            parameter.grad = None
+        before = logits_of(model, ids)
+        parameter.data[...] *= 1.5
+        assert (logits_of(model, ids) != before).any(), name
+    model.loss(ids, ids).backward()
+    assert all(to_host(parameter.grad).any() for parameter in model.parameters().values())
 
 
 def test_gradients_keep_their_place_through_backward():

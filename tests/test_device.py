@@ -1,0 +1,135 @@
+"""The choice of a device, threads and what a process keeps of its own."""
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
+from tiny import command
+
+import generate
+from autograd import Tensor, no_grad, softmax
+from hardware import device
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code, **environment):
+    """(exit code, stdout, stderr) of a new process that runs this code in the project's folder."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"NANOLLM_DEVICE": "cpu"} | environment)
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+@pytest.mark.parametrize("threads", ["abc", "-3", "0", "1.5", "9999"])
+def test_a_number_of_threads_that_is_none_is_one_line(threads, monkeypatch):
+    monkeypatch.setenv("NANOLLM_THREADS", threads)
+    code, out, err = command(generate.main, "folder", "--device", "cpu", name="generate.py")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith("generate.py: NANOLLM_THREADS") and threads in err
+
+
+def test_the_threads_are_those_asked_for():
+    code = "from hardware import device; print(device.threads, device.reason)"
+    assert python(code, NANOLLM_THREADS="3")[1] == f"3 cpu (NumPy {np.__version__}, 3 threads)"
+
+
+SWEEP = """
+import os, threading
+import numpy as np
+from hardware import device
+device.use("cpu")
+def names():
+    return sorted(thread.name for thread in threading.enumerate())
+def total():
+    return sum(device.sweep(lambda s: float(np.arange(s.start, s.stop).sum()), 100_000, 1000))
+"""
+
+
+def test_threads_start_with_the_first_sweep_that_needs_them():
+    code = SWEEP + """
+before = names()
+device.sweep(lambda s: None, 10, 1000)
+small = names()
+total()
+print(before == small == ["MainThread"], names())
+"""
+    assert python(code, NANOLLM_THREADS="3")[1] == "True ['MainThread', 'sweep', 'sweep']"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_starts_its_own_threads():
+    """A child inherits none of its parent's threads: waiting for them would hang for ever."""
+    code = SWEEP + """
+import warnings
+warnings.simplefilter("ignore")         # newer Pythons warn of a fork in a process with threads
+expected = total()
+child = os.fork()
+if child == 0:
+    os._exit(0 if total() == expected and names().count("sweep") == 1 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), total() == expected)
+"""
+    assert python(code, NANOLLM_THREADS="2")[1] == "0 True"
+
+
+def test_an_error_in_a_share_of_a_sweep_reaches_the_caller(monkeypatch):
+    monkeypatch.setattr(device, "threads", 2)
+
+    def fail(s):
+        if s.stop == 100:
+            raise KeyError("the last block")
+    with pytest.raises(KeyError, match="the last block"):
+        device.sweep(fail, 100, 10)
+    assert device.sweep(lambda s: s.stop - s.start, 100, 10) == [10] * 10
+
+
+def test_infinity_is_no_warning_in_a_sweep_and_the_callers_settings_stay():
+    before = np.geterr()
+    large = np.full(100_000, 1e200)
+    squares = device.sweep(lambda s: large[s] * large[s], len(large), 1000)
+    assert np.isinf(squares).all() and np.geterr() == before
+    with pytest.raises(RuntimeWarning):
+        large * large
+
+
+def test_blas_has_one_thread_on_a_cpu_and_its_own_number_on_a_gpu(monkeypatch):
+    """Our threads split the rows of a product on a CPU; on a GPU the user's NumPy keeps what it had."""
+    def blas_threads():
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    names = ("xp", "on_gpu", "reason", "threads", "tf32_products")
+    before = {name: getattr(device, name) for name in names}
+    usual = {number for _, number in device._blas_libraries()}
+    try:
+        device.use("cpu")
+        assert blas_threads() <= {1}
+        monkeypatch.setattr(device, "_find_gpu", lambda: (np, "a card"))
+        device.use("gpu")
+        assert blas_threads() == usual
+        device.use("auto", tf32=True)
+        assert device.on_gpu and device.tf32_products
+    finally:
+        monkeypatch.undo()
+        device.use("cpu")
+        for name, value in before.items():
+            setattr(device, name, value)
+
+
+def test_no_grad_is_the_threads_own():
+    x, inside, done = Tensor([1.0, 2.0], requires_grad=True), threading.Event(), threading.Event()
+
+    def sample():
+        with no_grad():
+            inside.set()
+            done.wait(10)
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        assert inside.wait(10) and softmax(x).requires_grad
+        with no_grad():
+            assert not softmax(x).requires_grad
+    finally:
+        done.set()
+        thread.join()
