@@ -6,7 +6,7 @@ is nanollm's time divided by the other side's time in the turn that follows; the
 Both sides must compute the same loss before the first step and hold the same weights after the last one. Otherwise the
 program says so and exits with 1. --before FOLDER compares with another checkout of nanollm instead of PyTorch.
 
-A step's FLOPs are counted by nanollm's Config.flops_per_token. Divided by the time, and by the rate of a large product
+A step's FLOPs are counted by console.metrics.flops_per_token. Divided by the time, and by the rate of a large product
 of the same type, they give the share of what the machine can do (on a GPU also called MFU).
 """
 import argparse

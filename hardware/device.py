@@ -22,7 +22,6 @@ import math
 import os
 import queue
 import threading
-import time
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
@@ -105,23 +104,6 @@ def __getattr__(name):
 def to_host(array):
     """The NumPy array with the same elements; waits for the GPU where the array is there."""
     return array.get() if on_gpu and isinstance(array, xp.ndarray) else np.asarray(array)
-
-
-def mark():
-    """A moment, for `seconds`: on a GPU in its own queue of work, so that nobody has to wait for it now."""
-    if not on_gpu:
-        return time.perf_counter()
-    event = xp.cuda.Event()
-    event.record()
-    return event
-
-
-def seconds(start, end):
-    """Between two marks. Waits for the GPU to come to the second one."""
-    if not on_gpu:
-        return end - start
-    end.synchronize()
-    return xp.cuda.get_elapsed_time(start, end) / 1000
 
 
 def as_ids(ids, limit):
