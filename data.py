@@ -37,10 +37,7 @@ def permutation(n, seed, epoch):
 
 
 class TokenDataset:
-    """Windows over the ids first … last - 1 of a text's TokenFile.
-
-    Attributes: seq_len, stride, vocab_size; source_bytes: the UTF-8 bytes that the ids stand for.
-    """
+    """Windows over the ids first … last - 1 of a TokenFile, `source_bytes` of UTF-8 text."""
     def __init__(self, file, first, last, seq_len, stride):
         self.file, self.first, self.last = file, first, last
         self.seq_len, self.stride = seq_len, stride
@@ -49,16 +46,13 @@ class TokenDataset:
 
     @classmethod
     def from_text(cls, text, tokenizer, seq_len, stride=None):
-        """The windows of a whole text file; `tokenizer` is a tokenizer.json.
-
-        Warns if more than 1 % of the tokens are unknown. Raises InputError for what it cannot use.
-        """
+        """The windows of a whole text file. Raises InputError for what it cannot use."""
         stride = max(1, seq_len // 2) if stride is None else stride
         if seq_len < 1:
             raise InputError(f"seq_len {seq_len}: must be at least 1")
         if not 1 <= stride <= seq_len:
-            raise InputError(f"stride {stride}: must be from 1 to seq_len, {seq_len}; a larger one "
-                             "would skip tokens")
+            raise InputError(f"stride {stride}: must be from 1 to seq_len, {seq_len}; more would "
+                             "skip tokens")
         file = cached_tokens(text, load_tokenizer(tokenizer), seq_len)
         refuse_short(f"the text {text}", file.n_token, seq_len)
         if file.n_unknown > 0.01 * file.n_token:
@@ -100,18 +94,18 @@ class TokenDataset:
                                             for e in range(epoch[0], epoch[-1] + 1)]))
 
     def in_order(self, size):
-        """Yield x, y, new: the windows in order, (B, T) each, B ≤ size, for scores.
+        """Yield x, y, new: the windows in order, (B, T) each, at most `size` of them at a time.
 
         `new` counts the targets at the end of each row that no earlier window had: T in window 0,
-        then `stride`. What is left at the end is one shorter row. So every id but the first is a
-        new target once, with at least seq_len - stride + 1 ids before it, or all there are.
+        then `stride`; what is left comes as one shorter row. So every id but the first is a new
+        target once, with at least seq_len - stride + 1 ids before it, or all there are.
         """
-        n_whole, left = divmod(len(self.tokens) - 1 - self.seq_len, self.stride)
+        n, left = divmod(len(self.tokens) - 1 - self.seq_len, self.stride)
         yield *self.windows([0]), self.seq_len
-        for i in range(1, n_whole + 1, size):
-            yield *self.windows(np.arange(i, min(i + size, n_whole + 1))), self.stride
+        for i in range(1, n + 1, size):
+            yield *self.windows(np.arange(i, min(i + size, n + 1))), self.stride
         if left:
-            rest = self.tokens[(n_whole + 1) * self.stride:].astype(np.int64)[None]
+            rest = self.tokens[(n + 1) * self.stride:].astype(np.int64)[None]
             yield rest[:, :-1], rest[:, 1:], left
 
     def split(self, val_fraction):
