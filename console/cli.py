@@ -1,5 +1,6 @@
 """What the commands share: one clear line for bad input, numbers checked as they are read, an orderly end."""
 import argparse
+import operator
 import os
 import signal
 import sys
@@ -48,7 +49,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=float("inf"), open_low=False, open_high=False):
-    """An argparse type: an int or a float from low to high, the ends excluded where `open`."""
+    """An argparse type: an int or a float from low to high, without an end that is `open`."""
+    above, below = operator.gt if open_low else operator.ge, operator.lt if open_high else operator.le
     rule = f"a {'whole ' if kind is int else ''}number {'above' if open_low else 'of at least'} {low}"
     if high != float("inf"):
         rule += f" and {'below' if open_high else 'at most'} {high}"
@@ -58,8 +60,7 @@ def number(kind, low, high=float("inf"), open_low=False, open_high=False):
             value = kind(str(text))             # a number from a JSON file counts as it would be typed
         except ValueError:
             value = float("nan")
-        inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-        if not inside or value == float("inf"):
+        if not (above(value, low) and below(value, high)) or value == float("inf"):
             raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}")
         return value
     return convert
@@ -86,7 +87,7 @@ class Stop:
         self.signal = number
         for which in self.before:
             signal.signal(which, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more quits at once\n")    # print may be what was interrupted
+        os.write(2, b"\nstopping after this step; once more quits at once\n")    # not print: it may be interrupted here
 
     def __exit__(self, *_):
         for which, handler in self.before.items():

@@ -1,7 +1,7 @@
-"""What `train.py --demo` learns from: the documentation that every Python carries, so nothing is downloaded.
+"""What `train.py --demo` learns from: the documentation that every Python has, so nothing is downloaded.
 
-The text is the language reference in pydoc's topics and then docstrings of the standard library, read from its
-source files without running them; the tokenizer a byte-level BPE trained on that text.
+The text is the language reference in pydoc's topics, and then docstrings of the standard library, which are read from
+its source files without running them. The tokenizer is a byte-level BPE, trained on that text.
 """
 import ast
 import pydoc_data.topics

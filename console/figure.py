@@ -1,4 +1,4 @@
-"""The picture of an evaluation: the loss by position in the context; below it the text, coloured token by token."""
+"""The picture of an evaluation: the loss by position in the context, and the text coloured token by token."""
 import itertools
 import math
 import tempfile
@@ -11,21 +11,21 @@ import numpy as np
 from storage.files import InputError, whole
 from storage.tokens import Decoder, vocab_size
 
-TOKENS = 1000                                   # at most so many are shown
-COLUMNS, ROWS = 84, 26                          # of the text, in characters of
+TOKENS = 1000                                   # the most that are shown
+COLUMNS, ROWS = 84, 26                          # of the text
 SIZE = 9                                        # of the letters, in points
 FONTS = ("DejaVu Sans Mono",                    # the first and the last come with Matplotlib
          "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
          "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
          "Noto Emoji", "Segoe UI Symbol", "Symbola", "DejaVu Sans")
-ASIDE = {"\n": "↵", "\t": "⇥", "\r": "←"}       # stand for characters that have no look
+ASIDE = {"\n": "↵", "\t": "⇥", "\r": "←"}       # shown instead of characters without a look
 
 
 def check_path(path):
     """Raise InputError unless a PNG can be written there; nothing is left."""
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise InputError(f"--figure {path}: nothing but a PNG is drawn, name a file that ends in .png")
+        raise InputError(f"--figure {path}: only a PNG can be drawn, name a file that ends in .png")
     try:
         if path.is_dir():
             raise InputError(f"--figure {path} is a folder: name a file in it")

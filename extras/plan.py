@@ -1,9 +1,9 @@
-"""What a training would take, before it is begun:  python -m extras.plan, with the flags of train.py
+"""What a training would take, before it begins:  python -m extras.plan, with the flags of train.py
 
 Parameters, FLOPs, memory and the largest batch that fits, from the shapes alone: nothing is trained, no text is read.
 
 The memory is found by walking through a step as nanollm.py and autograd.py make it. Forward, every op keeps what its
-backward will need. Elements for each token of the batch, in one block of the model:
+backward will need. These are the elements for each token of the batch, in one block of the model:
 
     rmsnorm              its input h      C       and 1/rms, 1 float32
     linear q, k, v       its input        C
@@ -11,25 +11,26 @@ backward will need. Elements for each token of the batch, in one block of the mo
     attention            q, k, v          C + 2 K D   (v may be a view, and then holds all that its product made)
                          log-sum-exp      H, float32
     linear o             its input        C
-    add, dropout         nothing: dout is passed on; the mask is drawn anew
+    add, dropout         nothing: dout is passed on; the mask is drawn again
     rmsnorm              its input h      C       and 1/rms, 1 float32
     linear gate, up      its input        C
     glu                  gate, up         2 F
     linear down          its input        F
                                           6 C + 2 K D + 3 F  elements of --dtype, and 2 + H float32
 
-With --recompute a block keeps its input alone, C, and the table is for one block at a time. All that is kept is alive
-when the loss is computed and when backward reaches the last block; from there on it only gets less. So the peak is at
-one of a few moments (`moments`), each of which needs some arrays besides: gradients on their way, a product's float32
-copies (half precision on a CPU), the logits.
+With --recompute a block keeps only its input, C, and the table is for one block at a time. Everything that is kept is
+alive when the loss is computed and when backward reaches the last block; from there on it only gets less. So the peak
+is at one of a few moments (`moments`), each of which needs some more arrays: gradients on their way, a product's
+float32 copies (half precision on a CPU), the logits.
 
-Not in it: encoding a text that is not in the token cache yet (before training, a million characters at a time: 140 MB
-for one that comes character by character), attention's mask of 64 KB, Python's own objects, BLAS's buffers, and
-what an allocator cannot give out again between arrays that live on, some per cent. A GPU's context and libraries are
-no part of its free memory, and so of no plan.
+The plan leaves out: encoding a text that is not in the token cache yet (before training, a million characters at a
+time: 140 MB for one that comes character by character), attention's mask of 64 KB, Python's own objects, BLAS's
+buffers, and what an allocator cannot give out again between arrays that stay, some per cent. A GPU's context and
+libraries are not in its free memory, so they are in no plan.
 """
 import bisect
 import contextlib
+import math
 import os
 import re
 import sys
@@ -89,8 +90,9 @@ def product(m, k, n, size, into=None):
         return 0
     copies = WIDE * (m * k + k * n + (m * n if into is None else 0)) if size == 2 else 0
     if into == "sum":       # a block of the rows in each thread, of one thread all of them
-        rows = m if device.threads == 1 or m < min(n, 128) else min(
-            m, device.threads * min(-(-m // device.threads), max(device._TILE // n, 128)))
+        rows = m
+        if device.threads > 1 and m >= min(n, 128):
+            rows = min(m, device.threads * min(math.ceil(m / device.threads), max(device._TILE // n, 128)))
         copies += WIDE * rows * n
     return copies
 
@@ -102,11 +104,11 @@ def linear_backward(N, C, F, size):
 
 
 def swept(elements, on_gpu, on_cpu, block=autograd._CACHE):
-    """Bytes of an op's float32 temporaries: so many arrays of all `elements` on a GPU, where a fused formula has none,
-    and on a CPU so many of a block of a sweep, in each thread.
+    """Bytes of an op's float32 temporaries: `on_gpu` arrays of all `elements` on a GPU, where a fused formula has none,
+    and on a CPU `on_cpu` arrays of a block of a sweep, in each thread.
     """
     if elements > block:
-        count = -(-elements // block)
+        count = math.ceil(elements / block)
         block = elements // (count + count % 2)         # device.sweep's slices
     return WIDE * (on_gpu * elements if device.on_gpu else on_cpu * min(elements, device.threads * block))
 
@@ -172,8 +174,10 @@ def resident():
 
 
 def fixed_share():
-    """Bytes that a training process holds beside its arrays: Python and the libraries, measured in this process, which
-    has imported what train.py does, after drawing a loss.png, as that loads Matplotlib. On a GPU the arrays are alone.
+    """Bytes that a training process holds in addition to its arrays: Python and the libraries.
+
+    They are measured in this process, which has imported what train.py does, after drawing a loss.png, because that
+    loads Matplotlib. On a GPU the arrays are alone.
     """
     if device.on_gpu:
         return 0
@@ -183,8 +187,8 @@ def fixed_share():
 
 
 def available():
-    """(bytes that a training could take now, or None, and how that is known). What this process holds is counted, as
-    it goes back.
+    """(bytes that a training could take now, or None, and how that is known). What this process holds counts, because
+    it will be given back.
     """
     if device.on_gpu:
         return device.xp.cuda.runtime.memGetInfo()[0], "free on the card, says memGetInfo"
@@ -204,7 +208,7 @@ def largest_batch(needed, room):
 
 
 def table(*rows):
-    """A Markdown table, aligned; the first row is its head, columns that end with a number stand at the right."""
+    """A Markdown table, aligned; the first row is its head, and columns that end with a number are on the right."""
     rows = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
     columns = [(max(map(len, column)), column[-1][:1].isdigit()) for column in zip(*rows, strict=True)]
     rule = "|".join("-" * (width + 1) + ("-:"[right]) for width, right in columns)
