@@ -121,7 +121,7 @@ class State:
     """How far training is. With the weights and Adam's moments, this is all that decides how it continues."""
     step: int = 0
     epoch: float = 0.0
-    windows: int = 0                    # samples consumed so far, of an endless stream
+    windows: int = 0                    # samples taken so far, of an endless stream: a resumed run takes the next ones
     loss_sum: float = 0.0               # of the steps since the last row of metrics.csv, and their number
     loss_count: int = 0
     best_loss: float | None = None      # the lowest validation loss, and the evaluations since then
