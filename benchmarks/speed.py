@@ -211,10 +211,9 @@ def line(row):
 
 
 def main():
-    from hardware import (
-        device,  # only here, for it holds NumPy's BLAS to one thread, and every process below reads this file too
-    )
+    from hardware import device  # only here, because each process below imports that of its own checkout
 
+    device.use("cpu")           # this process needs only the number of threads
     parser = argparse.ArgumentParser(description=__doc__.split("  ")[0])
     parser.add_argument("--config", nargs="+", choices=CONFIGS, default=["base", "small", "char"])
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side that count (7)")
