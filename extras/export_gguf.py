@@ -30,10 +30,10 @@ def interleave(w, heads):
 def tensors(model):
     """{llama.cpp's name: float32 array} of all weights. Raises InputError for a quantised model."""
     if not model.trainable:
-        raise InputError("a quantised model cannot be exported: give the model that it was made of")
+        raise InputError("a quantised model cannot be exported: give the model that it was made from")
     result, config = {}, model.config
-    for name, parameter in model.parameters().items():
-        name, w = name.removesuffix(".weight"), device.to_host(parameter.data)
+    for name, w in model.weights.arrays().items():
+        name = name.removesuffix(".weight")
         if name.endswith("q_proj"):
             w = interleave(w, config.n_head)
         elif name.endswith("k_proj"):

@@ -13,7 +13,6 @@ from console import cli
 from data import TokenDataset
 from evaluate import evaluate
 from generate import open_model
-from hardware import device
 from hardware.quantized import quantize
 from storage import huggingface
 from storage.files import InputError, read_json, refuse_existing, whole
@@ -24,8 +23,7 @@ OTHERS = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 def tensors(model, bits):
     """{name: array} of what OUT/model.safetensors holds: a matrix's integers and, under name.scale, their scales."""
     result = {}
-    for name, parameter in model.parameters().items():
-        w = device.to_host(parameter.data)
+    for name, w in model.weights.arrays().items():
         if w.ndim == 2:
             result[name], result[name + ".scale"] = map(np.ascontiguousarray, quantize(w, bits))
         else:
@@ -56,16 +54,16 @@ def main(argv=None):
     refuse_existing(out)
     model, *_ = open_model(source)
     if not model.trainable:
-        raise InputError(f"{source} is quantised already: give the model that it was made of")
+        raise InputError(f"{source} is quantised already: give the model that it was made from")
     dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", model.config.max_context,
                                                    model.config.max_context)
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, source, model, bits)
     found = {"before": model, "after": open_model(out)[0]}
-    sizes = {"before": model.weights.flat.nbytes, "after": sum(w.nbytes for w in tensors(model, bits).values())}
     for (when, which), folder in zip(found.items(), (source, out), strict=True):
         disk = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-        line = f"{when:<7} {disk / 1e6:10,.2f} MB on disk  {sizes[when] / 1e6:10,.2f} MB of weights in memory"
+        memory = sum(w.nbytes for w in which.weights.arrays().values())
+        line = f"{when:<7} {disk / 1e6:10,.2f} MB on disk  {memory / 1e6:10,.2f} MB of weights in memory"
         if dataset:
             result = evaluate(which, dataset)
             line += f"  perplexity {result['perplexity']:,.4f}, {result['bits_per_byte']:.4f} bits per byte"

@@ -98,11 +98,6 @@ def whole(path):
         sync(path.parent)
 
 
-def replace_file(path, write):
-    with whole(path) as draft:
-        write(draft)
-
-
 def remove_folder(path):
     """Remove a folder that, half removed, must not look like a whole one."""
     with _workplace(path) as work:

@@ -135,9 +135,9 @@ def save_model(folder, settings, tensors):
 
 
 def tensor_reader(folder, config):
-    """(read, bits): read(name) gives a tensor of the folder as an array on the host, float32 or, for a matrix quantised
-    to `bits` (8 or 4, else None), integers and, under name.scale, their scales.
+    """(read, bits) of a model's folder; read(name) gives a tensor as an array on the host, in float32.
 
+    `bits` is None, or 8 or 4 for a quantised model. Then a matrix is integers, and under name.scale are their scales.
     Names, shapes and types are checked against the Config here and now (see `find_tensors`), the values by `read`.
     Both raise InputError that names the file.
     """

@@ -146,6 +146,23 @@ def test_a_quantised_model_is_the_model_with_rounded_weights(trained, tmp_path, 
     assert model.trainable and not small.trainable
 
 
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["elsewhere", "over itself"])
+def test_a_quantised_model_is_saved_as_it_is(trained, tmp_path, bits, rng, elsewhere):
+    assert command(quantize.main, trained[0], tmp_path / "small", "--bits", bits)[0] == 0
+    small, before = NanoLLM.load(tmp_path / "small"), load_file(tmp_path / "small/model.safetensors")
+    folder = tmp_path / ("other" if elsewhere else "small")
+    small.save(folder, eos_token_id=3)
+    after = load_file(folder / "model.safetensors")
+    assert after.keys() == before.keys()
+    for name, array in before.items():
+        assert after[name].dtype == array.dtype and (after[name] == array).all(), name
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "nanollm", "bits": bits} and config["eos_token_id"] == 3
+    ids = rng.integers(0, 290, (2, 8))
+    with no_grad():
+        assert (to_host(NanoLLM.load(folder)(ids).data) == to_host(small(ids).data)).all()
+
+
 def test_tied_weights_stay_tied(tmp_path):
     NanoLLM(Config(20, 16, 1, 2, hidden_dim=8, max_context=8, tie_embeddings=True)).save(tmp_path / "model")
     tokenizer = tiny.make_tokenizer(tmp_path / "model/tokenizer.json")
