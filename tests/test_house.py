@@ -93,3 +93,28 @@ def test_the_commands_are_ours_even_where_packages_of_their_names_are_installed(
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:len(COMMANDS)] == [f"{ROOT / name.replace('.', '/')}.py" for name in COMMANDS]
     assert done.stdout.count("usage: ") >= 3 and len(COMMANDS) >= 9
+
+
+def test_importing_changes_nothing_in_the_process():
+    """What a run needs is set when a device is chosen. (Other people's packages are imported before we look.)"""
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+               for room in PRODUCT for path in files_of(room)]
+    code = f"""
+import ctypes, importlib, os, signal, sys, threading, warnings
+import matplotlib.figure, ml_dtypes, numpy, safetensors.numpy, threadpoolctl, tokenizers, tqdm
+
+def state():
+    blas = {{library["filepath"]: library["num_threads"] for library in threadpoolctl.threadpool_info()}}
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return dict(errors=numpy.geterr(), blas=blas, threads=threading.enumerate(), handlers=handlers,
+                environment=dict(os.environ), warnings=list(warnings.filters), path=list(sys.path))
+
+before, ctypes.CDLL = state(), None         # and nothing is told to the C library, such as how to keep memory
+for name in {modules}:
+    importlib.import_module(name)
+    for what, value in state().items():
+        assert value == before[what], f"import {{name}} changes {{what}}: {{before[what]}} -> {{value}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(modules) > 25
