@@ -6,6 +6,11 @@ from console.metrics import perplexity
 from console.progress import say
 
 
+def due(step, every):
+    """Whether this step is one of those that come `every` steps; never where that is None."""
+    return every is not None and step % every == 0
+
+
 class Observer:
     """Watches a training and does after a step what is due: it reports, evaluates and saves.
 
@@ -18,23 +23,19 @@ class Observer:
 
     def after_step(self, model, optimizer, state, lr, loss, norm):
         settings = self.settings
-
-        def due(every):
-            return bool(every) and state.step % every == 0
-
         self.progress.advance(settings.windows_per_step() * self.train_set.seq_len)
         if state.step == 1:
             V, entropy = self.train_set.vocab_size, metrics.unigram_entropy(self.train_set)
             say(f"step 0: loss {loss:.3f} before training; an even guess among {V} tokens has ln V = "
                 f"{math.log(V):.3f}, a guess by their frequencies alone {entropy:.3f}")
         ended_epoch = state.windows % len(self.train_set) < settings.windows_per_step()
-        milestone = ended_epoch or state.step >= settings.max_steps or due(settings.eval_every)
-        if milestone or state.step == 1 or due(settings.log_every):     # 1: the plot begins before training
+        milestone = ended_epoch or state.step >= settings.max_steps or due(state.step, settings.eval_every)
+        if milestone or state.step == 1 or due(state.step, settings.log_every):     # 1: the plot begins before training
             self.report(model, state, lr, norm, milestone)
-        if due(settings.sample_every) or (milestone and settings.sample_every is None):
+        if due(state.step, settings.sample_every) or (milestone and settings.sample_every is None):
             say(f"sample: {self.sample()!r}")
             self.progress.restart()
-        if due(settings.save_every):
+        if due(state.step, settings.save_every):
             self.save(model, optimizer, state)
 
     def report(self, model, state, lr, norm, milestone):

@@ -39,6 +39,7 @@ import data
 import generate
 import train
 from console import metrics
+from console.observer import Observer
 from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
@@ -176,6 +177,18 @@ def test_a_signal_before_the_first_step_or_after_the_last(files, tmp_path, monke
         assert code == (143 if step == 0 else 0)
         assert resume(f"run{step}") == 0
         assert (tmp_path / f"run{step}/config.json").exists()
+
+
+def test_a_signal_between_two_steps_is_saved_too(files, monkeypatch):
+    after_step = Observer.after_step
+
+    def and_a_signal(self, model, optimizer, state, *rest):
+        after_step(self, model, optimizer, state, *rest)
+        if state.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(Observer, "after_step", and_a_signal)
+    assert tiny.run(*files, "--max-steps", 20, "--artifact-dir", "run") == 143
+    assert checkpoints("run")[-1].name == "checkpoint-7"
 
 
 def test_a_signal_while_the_text_is_encoded(files, tmp_path, monkeypatch, cache_folder):
