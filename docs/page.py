@@ -284,7 +284,8 @@ class Chapter:
                 parts = []
                 for part in re.split("  +", line[a:b].strip()):     # a line may break there or before a second =
                     html = typeset(part, names).replace(" = ", "</span> <span>= ").replace("</span> <span>", " ", 1)
-                    parts.append(self.inline(part, names) if words(part) > 2 else f"<span>{html}</span>")
+                    prose = words(part) > 2 or (table and a)
+                    parts.append(self.inline(part, names) if prose else f"<span>{html}</span>")
                 end = -1 if b is None else stops.index(b) + 1
                 gap = GAP if b and line[b] not in "=←≈" else ""
                 out += f'<div style="grid-column:{stops.index(a) + 1}/{end}">{GAP.join(parts)}{gap}</div>'
