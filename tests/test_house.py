@@ -1,5 +1,6 @@
 """The house: imports go down, every file compiles, nothing foreign comes in, and every command is found by its name."""
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -19,8 +20,9 @@ def files_of(room):
     return sorted((ROOT / room).rglob("*.py")) if (ROOT / room).is_dir() else sorted(ROOT.glob(f"{room}.py"))
 
 
+@functools.cache
 def nodes(path):
-    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def imported(path):
