@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["hardware", "storage", "autograd", "data", "nanollm", "console", "generate", "evaluate", "train", "images",
          "extras", "lessons", "benchmarks"]
 PRODUCT = ORDER[:-1]
-COMMANDS = [f"{room}.{path.stem}" for room in ("extras", "lessons") for path in sorted((ROOT / room).glob("*.py"))
-            if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+COMMANDS = [f"{room}.{path.stem}" for room in ("images", "extras", "lessons")
+            for path in sorted((ROOT / room).glob("*.py")) if '__name__ == "__main__"' in path.read_text("utf-8")]
 
 
 def files_of(room):
@@ -62,7 +62,7 @@ def test_no_framework_is_imported():
 
 
 def test_nothing_is_pickled_or_executed():
-    """No module of ours so much as names what could run a file's content."""
+    """No module of the product even names anything that could run a file's content."""
     banned = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "eval", "exec", "__import__",
               "allow_pickle", "system", "popen"}
     for path in (path for room in PRODUCT for path in files_of(room)):
@@ -74,22 +74,25 @@ def test_nothing_is_pickled_or_executed():
 @pytest.fixture
 def others(tmp_path):
     """A folder of other people's packages, of which some have the names of ours."""
-    for room in ("extras", "lessons", "hardware", "storage", "console"):
+    for room in ("images", "extras", "lessons", "hardware", "storage", "console"):
         (tmp_path / room).mkdir()
         (tmp_path / room / "__init__.py").touch()
     return tmp_path
 
 
 def test_the_commands_are_ours_even_where_packages_of_their_names_are_installed(others):
-    """A folder without __init__.py would lose to them, wherever they stand on the path."""
-    code = (f"import importlib.util as u, runpy, sys\n"
-            f"print(*(u.find_spec(name).origin for name in {COMMANDS}), sep='\\n')\n"
-            f"for name in {[name for name in COMMANDS if name.startswith('extras.')]}:\n"
-            f"    sys.argv[1:] = ['--help']\n"
-            f"    try:\n"
-            f"        runpy.run_module(name, run_name='__main__', alter_sys=True)\n"
-            f"    except SystemExit as end:\n"
-            f"        assert end.code == 0, name\n")
+    """A folder without __init__.py would lose to them, at any place on the path."""
+    code = f"""
+import importlib.util, runpy, sys
+for name in {COMMANDS}:
+    print(importlib.util.find_spec(name).origin)
+sys.argv[1:] = ["--help"]
+for name in {[name for name in COMMANDS if name.startswith("extras.")]}:
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert end.code == 0, name
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
                           env=os.environ | {"PYTHONPATH": str(others)})
     assert done.returncode == 0, done.stderr

@@ -166,7 +166,7 @@ def test_training_in_half_comes_to_the_same_loss(files, tmp_path):
 
 
 def test_an_overflow_halves_the_loss_scale_and_is_survived(files, tmp_path, monkeypatch, capsys):
-    """A gradient beyond 65,504 at the first steps: they are skipped, the weights untouched, and training goes on."""
+    """Steps with a gradient beyond 65,504 are skipped: the weights stay as they are, and training continues."""
     backward, weights = Tensor.backward, []
 
     def steep(self, dout=None):
@@ -212,7 +212,7 @@ def test_the_loss_scale_does_not_change_the_update(files, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("flags", [["--dtype", "float16"], ["--dtype", "bfloat16", "--recompute"],
                                    ["--dropout", "0.2", "--grad-accum", "2"]], ids=" ".join)
-def test_a_resumed_run_goes_on_bit_for_bit(files, flags):
+def test_a_resumed_run_continues_bit_for_bit(files, flags):
     tiny.run(*files, *flags, "--max-steps", 7, "--lr-schedule", "constant", "--artifact-dir", "whole")
     tiny.run(*files, *flags, "--max-steps", 4, "--lr-schedule", "constant", "--artifact-dir", "halves")
     train.main("--resume --max-steps 7 --artifact-dir halves".split())

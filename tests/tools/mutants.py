@@ -4,7 +4,7 @@
     python tests/tools/mutants.py softmax rope     only those in these functions
     python tests/tools/mutants.py --list           show them, run nothing
 
-The bugs are made from the syntax tree, so they follow the source wherever it goes: in every function each product
+The bugs are made from the syntax tree, so they follow every change of the source: in each function every product
 loses a factor and each sum a term, signs turn, transposes vanish, gradients become 0 or 0.1 % too large, what adds
 overwrites, statements are left out, conditions are always or never true. Exit status 1 if anything survives.
 """
