@@ -113,11 +113,25 @@ def test_it_continues_exactly_from_the_very_beginning_too(exact, files, tmp_path
 
 
 def test_seconds_and_steps_continue(halfway):
-    before = read_trainer(halfway / "checkpoint-10")[0].seconds
+    path = halfway / "checkpoint-10/trainer.json"
+    about = json.loads(path.read_text())
+    assert about["seconds"] > 0
+    path.write_text(json.dumps(about | {"seconds": 1000.0}))
+    with_sums(path.parent)
     assert resume(halfway) == 0
     seconds = [float(row["seconds"]) for row in rows(halfway)]
-    assert seconds == sorted(seconds) and seconds[-1] >= before - 0.05
+    assert seconds == sorted(seconds) and seconds[-1] >= 1000
+    assert read_trainer(halfway / "checkpoint-20")[0].seconds >= 1000
     assert [int(row["step"]) for row in rows(halfway)] == [1, 3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
+
+
+def test_a_resumed_run_ends_with_the_epochs_of_the_whole_run(files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10)
+        assert tiny.run(*files, *EPOCHS, "--artifact-dir", "run") == 143
+    assert resume("run") == 0
+    assert checkpoints("run")[-1].name == "checkpoint-21"
+    assert float(rows(tmp_path / "run")[-1]["epoch"]) == pytest.approx(21 * 17 / 118, abs=1e-6)
 
 
 def test_it_continues_from_another_folder(files, tmp_path, monkeypatch):
