@@ -751,7 +751,7 @@ def test_a_wrong_value_in_trainer_json_is_named(halfway, change):
 @pytest.mark.parametrize("change", [
     {"batch_size": 0}, {"batch_size": "many"}, {"batch_size": [1]}, {"learning_rate": -1}, {"learning_rate": "nan"},
     {"activation": "tanh"}, {"nonsense": 3}, {"n_head": 2.5}, {"tie_embeddings": 1}, {"log_every": True},
-    {"prompt": "\ud800"}])
+    {"prompt": "\ud800"}, {"prompt": 3}])
 def test_a_wrong_value_in_its_command_is_named(halfway, change):
     path = halfway / "checkpoint-10/trainer.json"
     about = json.loads(path.read_text())

@@ -42,7 +42,7 @@ def make_input(folder):
         "half.txt": "the cat 却".encode()[:-1], "not.json": b"{", "other.json": b'{"a": 1}', "list.json": b"[]",
     }.items():
         (folder / name).write_bytes(content)
-    (folder / "folder").mkdir()
+    (folder / "folder/a.png").mkdir(parents=True)
     model = NanoLLM(Config(260, 16, 1, 2, 2, 8, 24))
     model.save(folder / "model")                    # with fewer tokens than its tokenizer has
     make_tokenizer(folder / "model/tokenizer.json")
@@ -172,6 +172,8 @@ def test_no_gpu_with_cupy_s_reason(tmp_path, monkeypatch):
     try:
         check(command(train.main, *GOOD, "--device", "gpu"), "device gpu", "cudaErrorInsufficientDriver: CUDA driver "
               "version is insufficient", "--device cpu")
+        monkeypatch.setattr(sys.modules["cupy"], "is_available", lambda: False)
+        check(command(train.main, *GOOD, "--device", "gpu"), "device gpu", "no CUDA GPU", "--device cpu")
         monkeypatch.setitem(sys.modules, "cupy", None)          # not installed
         for main, flags in ((train.main, GOOD), (generate.main, ["model"]), (evaluate.main, ["model", "--text", "a"])):
             check(command(main, *flags, "--device", "gpu"), "device gpu", "cupy", "--device cpu")
@@ -295,6 +297,7 @@ OTHERS = [
     (evaluate.main, "fine --text text.txt --stride 9", "--stride 9 is more than a window, 8 tokens"),
     (evaluate.main, "fine --text text.txt --seq-len 4 --stride 5", "--stride 5 is more than a window, 4 tokens"),
     (evaluate.main, "none --text none.txt --figure loss.pdf", "--figure loss.pdf: .*ends in .png"),
+    (evaluate.main, "none --text none.txt --figure folder/a.png", "folder/a.png is a folder: name a file in it"),
     (evaluate.main, "none --text none.txt --figure nowhere/a.png", "nowhere/a.png .No such file.*name another"),
     (evaluate.main, "none --text none.txt --figure text.txt/a.png", "text.txt/a.png .Not a directory"),
     (evaluate.main, f"none --text none.txt --figure {'x' * 251}.png", "File name too long"),

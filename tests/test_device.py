@@ -32,6 +32,12 @@ def test_a_number_of_threads_that_is_none_is_one_line(threads, monkeypatch):
     assert err.startswith("generate.py: NANOLLM_THREADS") and threads in err
 
 
+def test_a_device_of_another_name_is_one_line():
+    code = "from console import cli; from hardware import device; cli.run(lambda: print(device.xp))"
+    code, out, err = python(code, NANOLLM_DEVICE="tpu")
+    assert (code, out, err) == (2, "", "-c: device 'tpu': must be auto, gpu or cpu")
+
+
 def test_the_threads_are_those_asked_for():
     code = "from hardware import device; print(device.threads, device.reason)"
     assert python(code, NANOLLM_THREADS="3")[1] == f"3 cpu (NumPy {np.__version__}, 3 threads)"

@@ -1,5 +1,6 @@
 """The GGUF file, read back with llama.cpp's own reader."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -128,6 +129,23 @@ def refused(call, place, words):
     with pytest.raises(InputError, match=words):
         call()
     assert snapshot(place) == before
+
+
+def test_the_ids_that_begin_and_end_a_text_go_along(tmp_path):
+    model, folder = folder_of(tmp_path, byte_level())
+    export_gguf.export(folder, tmp_path / "neither.gguf")
+    model.save(folder, bos_token_id=0, eos_token_id=[5, 6])
+    export_gguf.export(folder, tmp_path / "both.gguf")
+    neither, both = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("neither", "both"))
+    names = [f"tokenizer.ggml.{name}" for name in ("bos_token_id", "add_bos_token", "eos_token_id")]
+    assert [field(both, name) for name in names] == [0, True, 5]
+    assert [neither.get_field(name) for name in names[::2]] == [None] * 2 and field(neither, names[1]) is False
+
+
+def test_without_the_package_its_name_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match="pip install gguf"):
+        export_gguf.main(["folder", str(tmp_path / "m.gguf")])
 
 
 def test_refusals(tmp_path):

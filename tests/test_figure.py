@@ -2,6 +2,7 @@
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -41,6 +42,14 @@ def test_a_piece_has_all_tokens_of_its_characters(tokenizer):
     sizes = dict(found)
     assert sizes["the"] == 1 and sizes["却"] == len(encode(tokenizer, "却")) and sizes["x"] == 1
     assert figure.pieces(tokenizer, ids[:-1]) == found[:-1]         # a part of 👍 shows nothing by itself
+    words = [b"a\xc2", b"\xa9\xe5"]           # the last token ends one character and begins another
+    in_bytes = SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"))
+    assert figure.pieces(in_bytes, [0, 1]) == [("a©", 2)]
+
+
+def test_a_piece_longer_than_a_line_is_cut():
+    (_, text, losses), = figure.layout([("却" * 999, 3)], np.arange(3))[0]
+    assert text.startswith("却却") and text.endswith("…") and figure.cells(text) <= figure.COLUMNS and len(losses) == 3
 
 
 def test_a_line_feed_is_shown_and_begins_a_line():

@@ -133,6 +133,12 @@ def test_every_spelling_of_ropes_theta(folder, spelling):
     assert NanoLLM.load(folder).config.rope_theta == 77
 
 
+@pytest.mark.parametrize("theirs, ours", [("gelu_pytorch_tanh", "gelu"), ("swish", "silu"), ("relu", "relu")])
+def test_other_names_of_activations(folder, theirs, ours):
+    edit_config(folder, hidden_act=theirs)
+    assert NanoLLM.load(folder).config.activation == ours
+
+
 # ---------------------------------------------------------------- folders that are refused
 
 @pytest.mark.parametrize("setting, value, words", [

@@ -155,6 +155,14 @@ def test_unknown_tokens_warn_also_from_the_cache(make, text, share):
             make(text, t)
 
 
+def test_the_unknown_token_of_every_kind_of_model():
+    pairs = [("<unk>", 0.0), ("a", -1.0)]
+    assert tokens.unknown_token(Tokenizer(models.Unigram(pairs, unk_id=0))) == "<unk>"
+    assert tokens.unknown_token(Tokenizer(models.Unigram(pairs))) is None
+    assert [tokens.unknown_token(KINDS[kind]) for kind in ("wordpiece", "byte-bpe", "llama-bpe", "characters")] == [
+        "[UNK]", None, "<unk>", "?"]
+
+
 def test_no_warning_for_few_unknown_tokens_or_those_spelled_out(make):
     make("the dog " * 100 + "😀", "wordpiece")             # pytest makes every warning an error
     make("the dog [UNK] " * 9, "wordpiece")
