@@ -516,7 +516,8 @@ def test_the_rows_of_a_checkpoint_are_on_the_disk_before_it(files, tmp_path, mon
     for module in (checkpoint, sys.modules["storage.files"]):
         monkeypatch.setattr(module, "sync", lambda path: events.append(Path(path).name))
     tiny.run(*files, "--max-steps", 3, "--artifact-dir", "run")
-    assert events.index("metrics.csv") < events.index("SHA256SUMS")
+    events = [name for name in events if name in ("metrics.csv", "SHA256SUMS")]
+    assert events == ["metrics.csv"] + ["metrics.csv", "SHA256SUMS"] * 2        # begun; then steps 0 and 3
 
 
 # ---------------------------------------------------------------- disks that refuse

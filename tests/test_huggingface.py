@@ -10,6 +10,7 @@ import pytest
 from conftest import reference
 from safetensors.numpy import load_file, save_file
 from tiny import edit_config, every_shape, lively, logits_of, random_ids, refused, small
+from tokenizers import Tokenizer, models, processors
 
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
@@ -119,6 +120,25 @@ def test_settings_that_may_be_absent_have_llamas_defaults(folder):
         tensors[name] = np.tile(tensors[name], (2, 1))
     write_tensors(folder, tensors)
     assert NanoLLM.load(folder).config == Config(3, 4, 1, 2, 2, 2048, 3, 1e-6, 10000.0, "silu", False)
+
+
+@pytest.mark.parametrize("theirs, ours", [("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu"),
+                                          ("relu", "relu")])
+def test_their_names_of_the_activations(folder, theirs, ours):
+    edit_config(folder, hidden_act=theirs)
+    assert Config.load(folder).activation == ours
+
+
+def test_a_tokenizer_inserts_special_tokens_only_where_the_model_has_a_bos():
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "</s>": 2}, unk_token="a"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    for settings, ids in ({}, [1]), ({"bos_token_id": None}, [1]), ({"bos_token_id": 0, "eos_token_id": [2]}, [0, 1]):
+        written = huggingface.tokenizer_files(tokenizer, settings, 8)
+        assert Tokenizer.from_str(written["tokenizer.json"]).encode("a").ids == ids
+        about, generation = (json.loads(written[name]) for name in ("tokenizer_config.json", "generation_config.json"))
+        assert about["model_max_length"] == 8 and about["eos_token"] is None
+        assert about.get("bos_token") == ("<s>" if settings.get("bos_token_id") == 0 else None)
+        assert generation == {"bos_token_id": None, "eos_token_id": None} | settings
 
 
 @pytest.mark.parametrize("spelling", [

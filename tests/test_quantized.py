@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import tiny
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import command, snapshot
 
@@ -156,6 +157,8 @@ def test_a_quantised_model_is_saved_as_it_is(trained, tmp_path, bits, rng, elsew
     assert after.keys() == before.keys()
     for name, array in before.items():
         assert after[name].dtype == array.dtype and (after[name] == array).all(), name
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "nanollm"}         # so that no other program takes it for its own
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "nanollm", "bits": bits} and config["eos_token_id"] == 3
     ids = rng.integers(0, 290, (2, 8))
