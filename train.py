@@ -1,11 +1,14 @@
 """Train a language model on a text:  python train.py --text FILE --tokenizer FILE
 
-    windows x, y ─► loss = model.loss(x, y) ─► loss.backward() ─► gradients ─► Adam
-         ▲                                                                       │
-         └────────────────────────── better weights ◄────────────────────────────┘
+One step, in its plainest form (`train`, below, adds batches in parts, clipping and half precision):
 
-In this order: Adam, the learning rate, the loop, what happens after a step, the command.
-The flags are in console/options.py.
+    optimizer.zero_grad()
+    loss = model.loss(x, y)             # x, y: the next windows of the text
+    loss.backward()                     # dLoss/dw for every weight w
+    optimizer.step()                    # Adam
+
+In this order: Adam, the learning rate, the loop, the command. The flags are in console/options.py,
+and what happens after a step (reports, evaluations, checkpoints) is in console/observer.py.
 """
 import math
 import shlex

@@ -17,7 +17,7 @@ from autograd import Tensor, recording
 from hardware.device import to_host
 from nanollm import Config, NanoLLM, probabilities, sample
 from storage.files import InputError
-from storage.tokens import load_tokenizer
+from storage.tokens import Decoder, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cheap")
 
@@ -296,6 +296,18 @@ def test_the_last_character_is_shown_although_its_token_begins_another():
     words = [b"a\xc2", b"\xa9\xe5"]
     in_bytes = SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"))
     assert "".join(streamed(in_bytes, [0, 1])) == "a©"
+
+
+def test_a_text_ends_with_what_its_last_token_completes():
+    words = [b"a\xc2", b"\xa9\xe5"]
+    in_bytes = SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"))
+    for stops, shown in ((), "a©"), (["©"], "a"), (["©!"], "a©"):
+        text = generate.Text(Decoder(in_bytes), stops=stops)
+        text.add(0)
+        text.add(1)
+        text.end()
+        assert text.ready == shown and text.ended and text.n_token == 2
+
 
 
 def test_streaming_takes_time_in_proportion():

@@ -12,6 +12,7 @@ import generate
 import train
 from console import options
 from console.options import Settings
+from hardware import device
 from nanollm import Config, NanoLLM
 from train import Adam
 
@@ -69,3 +70,13 @@ def test_every_flag_reaches_what_it_is_named_for(files, tmp_path, monkeypatch):
     assert (built[0][0][1:], built[0][1]) == ((0.01, (0.8, 0.9)), {"weight_decay": 0.05})
     command = json.loads((tmp_path / "run/checkpoint-1/trainer.json").read_text())["command"]
     assert (command["seq_len"], command["stride"], command["n_kv_head"]) == (6, 2, 1)
+
+
+def test_tf32_reaches_the_device_and_is_kept_by_a_resumed_run(files, monkeypatch):
+    monkeypatch.setattr(device, "tf32_products", False)
+    tiny.run(*files, "--max-steps", 1, "--tf32", "--artifact-dir", "run")
+    assert device.tf32_products
+    tiny.run(*files, "--max-steps", 1, "--artifact-dir", "other")
+    assert not device.tf32_products
+    train.main(["--resume", "--max-steps", "2", "--artifact-dir", "run"])
+    assert device.tf32_products
