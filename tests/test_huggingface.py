@@ -122,13 +122,6 @@ def test_settings_that_may_be_absent_have_llamas_defaults(folder):
     assert NanoLLM.load(folder).config == Config(3, 4, 1, 2, 2, 2048, 3, 1e-6, 10000.0, "silu", False)
 
 
-@pytest.mark.parametrize("theirs, ours", [("silu", "silu"), ("swish", "silu"), ("gelu_pytorch_tanh", "gelu"),
-                                          ("relu", "relu")])
-def test_their_names_of_the_activations(folder, theirs, ours):
-    edit_config(folder, hidden_act=theirs)
-    assert Config.load(folder).activation == ours
-
-
 def test_a_tokenizer_inserts_special_tokens_only_where_the_model_has_a_bos():
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "</s>": 2}, unk_token="a"))
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
