@@ -4,9 +4,8 @@ An op computes its result, `out`, and leaves a function behind. It takes dout, t
 loss with respect to out, and returns the gradients with respect to the op's inputs. The recorded
 ops form a graph in which every result points to its inputs; its leaves are the tensors that no op
 made, such as weights. `backward` walks from the loss to the leaves and applies the chain rule at
-each op. That is the engine: under two hundred lines. Then follows one function per op, in the
-order in which the model needs them. Heavy ops come twice: first plain, as the derivation reads,
-then as the model uses them: the same, a block of rows at a time.
+each op. After this engine come the ops, in the order in which the model needs them. Heavy ones
+come twice: plain, as the derivation reads, and as the model uses them, a block of rows at a time.
 
 Shapes: B batch, T time, S keys (S > T where a cache holds earlier ones), C width, H heads,
 K key/value heads, D = C/H, F hidden width, V vocabulary, N rows: (..., C) -> (N, C).
@@ -20,7 +19,7 @@ the last two axes. From `device` (hardware/device.py, which you can read later):
     fuse                marks a formula that becomes one kernel on a GPU
 
 Two rules give most derivations: a value used in several places receives the sum of what they send
-back; and for out = a @ b,  da = dout @ bᵀ and db = aᵀ @ dout (no other products have the shapes).
+back; for out = a @ b, da = dout @ bᵀ and db = aᵀ @ dout (no other products have the right shapes).
 
 >>> x = Tensor([1.0, 2.0, 3.0], requires_grad=True)
 >>> loss = (x * x).sum()                # 1 + 4 + 9
@@ -34,6 +33,7 @@ import threading
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from hardware import device
 from hardware.random_bits import drop
@@ -61,10 +61,9 @@ def recording(*tensors):
 class Node:
     """How a result came about: where its inputs came from, and the op's backward function.
 
-    `parents` has an entry for every input: None if it requires no gradient, its Node if an op
-    made it, and the Tensor itself if it is a leaf, where the gradient will be kept. `grad` is the
-    sum of the gradients received so far; `shared` says that others may hold that array.
-    The result's data is not here: what no backward function needs can be freed at once.
+    A parent is None for an input that requires no gradient, its Node if an op made it, and the
+    Tensor itself for a leaf, where the gradient is kept. `grad` sums up what was received so far;
+    `shared`: others may hold that array. The result's data is not here, so it can be freed.
     """
     __slots__ = ("parents", "backward", "shape", "dtype", "grad", "shared")
 
@@ -72,24 +71,21 @@ class Node:
 class Tensor:
     """An array and, unless it is a leaf, the Node that says how it came about.
 
-    `data` is an array of device.xp; a float array keeps its dtype. `grad` is None or, for a leaf
-    after `backward`, the array dLoss/ddata. Further backward passes add to it until it is cleared.
+    `data` is an array of device.xp. `grad` is None or, for a leaf after `backward`, the array
+    dLoss/ddata; further backward passes add to it until it is cleared.
     Raises TypeError for requires_grad=True on numbers that are not floats.
     """
     __slots__ = ("data", "requires_grad", "grad", "_node")
     __array_ufunc__ = None              # array * tensor: NumPy must leave it to the tensor
     shared = False                      # nobody else holds a leaf's grad
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
 
     def __init__(self, data, requires_grad=False):
         self.data = device.xp.asarray(data)
         if requires_grad and self.data.dtype.kind in "biu":         # bool, int, unsigned
             raise TypeError(f"requires_grad needs floating-point data, not {self.data.dtype}")
-        self.requires_grad = requires_grad
-        self.grad = None
-        self._node = None
-
-    shape = property(lambda self: self.data.shape)
-    dtype = property(lambda self: self.data.dtype)
+        self.requires_grad, self.grad, self._node = requires_grad, None, None
 
     def __repr__(self):
         return f"Tensor({self.data}{', requires_grad=True' if self.requires_grad else ''})"
@@ -113,16 +109,15 @@ class Tensor:
     def backward(self, dout=None):
         """Add dLoss/dleaf to `grad` of every leaf this tensor depends on.
 
-        dout is dLoss/dself, by default 1 for a scalar. The graph is dismantled on the way, so each
-        op's memory is freed as soon as its gradients exist. Raises RuntimeError if there is no
-        graph, if it has been used already, and if a tensor that is no scalar gets no dout.
+        dout is dLoss/dself, by default 1 for a scalar. The graph is dismantled on the way: an op's
+        memory is freed as soon as its gradients exist. Raises RuntimeError if there is no graph,
+        if it has been used already, and if a tensor that is no scalar gets no dout.
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor depends on nothing that requires a gradient")
         if dout is None:
             if self.data.size != 1:
-                raise RuntimeError(f"backward: a tensor of shape {self.shape} needs dout; "
-                                   "only a scalar has a default")
+                raise RuntimeError(f"backward: a tensor of shape {self.shape} needs dout")
             dout = 1.0
         dout = device.xp.broadcast_to(device.xp.asarray(dout, self.dtype), self.shape)
         root = self._node or self
@@ -132,16 +127,14 @@ class Tensor:
             node = order.pop()
             if isinstance(node, Tensor):            # a leaf: its .grad is what was asked for
                 continue
+            if node.backward is None:
+                raise RuntimeError("backward: this graph was freed by an earlier backward; "
+                                   "run the forward pass again")
             dout, parents, backward = node.grad, node.parents, node.backward
-            node.grad, node.parents, node.backward = None, (), _freed
+            node.grad, node.parents, node.backward = None, (), None
             for parent, part in zip(parents, backward(dout), strict=True):
                 if parent is not None:
                     _receive(parent, part)
-
-
-def _freed(dout):
-    raise RuntimeError("backward: this graph was used and freed by an earlier backward; "
-                       "run the forward pass again")
 
 
 def _topological(root):
@@ -163,9 +156,8 @@ def _topological(root):
 def _receive(node, part):
     """In effect `node.grad += part`; the rest saves copies.
 
-    A part is an array or a function that adds its part to node.grad in place: a weight's gradient
-    goes straight into the buffer where it is wanted, a slice's into its place, an embedding's into
-    the rows that were used.
+    A part is an array, or a function that adds to node.grad in place: to a weight's buffer, to the
+    place of a slice, to the rows of an embedding that were used.
     """
     if callable(part):
         if node.grad is None:
@@ -188,10 +180,7 @@ def _receive(node, part):
 
 
 def _unbroadcast(gradient, shape):
-    """Undo broadcasting: sum over the axes along which a value of this shape was repeated.
-
-    The repeated value was used in several places, so it receives the sum of what they send back.
-    """
+    """Sum over the axes along which broadcasting repeated a value of this shape."""
     extra = gradient.ndim - len(shape)
     if extra > 0:
         gradient = _total(gradient, tuple(range(extra)))
@@ -203,13 +192,9 @@ def _unbroadcast(gradient, shape):
     return gradient
 
 
-def _wide_dtype(x):
-    """float32 for half precision, else x's dtype: for sums, exponentials and normalisations."""
-    return np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
-
-
-def _wide(x):
-    return x.astype(_wide_dtype(x), copy=False)
+# Sums, exponentials and normalisations of half precision are computed in float32.
+_wide_dtype = lambda x: np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
+_wide = lambda x: x.astype(_wide_dtype(x), copy=False)
 
 
 def _total(x, axis, keepdims=False):
@@ -268,11 +253,7 @@ def div(a, b):
     """out = a / b;  da = dout / b,  db = -dout * a / b² = -da * out."""
     a, b = _tensors(a, b)
     y, out = b.data, a.data / b.data
-
-    def backward(dout):
-        da = dout / y
-        return da, -da * out
-    return record(out, (a, b), backward)
+    return record(out, (a, b), lambda dout: (dout / y, -dout / y * out))
 
 
 def power(x, p):
@@ -296,13 +277,11 @@ def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
 
     f maps Tensors to a Tensor; `inputs` are arrays, taken as float64. d is one random dout, and
     g(x) = sum(f(x) * d) is a scalar whose gradient backward gives. For each element x_i
-
         ∂g/∂x_i ≈ (g(x + h e_i) - g(x - h e_i)) / 2h,   h = step · max(1, |x_i|)
-
-    where e_i is 1 in place i and 0 elsewhere. The error has a part of order h², from the third
-    derivative (the second cancels), and a part u/h from rounding, u = 1.1e-16. Their sum is
-    smallest near h = 1e-5. d is random because a d of ones hides errors: the rows of softmax sum
-    to 1, so the right gradient is 0, and many wrong backward functions return 0, too.
+    where e_i is 1 in place i and 0 elsewhere. One part of the error is of order h², from the third
+    derivative (the second cancels), the other is u/h, from rounding, u = 1.1e-16: smallest near
+    h = 1e-5. A d of ones would hide errors: the rows of softmax sum to 1, so the right gradient is
+    0, and so is what many wrong backward functions return.
 
     >>> gradcheck(mul, [2.0, 3.0], [5.0, 7.0])
     True
@@ -312,28 +291,25 @@ def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
     out = f(*leaves)
     d = xp.asarray(np.random.default_rng(seed).standard_normal(out.shape))
     out.backward(d)
-
-    def g():
-        with no_grad():
-            return float((f(*leaves).data * d).sum())
-
+    g = lambda: float((f(*leaves).data * d).sum())
     worst, report = 0.0, None
-    for number, leaf in enumerate(leaves):
-        analytic = np.zeros(leaf.shape) if leaf.grad is None else device.to_host(leaf.grad)
-        for index in np.ndindex(leaf.shape):
-            x = float(leaf.data[index])
-            h = step * max(1.0, abs(x))
-            leaf.data[index] = x + h
-            above = g()
-            leaf.data[index] = x - h
-            below = g()
-            leaf.data[index] = x
-            numeric, got = (above - below) / (2 * h), float(analytic[index])
-            excess = abs(got - numeric) / (atol + rtol * abs(numeric))
-            if not excess <= worst:             # also when it is NaN
-                worst = excess
-                report = (f"input {number}, element {index}: backward says {got:.10g}, "
-                          f"finite differences {numeric:.10g}")
+    with no_grad():
+        for number, leaf in enumerate(leaves):
+            analytic = np.zeros(leaf.shape) if leaf.grad is None else device.to_host(leaf.grad)
+            for index in np.ndindex(leaf.shape):
+                x = float(leaf.data[index])
+                h = step * max(1.0, abs(x))
+                leaf.data[index] = x + h
+                above = g()
+                leaf.data[index] = x - h
+                below = g()
+                leaf.data[index] = x
+                numeric, got = (above - below) / (2 * h), float(analytic[index])
+                excess = abs(got - numeric) / (atol + rtol * abs(numeric))
+                if not excess <= worst:             # also when it is NaN
+                    worst = excess
+                    report = (f"input {number}, element {index}: backward says {got:.10g}, "
+                              f"finite differences {numeric:.10g}")
     if not worst <= 1:
         raise AssertionError(report)
     return True
@@ -344,14 +320,11 @@ def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
 def sum(x, axis=None, keepdims=False):
     """out = sum of x over `axis` (an int, a tuple, or None: all);  dx = dout, repeated."""
     shape = x.shape
-    if axis is None:
-        axis = range(len(shape))
-    axes = tuple(a % len(shape) for a in ([axis] if isinstance(axis, int) else axis))
+    axes = normalize_axis_tuple(range(len(shape)) if axis is None else axis, len(shape))
 
-    def backward(dout):
-        kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
-        return (device.xp.broadcast_to(dout.reshape(kept), shape),)
-    return record(_total(x.data, axes, keepdims), (x,), backward)
+    kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    return record(_total(x.data, axes, keepdims), (x,),
+                  lambda dout: (device.xp.broadcast_to(dout.reshape(kept), shape),))
 
 
 def mean(x, axis=None, keepdims=False):
@@ -379,8 +352,7 @@ def getitem(x, index):
     """out = x[index], ints and slices, which select no element twice;  dx = dout there, else 0."""
     for part in index if isinstance(index, tuple) else (index,):
         if not isinstance(part, int | slice | type(...)) or isinstance(part, bool):
-            raise TypeError(f"a tensor is indexed by ints and slices, not by "
-                            f"{type(part).__name__}; to select rows by ids use embedding")
+            raise TypeError(f"a tensor is indexed by ints and slices, not by {type(part).__name__}")
 
     def backward(dout):
         def add_in_place(dx):
@@ -391,21 +363,15 @@ def getitem(x, index):
 
 # ---------------------------------------------------------------- products
 
-def _rows(x):
-    """(..., C) -> (N, C): a view where the strides allow, else a copy."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _t(x):
-    """xᵀ: the last two axes swapped."""
-    return x.swapaxes(-1, -2)
+_rows = lambda x: x.reshape(-1, x.shape[-1])       # (..., C) -> (N, C), without a copy if possible
+_t = lambda x: x.swapaxes(-1, -2)                  # xᵀ
 
 
 def matmul(a, b):
     """out = a @ b, a (..., m, k), b (..., k, n), leading axes broadcast.
 
     out_ij = sum_k a_ik b_kj, so da_ik = sum_j dout_ij b_kj and db_kj = sum_i a_ik dout_ij, that is
-        da = dout @ bᵀ,   db = aᵀ @ dout      (and the sum over broadcast axes, in the engine)
+        da = dout @ bᵀ,   db = aᵀ @ dout
     """
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     x, y = (device.xp.broadcast_to(t.data, lead + t.shape[-2:]) for t in (a, b))
@@ -417,9 +383,7 @@ def linear(x, w):
     """out = x @ wᵀ, x (..., C), w (F, C) as PyTorch and Hugging Face store it -> (..., F).
 
     This is `matmul` with b = wᵀ and x flattened to rows, so
-        dx = dout @ w,   dw = (xᵀ @ dout)ᵀ = doutᵀ @ x
-    The second product adds straight to the gradient that w already has.
-
+        dx = dout @ w,   dw = (xᵀ @ dout)ᵀ = doutᵀ @ x      (added straight to w's gradient)
     Mixed precision: if x is in half precision, w is rounded to x's type for the product. w itself
     and dw stay float32, because an update far below w's size would be lost in half precision.
     (Micikevicius et al. 2018, §3.1)
@@ -438,17 +402,14 @@ def embedding(w, ids):
     """out = w[ids], w (V, C), integer ids of any shape -> (*ids.shape, C).
 
     Row v of w went to every place where ids == v, so dw_v is the sum of dout over these places.
-    Other rows get nothing and are not touched. (On a GPU the order of that sum varies from run
-    to run. No other op does that.)
+    (On a GPU the order of that sum varies from run to run. No other op does that.)
     """
     ids = device.as_ids(ids, len(w.data))
-
-    def backward(dout):
-        return (lambda dw: device.add_rows(dw, ids.reshape(-1), _rows(dout)),)
-    return record(w.data[ids], (w,), backward)
+    return record(w.data[ids], (w,), lambda dout: (
+        lambda dw: device.add_rows(dw, ids.reshape(-1), _rows(dout)),))
 
 
-# ---------------------------------------------------------------- rows: softmax and normalisation
+# ---------------------------------------------------------------- softmax, RMSNorm and RoPE
 
 _CACHE = 1 << 16        # elements of a block: they fit the cache, and Python's share stays small
 
@@ -473,8 +434,7 @@ def _softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def _softmax_backward(p, dout):
-    return p * (dout - (dout * p).sum(-1, keepdims=True))
+_softmax_backward = lambda p, dout: p * (dout - (dout * p).sum(-1, keepdims=True))
 
 
 def softmax(x):
@@ -492,10 +452,8 @@ def softmax(x):
     ([0.25, 0.75], [0.1875, -0.1875])
     """
     p, shape = by_rows(_softmax, _rows(x.data)), x.shape
-
-    def backward(dout):
-        return (by_rows(_softmax_backward, p, _rows(dout)).reshape(shape),)
-    return record(p.reshape(shape), (x,), backward)
+    return record(p.reshape(shape), (x,), lambda dout: (
+        by_rows(_softmax_backward, p, _rows(dout)).reshape(shape),))
 
 
 def rmsnorm_plain(x, w, eps=1e-6):
@@ -566,19 +524,15 @@ def _two_products(a, b, c, d, out):
     out[...] = a * b + c * d
 
 
-# ---------------------------------------------------------------- position
-
 def rope(x, cos, sin):
     """x (..., T, D), with pairs (x_i, x_{i+D/2}) rotated at position t by the angle t θ_i.
 
     θ_i = θ^(-2i/D), i = 0 … D/2-1, where θ is usually 10,000: the first pairs turn fast, the last
     ones slowly. cos and sin (T, D) hold each angle twice. The halves x₁ and x₂ of a row become
-        out₁ = x₁ cos - x₂ sin
-        out₂ = x₂ cos + x₁ sin
-    or, both at once, out = x cos + (-x₂, x₁) sin. This is a rotation R_t, and only distances
-    matter: (R_t q)ᵀ (R_s k) = qᵀ R_{s-t} k. Its matrix is orthogonal, so the backward pass is its
-    transpose, the rotation by the opposite angle. (RoFormer, Su et al. 2021, §3.2.2; pairing the
-    halves is Hugging Face's convention.) The result is contiguous, as attention needs it.
+        out₁ = x₁ cos - x₂ sin,  out₂ = x₂ cos + x₁ sin,    or out = x cos + (-x₂, x₁) sin
+    This is a rotation R_t, and only distances matter: (R_t q)ᵀ (R_s k) = qᵀ R_{s-t} k. Its matrix
+    is orthogonal, so the backward pass is its transpose, the rotation by the opposite angle.
+    (RoFormer, Su et al. 2021, §3.2.2; pairing the halves is Hugging Face's convention.)
 
     >>> cos, sin = device.xp.zeros((1, 4)), device.xp.ones((1, 4))      # T = 1, D = 4: by 90°
     >>> rope(Tensor([[1.0, 2.0, 3.0, 4.0]]), cos, sin).data.tolist()    # (1, 3) -> (-3, 1), …
@@ -602,28 +556,23 @@ def _rotate(x, cos, sin):
 # ---------------------------------------------------------------- gated linear units
 # An activation returns its value and a function that returns its slope: both share the costly part.
 
-def _sigmoid(x):
+def sigmoid(x):
+    """σ(x) = 1 / (1 + exp(-x)), slope σ(1-σ): the first GLU's gate (Dauphin et al. 2016, §3)."""
     with np.errstate(over="ignore"):
-        return 1 / (1 + device.xp.exp(-x))      # where exp overflows, 1 / infinity is the right 0
+        out = 1 / (1 + device.xp.exp(-x))       # where exp overflows, 1 / infinity is the right 0
+    return out, lambda: out * (1 - out)
 
 
 def silu(x):
     """x σ(x), slope: σ' = σ(1-σ), so (x σ)' = σ + x σ(1-σ).  (Swish: Ramachandran et al. 2017)"""
-    gate = _sigmoid(x)
+    gate, _ = sigmoid(x)
     out = x * gate
     return out, lambda: gate + out * (1 - gate)
 
 
-def sigmoid(x):
-    """σ(x) = 1 / (1 + exp(-x)), slope σ(1-σ): the first GLU's gate (Dauphin et al. 2016, §3)."""
-    gate = _sigmoid(x)
-    return gate, lambda: gate * (1 - gate)
-
-
 def gelu_pytorch_tanh(x):
-    """Close to x Φ(x), Φ the normal distribution function: ½ x (1 + t), t = tanh(u),
-    u = a (x + b x³), a = √(2/π), b = 0.044715; slope ½ (1 + t) + ½ x (1 - t²) u',
-    u' = a (1 + 3b x²).  (GELU, Hendrycks & Gimpel 2016, §2)
+    """½ x (1 + t), t = tanh(u), u = a (x + b x³), nearly x Φ(x), Φ the normal distribution's;
+    slope ½ (1 + t) + ½ x (1 - t²) u', u' = a (1 + 3b x²).  (GELU, Hendrycks & Gimpel 2016, §2)
     """
     a, b = math.sqrt(2 / math.pi), 0.044715
     t = device.xp.tanh(a * (x + b * x * x * x))
@@ -639,37 +588,28 @@ def relu(x):
 ACTIVATIONS = {"silu": silu, "sigmoid": sigmoid, "gelu": gelu_pytorch_tanh, "relu": relu}
 
 
-def glu_plain(gate, up, activation="silu"):
-    """out = a(gate) * up, with a from ACTIVATIONS; "silu" is SwiGLU.  (Shazeer 2020, §2)
-
-    By the product rule  dgate = dout * up * a'(gate),  dup = dout * a(gate).
-    """
-    a, slope = ACTIVATIONS[activation](gate.data)
-    up_ = up.data
-    return record(a * up_, (gate, up), lambda dout: (dout * up_ * slope(), dout * a))
-
-
 @functools.cache
-def _fused_glu(activation):
-    """The formulas of one GLU variant, forward and backward."""
+def _glu_formulas(activation):
+    activation = ACTIVATIONS[activation]
+
     @device.fuse
     def forward(gate, up, out):
-        a, _ = ACTIVATIONS[activation](_wide(gate))
+        a, _ = activation(_wide(gate))
         out[...] = a * up
 
     @device.fuse
     def backward(gate, up, dout, dgate, dup):
-        a, slope = ACTIVATIONS[activation](_wide(gate))
+        a, slope = activation(_wide(gate))
         dgate[...] = dout * up * slope()
         dup[...] = dout * a
     return forward, backward
 
 
 def glu(gate, up=None, activation="silu"):
-    """`glu_plain`, a block of rows at a time, in one kernel on a GPU.
+    """out = a(gate) * up, a from ACTIVATIONS; "silu" is SwiGLU: the formulas above, by rows.
 
-    Without `up`, gate (..., 2F) holds both next to each other, as one matrix product makes them,
-    and its gradient does, too: that is how the model calls it.
+    By the product rule  dgate = dout * up * a'(gate),  dup = dout * a(gate).  (Shazeer 2020, §2)
+    Without `up`, gate (..., 2F) holds both next to each other, as one matrix product makes them.
 
     >>> both = Tensor([[2.0, -1.0, 5.0, 7.0]], requires_grad=True)      # gate (2, -1), up (5, 7)
     >>> out = glu(both, activation="relu")
@@ -677,21 +617,22 @@ def glu(gate, up=None, activation="silu"):
     >>> out.data.tolist(), both.grad.tolist()
     ([[10.0, 0.0]], [[5.0, 0.0, 2.0, 0.0]])
     """
-    if up is not None:
-        return glu_plain(gate, up, activation)
-    forward, backward_formula = _fused_glu(activation)
-    both, shape, F = _rows(gate.data), gate.shape, gate.shape[-1] // 2
-    g, u = both[:, :F], both[:, F:]
-    out = device.xp.empty(g.shape, g.dtype)
-    _sweep_rows(lambda rows: forward(g[rows], u[rows], out[rows]), *g.shape)
+    both = gate.data if up is None else device.xp.concatenate((gate.data, up.data), -1)
+    forward, backward_formula = _glu_formulas(activation)
+    shape, both, F = both.shape, _rows(both), both.shape[-1] // 2
+    g, u, out = both[:, :F], both[:, F:], device.xp.empty((len(both), F), both.dtype)
+    _sweep_rows(lambda part: forward(g[part], u[part], out[part]), *g.shape)
 
     def backward(dout):
         dout, dboth = _rows(dout), device.xp.empty(both.shape, both.dtype)
         dg, du = dboth[:, :F], dboth[:, F:]
-        _sweep_rows(lambda rows: backward_formula(g[rows], u[rows], dout[rows], dg[rows], du[rows]),
+        _sweep_rows(lambda part: backward_formula(g[part], u[part], dout[part], dg[part], du[part]),
                     *g.shape)
-        return (dboth.reshape(shape),)
-    return record(out.reshape(*shape[:-1], F), (gate,), backward)
+        if up is None:
+            return (dboth.reshape(shape),)
+        return dg.reshape(gate.shape), du.reshape(gate.shape)
+    inputs = (gate,) if up is None else (gate, up)
+    return record(out.reshape(*shape[:-1], F), inputs, backward)
 
 
 # ---------------------------------------------------------------- attention
@@ -701,16 +642,14 @@ def attention_plain(q, k, v):
 
     The queries are the last T of S positions; query t sees the keys up to its own position,
     S - T + t. Query head h reads key/value head h // (H/K).
-
         s = q @ kᵀ / √D,  -inf where a key lies in the query's future;  p = softmax(s);  out = p @ v
-
     Backward, from the outside in (matmul, softmax, matmul):
         dv = pᵀ @ dout      dp = dout @ vᵀ
         ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj
         dq = ds @ k / √D    dk = dsᵀ @ q / √D     dk, dv: summed over the heads that share them
     (Vaswani et al. 2017, §3.2.1; grouped queries: Ainslie et al. 2023)
 
-    >>> q, k, v = [1.0, 1.0], [0.0, np.log(3)], [4.0, 8.0]              # T = S = 2, D = 1
+    >>> q, k, v = [[1.0, 1.0], [0.0, np.log(3)], [4.0, 8.0]]            # T = S = 2, D = 1
     >>> q, k, v = (Tensor(np.reshape(x, (1, 1, 2, 1))) for x in (q, k, v))
     >>> attention_plain(q, k, v).data.ravel().round(4).tolist()     # 4;  1/4 · 4 + 3/4 · 8
     [4.0, 7.0]
@@ -740,21 +679,18 @@ def _query_blocks(T, S):
 
 
 @functools.lru_cache(4)
-def _future(xp, n, dtype):
-    """(n, n): -inf where a key lies in a query's future, above the diagonal, and 0 elsewhere."""
+def _future(xp, n, dtype):              # (n, n): -inf above the diagonal, where keys are later
     return xp.triu(xp.full((n, n), -xp.inf, dtype), 1)
 
 
 def attention(q, k, v):
     """`attention_plain` without ever holding s or p whole: memory grows with T, not with T².
 
-    Blocks of queries meet the keys that they may see, and backward computes p again from the
+    Blocks of queries meet the keys that they may see; backward computes p again, from the
     log-sum-exp of each row, L = log sum_j exp(s_j), as p = exp(s - L). (FlashAttention, Dao et al.
-    2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) In half precision
-    the inputs of the products are half; s, p and the sums are float32.
-
-    The G = H/K query heads that share a key/value head form one matrix of G·n rows. `h` is a slice
-    of the B·K key/value heads, `t` a slice of n queries.
+    2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) The G = H/K query
+    heads that share a key/value head form one matrix of G·n rows. `h` is a slice of the B·K
+    key/value heads, `t` a slice of n queries. In half precision only the products' inputs are half.
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     if H % K or S < T or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
@@ -809,28 +745,24 @@ def attention(q, k, v):
     return record(out.reshape(B, H, T, D), (q, k, v), backward)
 
 
-# ---------------------------------------------------------------- dropout
+# ---------------------------------------------------------------- dropout and recomputation
 
 def dropout(x, p, key):
     """out = x * keep / (1 - p): each element becomes 0 with probability p, and the mean stays.
 
-    dx = dout * keep / (1 - p). The mask `keep` is not saved but computed again: it depends only on
-    `key`, a tuple of whole numbers, so a resumed or recomputed step drops the same elements.
-    (Srivastava et al. 2014, §4; scaling in training rather than in use: §10)
+    dx = dout * keep / (1 - p). The mask `keep` is not saved but computed again from `key`, a tuple
+    of whole numbers: a resumed step drops the same elements.  (Srivastava et al. 2014, §4 and §10)
     """
     if p == 0:
         return x
     return record(drop(x.data, p, key), (x,), lambda dout: (drop(dout, p, key),))
 
 
-# ---------------------------------------------------------------- memory for time
-
 def recompute(f, x):
     """f(x), but only x is kept for backward, which runs f again and then backpropagates through it.
 
-    That costs one more forward pass and saves the memory of f's activations. The gradients are the
-    same to the last bit. Weights that f uses get theirs when backward runs through the second
-    f(x), as leaves of that graph.  (Chen et al. 2016, §4)
+    One more forward pass saves the memory of f's activations. The gradients are the same to the
+    last bit; weights in f are leaves of the second graph, too.  (Chen et al. 2016, §4)
     """
     if not recording(x):
         return f(x)
@@ -861,15 +793,14 @@ def cross_entropy(logits, targets):
     (0.2877, [[0.25, -0.25]])
     """
     z, shape, dtype = _wide(_rows(logits.data)), logits.shape, logits.dtype
-    N, V = z.shape
-    target = device.xp.arange(N), device.as_ids(targets, V).reshape(-1)
+    target = device.xp.arange(len(z)), device.as_ids(targets, shape[-1]).reshape(-1)
     z = z - z.max(-1, keepdims=True)
-    L = device.xp.log(device.xp.exp(z).sum(-1, keepdims=True))          # (N, 1)
+    L = device.xp.log(device.xp.exp(z).sum(-1, keepdims=True))
 
     def backward(dout):
-        dz = device.xp.exp(z - L)                                       # p
+        dz = device.xp.exp(z - L)               # p
         dz[target] -= 1
-        return ((dz * (dout / N)).astype(dtype, copy=False).reshape(shape),)
+        return ((dz * (dout / len(z))).astype(dtype, copy=False).reshape(shape),)
     return record((L[:, 0] - z[target]).mean(), (logits,), backward)
 
 
@@ -911,21 +842,19 @@ def linear_cross_entropy(x, w, targets):
     With a large vocabulary the logits, N·V, are a model's largest array. But a row's logits serve
     only its own loss and gradient. So each block of rows makes its logits z, turns them in place
     into dz = p - onehot, and these at once into its share of what backward will ask for,
-        dx_block = dz @ w,      dw += dzᵀ @ x_block
-    Backward only scales both by dout/N. Kept from forward to backward: dx and dw, no logits.
+        dx_block = dz @ w,   dw += dzᵀ @ x_block         (backward only scales both by dout/N)
     (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
 
     In half precision logits, dx and dw are float32, and the products' inputs are half. Most of dz
     is 1/V or far less; a float16 loses digits below 6e-5 and becomes 0 below 3e-8. But all of dz
     is within ±1, so 2¹⁵ dz, which is rounded instead, still fits (the largest float16 is 65504).
     """
-    rows, weight, shape, dtype = _rows(x.data), w.data, x.shape, x.dtype
-    N, V, wide = len(rows), len(weight), _wide_dtype(x)
+    rows, shape, dtype, wide = _rows(x.data), x.shape, x.dtype, _wide_dtype(x)
+    N, V, weight = len(rows), len(w.data), w.data.astype(dtype, copy=False)
     lift = 1 if dtype == wide else 2.0 ** 15
     targets = device.as_ids(targets, V).reshape(-1)
     losses, keep = device.xp.empty(N, wide), recording(x, w)
     if keep:
-        weight = weight.astype(dtype, copy=False)
         dx, dw = device.xp.empty(rows.shape, wide), device.xp.zeros(weight.shape, w.dtype)
     for part, z in logit_blocks(rows, weight):
         losses[part] = loss_of_rows(z, targets[part], z if keep else None)
@@ -934,13 +863,8 @@ def linear_cross_entropy(x, w, targets):
             device.matmul(dz, weight, out=dx[part])
             device.matmul(_t(dz), rows[part], out=dw, accumulate=True)
 
-    def add_scaled(total, scale):
-        def block(part):
-            total[part] += dw[part] * scale
-        _sweep_rows(block, *dw.shape)
-
     def backward(dout):
         scale = dout / (N * lift)
-        dx_ = (dx * scale).astype(dtype, copy=False).reshape(shape)
-        return dx_, lambda total: add_scaled(total, scale)
+        dx_scaled = (dx * scale).astype(dtype, copy=False).reshape(shape)
+        return dx_scaled, lambda total: device.add_scaled(total, dw, scale)
     return record(losses.mean(), (x, w), backward)

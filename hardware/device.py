@@ -229,6 +229,13 @@ def add_rows(out, ids, rows):
         out[ids[starts]] += np.add.reduceat(rows[order], starts)
 
 
+def add_scaled(out, x, scale):
+    """out += x * scale, (N, C) each."""
+    def block(rows):
+        out[rows] += x[rows] * scale
+    sweep(block, len(x), (1 << 16) // x.shape[1])
+
+
 def row_dot(a, b):
     """sum(a * b) along the last axis, (..., n) -> (..., 1): on a CPU without ever holding a * b."""
     return (a * b).sum(-1, keepdims=True) if on_gpu else np.vecdot(a, b)[..., None]

@@ -67,7 +67,6 @@ OPS = {  # op and the shapes of its inputs
     "softmax": (ag.softmax, (2, 3, 5)),
     "rmsnorm": (ag.rmsnorm, (2, 3, 5), (5,)),
     "rmsnorm_plain": (ag.rmsnorm_plain, (2, 3, 5), (5,)),
-    "glu_plain": (ag.glu_plain, (2, 3, 4), (2, 3, 4)),
     "attention_plain": (ag.attention_plain, (2, 6, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
     "glu silu": (lambda g, u: ag.glu(g, u, "silu"), (2, 3, 4), (2, 3, 4)),
     "glu sigmoid": (lambda g, u: ag.glu(g, u, "sigmoid"), (2, 3, 4), (2, 3, 4)),
