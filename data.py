@@ -7,11 +7,10 @@ training example.
 """
 import functools
 import math
-import warnings
 
 import numpy as np
 
-from storage.files import InputError
+from storage.files import require
 from storage.tokens import cached_tokens, load_tokenizer, refuse_short, vocab_size
 
 
@@ -48,19 +47,12 @@ class TokenDataset:
     def from_text(cls, text, tokenizer, seq_len, stride=None):
         """The windows of a whole text file. Raises InputError for what it cannot use."""
         stride = max(1, seq_len // 2) if stride is None else stride
-        if seq_len < 1:
-            raise InputError(f"seq_len {seq_len}: must be at least 1")
-        if not 1 <= stride <= seq_len:
-            raise InputError(f"stride {stride}: must be from 1 to seq_len, {seq_len}; more would "
-                             "skip tokens")
+        require(seq_len >= 1, f"seq_len {seq_len}: must be at least 1")
+        require(1 <= stride <= seq_len, f"stride {stride}: must be from 1 to seq_len, {seq_len}; "
+                "a larger one would skip tokens")
         file = cached_tokens(text, load_tokenizer(tokenizer), seq_len)
         refuse_short(f"the text {text}", file.n_token, seq_len)
-        if file.n_unknown > 0.01 * file.n_token:
-            warnings.warn(
-                f"{file.n_unknown / file.n_token:.0%} of the tokens of {text} are unknown to "
-                f"{tokenizer}, and no model can learn what they were: a byte-level BPE tokenizer "
-                "knows every text, a WordPiece the languages it was made for (Chinese: "
-                "bert-base-chinese)", stacklevel=2)
+        file.warn_of_unknown(tokenizer)
         return cls(file, 0, file.n_token, seq_len, stride)
 
     @property
@@ -113,8 +105,8 @@ class TokenDataset:
 
         They are divided before windows are cut: no id is in both. val's stride is seq_len.
         """
-        if not 0 <= val_fraction < 1:
-            raise InputError(f"val_fraction {val_fraction}: must be at least 0 and less than 1")
+        require(0 <= val_fraction < 1,
+                f"val_fraction {val_fraction}: must be at least 0 and less than 1")
         if val_fraction == 0:
             return self, None
         n, T = self.last - self.first, self.seq_len

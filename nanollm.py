@@ -33,8 +33,9 @@ from autograd import (
 )
 from hardware import device
 from hardware.quantized import QuantizedParameters
+from hardware.sampling import sample
 from storage import huggingface
-from storage.files import InputError
+from storage.files import require
 
 # ---------------------------------------------------------------- the shape
 
@@ -61,26 +62,22 @@ class Config:
             object.__setattr__(self, "n_kv_head", self.n_head)
         for name in ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head",
                      "max_context", "hidden_dim"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= _LARGEST:
-                raise InputError(
-                    f"{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
+            size = getattr(self, name)
+            require(type(size) is int and 1 <= size <= _LARGEST,
+                    f"{name} must be a whole number from 1 to {_LARGEST}, not {size!r}")
         for name in ("eps", "rope_theta"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 1e-30 < value < 1e30:
-                raise InputError(
+            require(type(value) in (int, float) and 1e-30 < value < 1e30,
                     f"{name} must be a number above 0 that a float32 can hold, not {value!r}")
-        if self.embedding_dim % (2 * self.n_head):
-            raise InputError(
+        require(self.embedding_dim % (2 * self.n_head) == 0,
                 f"embedding_dim ({self.embedding_dim}) must be a multiple of 2 * n_head "
                 f"({self.n_head}): all heads have one even size, because RoPE rotates pairs")
-        if self.n_head % self.n_kv_head:
-            raise InputError(f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
-        if self.activation not in list(ACTIVATIONS):
-            raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, "
-                             f"not {self.activation!r}")
-        if not isinstance(self.tie_embeddings, bool):
-            raise InputError(f"tie_embeddings must be True or False, not {self.tie_embeddings!r}")
+        require(self.n_head % self.n_kv_head == 0,
+                f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
+        require(self.activation in list(ACTIVATIONS), "activation must be one of "
+                f"{', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        require(isinstance(self.tie_embeddings, bool),
+                f"tie_embeddings must be True or False, not {self.tie_embeddings!r}")
 
     @property
     def head_dim(self):
@@ -95,18 +92,13 @@ class Config:
         C, F, kv = self.embedding_dim, self.hidden_dim, self.n_kv_head * self.head_dim
         matrices, vectors = {"model.embed_tokens.weight": (self.vocab_size, C)}, {}
         for i in range(self.n_block):
-            block = f"model.layers.{i}."
-            matrices |= {
-                block + "self_attn.q_proj.weight": (C, C),
-                block + "self_attn.k_proj.weight": (kv, C),
-                block + "self_attn.v_proj.weight": (kv, C),
-                block + "self_attn.o_proj.weight": (C, C),
-                block + "mlp.gate_proj.weight": (F, C),
-                block + "mlp.up_proj.weight": (F, C),
-                block + "mlp.down_proj.weight": (C, F),
-            }
-            vectors |= {block + "input_layernorm.weight": (C,),
-                        block + "post_attention_layernorm.weight": (C,)}
+            for name, shape in {
+                    "self_attn.q": (C, C), "self_attn.k": (kv, C), "self_attn.v": (kv, C),
+                    "self_attn.o": (C, C), "mlp.gate": (F, C), "mlp.up": (F, C), "mlp.down": (C, F),
+            }.items():
+                matrices[f"model.layers.{i}.{name}_proj.weight"] = shape
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                vectors[f"model.layers.{i}.{name}.weight"] = (C,)
         if not self.tie_embeddings:
             matrices["lm_head.weight"] = (self.vocab_size, C)
         return matrices | vectors | {"model.norm.weight": (C,)}
@@ -114,13 +106,7 @@ class Config:
     @classmethod
     def load(cls, folder):
         """The Config of a Hugging Face folder. Raises InputError that names the file."""
-        path, settings = huggingface.read_config(folder)
-        with huggingface.in_words_of(path):
-            config = cls(**huggingface.to_fields(settings))
-            if settings.get("head_dim") not in (None, config.head_dim):
-                raise InputError(f"head_dim {settings['head_dim']} is not embedding_dim / n_head; "
-                                 "not implemented")
-            return config
+        return huggingface.load_config(folder, cls)
 
 
 # ---------------------------------------------------------------- the parameters
@@ -172,57 +158,6 @@ class Parameters:
         """{name: array on the host}: what a model's file holds."""
         return {name: np.ascontiguousarray(device.to_host(view))
                 for name, view in self.views(self.flat).items()}
-
-
-# ---------------------------------------------------------------- from logits to the next token
-
-def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
-    """softmax(logits / temperature), cut to the likeliest tokens.  (B, V) -> float64 (B, V)
-
-    First the top_k largest are kept (and any that tie with the last of them), then the fewest of
-    these whose share reaches top_p (nucleus sampling, Holtzman et al. 2020, §3.1). All others
-    get 0, and the rest is scaled to sum to 1. At temperature 0 the largest logit gets it all.
-
-    >>> p = probabilities(np.log([[4, 3, 2, 1]]), top_k=3, top_p=0.7)   # 4/9 + 3/9 reach 0.7
-    >>> p.round(4).tolist()
-    [[0.5714, 0.4286, 0.0, 0.0]]
-    >>> probabilities(np.log([[1, 3]]), temperature=0.5).round(4).tolist()      # 1² : 3²
-    [[0.1, 0.9]]
-    """
-    z = np.asarray(logits, np.float64)
-    if temperature == 0:
-        return (np.arange(z.shape[1]) == z.argmax(1)[:, None]).astype(np.float64)
-    with np.errstate(over="ignore"):                    # near 0: -inf, a probability of 0
-        z = (z - z.max(1, keepdims=True)) / temperature
-    if top_k is not None and top_k < z.shape[1]:
-        z[z < np.partition(z, -top_k, axis=1)[:, -top_k, None]] = -np.inf
-    p = np.exp(z)
-    p /= p.sum(1, keepdims=True)
-    if top_p is not None and top_p < 1:
-        order = np.argsort(-p, axis=1, kind="stable")
-        falling = np.take_along_axis(p, order, 1)
-        before = np.cumsum(falling, 1) - falling
-        falling[before >= top_p] = 0
-        np.put_along_axis(p, order, falling, 1)
-        p /= p.sum(1, keepdims=True)
-    return p
-
-
-def sample(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """For each row of logits (B, V) the first token whose cumulative p exceeds u (B,), in [0, 1).
-
-    >>> logits = np.log([[1, 2, 1]] * 3)            # cumulative: 0.25, 0.75, 1
-    >>> sample(logits, np.array([0.1, 0.5, 0.9])).tolist()
-    [0, 1, 2]
-    """
-    if temperature == 0:
-        return np.asarray(logits).argmax(1)
-    total = np.cumsum(probabilities(logits, temperature, top_k, top_p), 1)
-    return (total > (u * total[:, -1])[:, None]).argmax(1)
-
-
-def _whole(value, low):
-    return isinstance(value, int) and value >= low
 
 
 # ---------------------------------------------------------------- the key/value cache
@@ -380,15 +315,17 @@ class NanoLLM:
         Raises InputError for settings out of range, IndexError for ids outside the vocabulary.
         """
         ids = np.asarray(ids)
-        for name, value, valid, rule in (
-                ("ids", ids.shape, ids.ndim in (1, 2) and ids.size, "one token or more, (T,) or (B, T)"),
-                ("max_new_tokens", max_new_tokens, _whole(max_new_tokens, 0), "0 or more"),
-                ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or above"),
-                ("top_k", top_k, top_k is None or _whole(top_k, 1), "1 or more"),
-                ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-                ("seed", seed, seed is None or _whole(seed, 0), "0 or more")):
-            if not valid:
-                raise InputError(f"generate: {name} must be {rule}, not {value}")
+        require(ids.ndim in (1, 2) and ids.size, "generate needs at least one token to continue, "
+                f"in shape (T,) or (B, T), not {ids.shape}")
+        require(isinstance(max_new_tokens, int) and max_new_tokens >= 0,
+                f"max_new_tokens must be a whole number of at least 0, not {max_new_tokens}")
+        require(0 <= temperature < math.inf,
+                f"temperature must be 0 (greedy) or above, not {temperature}")
+        require(top_k is None or (isinstance(top_k, int) and top_k >= 1),
+                f"top_k must be a whole number of at least 1, not {top_k}")
+        require(top_p is None or 0 < top_p <= 1,
+                f"top_p must be above 0 and at most 1, not {top_p}")
+        require(seed is None or seed >= 0, f"seed must be at least 0, not {seed}")
         device.as_ids(ids, self.config.vocab_size)
         rng = np.random.default_rng(seed)
 

@@ -30,7 +30,8 @@ from console import demo, metrics
 from data import TokenDataset
 from generate import open_model
 from hardware import device
-from nanollm import Config, NanoLLM, probabilities
+from hardware.sampling import probabilities
+from nanollm import Config, NanoLLM
 from train import Adam
 
 FOLDER, SEED = ROOT / "docs" / "figures", 0

@@ -20,6 +20,12 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message is one line that names it and says what to do."""
 
 
+def require(valid, message):
+    """Raise InputError unless `valid`."""
+    if not valid:
+        raise InputError(message)
+
+
 def read_json(path):
     """The JSON object in a file. Raises InputError that names the file."""
     try:

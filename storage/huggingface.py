@@ -1,5 +1,4 @@
 """A Hugging Face model folder: what config.json calls things, and the tensors, checked before any is read."""
-import contextlib
 import json
 import os
 import re
@@ -102,14 +101,22 @@ def read_config(folder):
     return path, read_json(path)
 
 
-@contextlib.contextmanager
-def in_words_of(path=None):
-    """An InputError about a Config's fields becomes one about the settings of config.json (`path`, where known)."""
+def load_config(folder, Config):
+    """The nanollm.Config of a folder. Raises InputError that names the file."""
+    path, settings = read_config(folder)
+    return config_of(settings, path, Config)
+
+
+def config_of(settings, path, Config):
+    """The nanollm.Config of the settings in the file `path`; an InputError names that file and its settings."""
     try:
-        yield
+        config = Config(**to_fields(settings))
+        if settings.get("head_dim") not in (None, config.head_dim):
+            raise InputError(f"head_dim {settings['head_dim']} is not embedding_dim / n_head; not implemented")
+        return config
     except InputError as problem:
-        text = re.sub(r"\b(" + "|".join(NAMES) + r")\b", lambda found: NAMES[found[0]], str(problem))
-        raise InputError(f"{path}: {text}" if path else text) from None
+        words = re.sub(r"\b(" + "|".join(NAMES) + r")\b", lambda found: NAMES[found[0]], str(problem))
+        raise InputError(f"{path}: {words}") from None
 
 
 def file_in(folder, name):

@@ -15,6 +15,7 @@ import shlex
 import stat
 import sys
 import time
+import warnings
 import weakref
 import zlib
 from pathlib import Path
@@ -233,6 +234,13 @@ class TokenFile:
             crc = zlib.crc32(block, crc)
         if crc != about["crc"]:
             raise ValueError(f"{path} does not hold the ids that were written")
+
+    def warn_of_unknown(self, name):
+        """Warn if more than 1 % of the tokens are unknown to the tokenizer.json `name`."""
+        if self.n_unknown > 0.01 * self.n_token:
+            warnings.warn(f"{self.n_unknown / self.n_token:.0%} of the tokens of {self.text} are unknown to {name}, "
+                          "and no model can learn what they were: a byte-level BPE tokenizer knows every text, a "
+                          "WordPiece the languages it was made for (Chinese: bert-base-chinese)", stacklevel=3)
 
     def ids(self, first, last):
         """ids[first:last], mapped again by each call: a map kept for long ends up holding the file in memory."""

@@ -15,7 +15,8 @@ import generate
 import nanollm
 from autograd import Tensor, recording
 from hardware.device import to_host
-from nanollm import Config, NanoLLM, probabilities, sample
+from hardware.sampling import probabilities, sample
+from nanollm import Config, NanoLLM
 from storage.files import InputError
 from storage.tokens import Decoder, load_tokenizer
 

@@ -26,7 +26,8 @@ from autograd import ACTIVATIONS
 from console import figure, options
 from data import TokenDataset
 from hardware.device import to_host
-from nanollm import Config, NanoLLM, probabilities, sample
+from hardware.sampling import probabilities, sample
+from nanollm import Config, NanoLLM
 from storage import checkpoint, huggingface, tokens
 from storage.checkpoint import read_moments, read_trainer
 from storage.files import InputError
@@ -135,8 +136,7 @@ json_values = st.recursive(
                                         "pretraining_tp"]), json_values, min_size=1, max_size=2))
 def test_any_json_in_a_setting_makes_a_config_or_is_refused(values):
     try:
-        with huggingface.in_words_of("folder/config.json"):
-            config = Config(**huggingface.to_fields(huggingface.to_config(SMALLEST) | values))
+        config = huggingface.config_of(huggingface.to_config(SMALLEST) | values, "folder/config.json", Config)
     except InputError as problem:
         assert str(problem).startswith("folder/config.json: ") and str(problem).isprintable()
         return
