@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from console import cli, metrics, options
-from console.observer import Observer
+from console.observer import Observer, announce
 from console.progress import Progress, say
 from data import TokenDataset
 from evaluate import evaluate
@@ -223,18 +223,6 @@ def make_model(request, tokenizer):
         model = NanoLLM(config, request.settings.seed)
     model.compute_dtype, model.recompute = np.dtype(request.settings.dtype), request.settings.recompute
     return model, entries
-
-
-def announce(model, train_set, val_set, settings, state, folder):
-    """Say what is about to be trained, and on what."""
-    tokens = settings.windows_per_step() * settings.seq_len
-    n_unseen = len(val_set.tokens) if val_set else 0
-    say(f"device     {device.reason}\n"
-        f"text       {settings.text}: {len(train_set.tokens):,} tokens to train on in "
-        f"{len(train_set):,} windows, {n_unseen:,} unseen ones to validate\n"
-        f"model      {model.weights.flat.size:,} parameters, {model.config}\n"
-        f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
-        f"folder     {folder}")
 
 
 def main(argv=None):

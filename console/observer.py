@@ -4,6 +4,19 @@ import math
 from console import metrics
 from console.metrics import perplexity
 from console.progress import say
+from hardware import device
+
+
+def announce(model, train_set, val_set, settings, state, folder):
+    """Say what is about to be trained, and on what."""
+    tokens = settings.windows_per_step() * settings.seq_len
+    n_unseen = len(val_set.tokens) if val_set else 0
+    say(f"device     {device.reason}\n"
+        f"text       {settings.text}: {len(train_set.tokens):,} tokens to train on in {len(train_set):,} windows, "
+        f"{n_unseen:,} unseen ones to validate\n"
+        f"model      {model.weights.flat.size:,} parameters, {model.config}\n"
+        f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
+        f"folder     {folder}")
 
 
 def due(step, every):
