@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("hypothesis")       # requirements-dev.txt has it
 
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kinds import CORPUS, KINDS, Ids, decoding, every_kind, streamed, whole
 from test_checkpoint import FILES
@@ -33,7 +33,8 @@ from storage.checkpoint import read_moments, read_trainer
 from storage.files import InputError
 from train import Adam, learning_rate
 
-quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+fresh = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+same = settings(fresh, derandomize=True, database=None)             # the same inputs in every run
 
 
 # ---------------------------------------------------------------- Config
@@ -44,7 +45,7 @@ some_fields = st.fixed_dictionaries({"vocab_size": st.integers(1, 50)}, optional
     f.name: st.one_of(st.integers(1, 8), st.sampled_from([2, 4, 8]), anything) for f in fields(Config)[1:]})
 
 
-@quick
+@settings(same, max_examples=150)
 @given(some_fields)
 def test_any_values_make_a_config_or_an_input_error(values):
     try:
@@ -64,7 +65,7 @@ sampling_options = st.fixed_dictionaries({}, optional={
 distinct_logits = st.lists(st.integers(-400, 400), min_size=1, max_size=9, unique=True).map(lambda x: np.array(x) / 100)
 
 
-@quick
+@settings(same, max_examples=150)
 @given(distinct_logits, sampling_options)
 def test_probabilities(logits, options):
     got = probabilities(np.stack([logits, logits[::-1]]).astype(np.float32), **options)
@@ -78,7 +79,7 @@ def test_probabilities(logits, options):
         np.testing.assert_allclose(got[1], expected[::-1], atol=1e-6)
 
 
-@quick
+@settings(same, max_examples=150)
 @given(distinct_logits, sampling_options)
 def test_evenly_spread_draws_hit_each_token_in_proportion(logits, options):
     n = 1000
@@ -104,7 +105,7 @@ def flippable(tmp_path_factory):
     return folder, (folder / "model.safetensors").read_bytes(), [t.shape for t in model.parameters().values()]
 
 
-@settings(quick, max_examples=250)
+@settings(same, max_examples=250)
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=3))
 def test_flipped_bytes_load_the_same_shapes_or_are_refused(flippable, flips):
     folder, whole, shapes = flippable
@@ -131,7 +132,7 @@ json_values = st.recursive(
     max_leaves=3)
 
 
-@quick
+@settings(same, max_examples=150)
 @given(st.dictionaries(st.sampled_from([*huggingface.to_config(SMALLEST), "rope_scaling", "quantization_config",
                                         "pretraining_tp"]), json_values, min_size=1, max_size=2))
 def test_any_json_in_a_setting_makes_a_config_or_is_refused(values):
@@ -159,7 +160,7 @@ texts = st.lists(snippets, min_size=1, max_size=30).map("".join)
 
 
 @every_kind
-@settings(max_examples=40, deadline=None)
+@settings(fresh, max_examples=40)
 @given(text=texts, chunk=st.integers(1, 90), block=st.integers(1, 400))
 def test_chunks_have_the_ids_of_the_whole_text(kind, text, chunk, block):
     tokenizer = KINDS[kind]
@@ -178,6 +179,7 @@ sizes = st.tuples(st.integers(2, 60), st.integers(1, 20), st.integers(1, 20)).fi
     lambda t: t[0] > t[1] >= t[2])
 
 
+@fresh
 @given(sizes)
 def test_windows_cover_every_token_and_the_last_ends_at_the_end(size):
     n, seq_len, stride = size
@@ -193,6 +195,7 @@ def test_windows_cover_every_token_and_the_last_ends_at_the_end(size):
     assert {int(t) for x, y in windows for t in (*x, *y)} == set(range(n))
 
 
+@fresh
 @given(size=sizes, batch=st.integers(1, 9), seed=st.integers(0, 5), start=st.integers(0, 100))
 def test_batches_are_the_windows_of_one_endless_stream(size, batch, seed, start):
     n, seq_len, stride = size
@@ -212,6 +215,7 @@ def test_batches_are_the_windows_of_one_endless_stream(size, batch, seed, start)
 
 # ---------------------------------------------------------------- training and validation parts
 
+@fresh
 @given(size=sizes, fraction=st.floats(0.01, 0.99), batch=st.integers(1, 5))
 def test_parts_share_no_token_and_validation_scores_each_target_once(size, fraction, batch):
     n, seq_len, stride = size
@@ -234,6 +238,7 @@ def test_parts_share_no_token_and_validation_scores_each_target_once(size, fract
     assert [x.shape[1] for x, _, _ in in_order][:-1] == [seq_len] * (len(in_order) - 1)
 
 
+@fresh
 @given(size=sizes, batch=st.integers(1, 5))
 @example((30, 8, 8), 2)
 @example((9, 8, 3), 2)
@@ -256,7 +261,7 @@ def test_in_order_every_id_but_the_first_is_a_new_target_once_behind_enough_cont
 
 @given(st.integers(1, 500), st.floats(1e-6, 1), st.floats(0, 1), st.integers(0, 500),
        st.sampled_from(["cosine", "constant"]))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(same, max_examples=200)
 def test_the_rate_stays_between_its_ends_and_never_rises_after_the_warm_up(steps, peak, share, warmup, schedule):
     low, warmup = peak * share, min(warmup, steps)
     rate = [learning_rate(step, steps, peak, low, warmup, schedule) for step in range(steps)]
@@ -271,7 +276,7 @@ def test_the_rate_stays_between_its_ends_and_never_rises_after_the_warm_up(steps
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "WordPiece"])
 @given(text=st.text(st.sampled_from("ab c.却说é👍\n"), max_size=150))
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(same, max_examples=60)
 @example(text="却说孙悟空一个筋斗云👍👍👍ab" * 20)
 def test_text_streams_whole_characters(kind, text):
     tokenizer = decoding()[kind]
@@ -283,7 +288,7 @@ def test_text_streams_whole_characters(kind, text):
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "WordPiece"])
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(same, max_examples=60)
 def test_whatever_a_model_says_can_be_streamed(kind, data):
     """Parts of characters come in any order: nothing raises, nothing is lost or repeated."""
     tokenizer = decoding()[kind]
@@ -318,7 +323,7 @@ def pieces_after(pieces, start):
 
 @given(st.lists(st.text("ab", max_size=4), max_size=9), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
        st.integers(0, 6))
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(same, max_examples=150)
 def test_text_ends_before_a_stop_string_however_it_comes(pieces, stops, start):
     text = "".join(pieces)
     start = min(start, len(text))
@@ -341,7 +346,7 @@ def test_text_ends_before_a_stop_string_however_it_comes(pieces, stops, start):
 # ---------------------------------------------------------------- a checkpoint, damaged
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(same, max_examples=150)
 def test_any_flipped_bytes_are_found(stopped, data):
     newest = stopped / "checkpoint-10"
     name = data.draw(st.sampled_from(FILES))
@@ -366,7 +371,7 @@ any_json = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() 
 
 
 @given(any_json, st.data())
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(same, max_examples=150)
 def test_any_json_is_a_state_or_refused(stopped, value, data):
     folder = stopped.parent / "any"
     folder.mkdir(exist_ok=True)
@@ -383,7 +388,7 @@ def test_any_json_is_a_state_or_refused(stopped, value, data):
 
 
 @given(st.binary(max_size=40), st.integers(0, 400))
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@same
 def test_any_bytes_are_moments_or_refused(stopped, noise, where):
     model = NanoLLM(Config(290, 16, 2, 2, 1, 8, 24))
     folder = stopped.parent / "noise"
@@ -417,7 +422,7 @@ def place(tmp_path_factory):
 
 
 @given(st.lists(st.tuples(st.sampled_from(FLAGS), VALUES, st.booleans()), max_size=5))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(same, max_examples=200)
 @example([("warmup-steps", "9" * 40, True)])
 @example([("resume", "", False), ("init-from", "x", True), ("demo", "", False)])
 @example([("seed", "9" * 40, True), ("num-epochs", "1000000000", True)])
@@ -449,7 +454,7 @@ WORDS = st.sampled_from("prompt max-new-tokens temperature top-k top-p seed stop
 
 
 @given(st.lists(st.tuples(WORDS, VALUES), max_size=4))
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(same, max_examples=60)
 def test_any_flags_generate_or_say_why_not(place, flags):
     if not (place / "fine").exists():
         NanoLLM(Config(290, 16, 1, 2, 2, 8, 24)).save(place / "fine")
@@ -470,7 +475,7 @@ def with_few_tokens(self, ids, count, *rest):
 
 # ---------------------------------------------------------------- the picture of an evaluation
 
-@settings(quick, max_examples=40)
+@settings(same, max_examples=40)
 @given(st.lists(st.tuples(st.text("ab \n\r\t$却é\u0301\0", max_size=9) | st.text(max_size=300), st.integers(1, 4)),
                 max_size=60))
 def test_layout_keeps_every_token_and_lets_no_text_overlap(found):
