@@ -1,4 +1,4 @@
-# make demo | make test | make figures: each sets up its own virtual environment (.venv) on the first run.
+# make demo | make test | make figures: the first of them to run sets up a virtual environment, .venv.
 # Another Python: make demo PYTHON=python3.12
 
 PYTHON = python3
@@ -19,7 +19,7 @@ figures: .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv .venv-ci .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: demo test figures clean
