@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {"autograd.py": None, "hardware/device.py": ("add_rows", "_product")}   # which of its functions; None: all
+FILES = {   # the functions in which bugs are planted; None: all
+    "autograd.py": None, "hardware/device.py": ("add_rows", "add_scaled", "_product"), "hardware/random_bits.py": None}
 TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 
 # Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
@@ -166,7 +167,9 @@ def mutants(source, file="autograd.py"):
         for child in ast.iter_child_nodes(parent):
             child.parent = parent
     for top in tree.body:
-        if not isinstance(top, ast.FunctionDef | ast.ClassDef):
+        if isinstance(top, ast.Assign) and isinstance(top.value, ast.Lambda):
+            top.name = top.targets[0].id
+        elif not isinstance(top, ast.FunctionDef | ast.ClassDef):
             continue
         found, functions = [], {node.name for node in ast.walk(top) if isinstance(node, ast.FunctionDef)}
         for node in ast.walk(top):
@@ -263,8 +266,9 @@ def run(chosen, workers=2):
         first = workplace(Path(parent, "0").resolve())
         if caught(first, write_bytecode=True):
             raise SystemExit("the tests fail without any mutant: make them pass first")
-        for compiled in [c for file in FILES for c in (first / "__pycache__").glob(f"{Path(file).stem}.*")]:
-            compiled.unlink()           # a mutant may have the size and the time of the file it was made from
+        for file in FILES:              # a mutant may have the size and the time of the file it was made from
+            for compiled in (first / file).parent.glob(f"__pycache__/{Path(file).stem}.*"):
+                compiled.unlink()
         for i in range(1, workers):
             shutil.copytree(first, Path(parent, str(i)))
         for i in range(workers):
