@@ -55,7 +55,7 @@ def no_grad():
 
 def recording(*tensors):
     """Whether an op on these tensors has to remember how it was done."""
-    return any(t.requires_grad for t in tensors) and not getattr(_thread, "no_grad", False)
+    return not getattr(_thread, "no_grad", False) and any(t.requires_grad for t in tensors)
 
 
 class Node:
@@ -194,7 +194,7 @@ def _unbroadcast(gradient, shape):
 
 # Sums, exponentials and normalisations of half precision are computed in float32.
 _wide_dtype = lambda x: np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
-_wide = lambda x: x.astype(_wide_dtype(x), copy=False)
+_wide = lambda x: x.astype(np.float32) if x.dtype.itemsize == 2 else x
 
 
 def _total(x, axis, keepdims=False):
@@ -344,8 +344,8 @@ def reshape(x, *shape):
 def transpose(x, *axes):
     """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the axes put back."""
     axes = [a % x.data.ndim for a in axes] or list(reversed(range(x.data.ndim)))
-    back = [axes.index(i) for i in range(len(axes))]            # the inverse permutation
-    return record(x.data.transpose(axes), (x,), lambda dout: (dout.transpose(back),))
+    return record(x.data.transpose(axes), (x,), lambda dout: (
+        dout.transpose([axes.index(i) for i in range(len(axes))]),))    # the inverse permutation
 
 
 def getitem(x, index):
@@ -389,13 +389,12 @@ def linear(x, w):
     (Micikevicius et al. 2018, §3.1)
     """
     rows, weight, shape = _rows(x.data), w.data, x.shape
-    out = device.linear(rows, weight)
 
     def backward(dout):
         dout = _rows(dout)
         dx = device.matmul(dout, weight.astype(dout.dtype, copy=False)).reshape(shape)
         return dx, lambda dw: device.matmul(_t(dout), rows, out=dw, accumulate=True)
-    return record(out.reshape(*shape[:-1], len(weight)), (x, w), backward)
+    return record(device.linear(rows, weight).reshape(*shape[:-1], len(weight)), (x, w), backward)
 
 
 def embedding(w, ids):
@@ -620,6 +619,7 @@ def glu(gate, up=None, activation="silu"):
     both = gate.data if up is None else device.xp.concatenate((gate.data, up.data), -1)
     forward, backward_formula = _glu_formulas(activation)
     shape, both, F = both.shape, _rows(both), both.shape[-1] // 2
+    half = (*shape[:-1], F)
     g, u, out = both[:, :F], both[:, F:], device.xp.empty((len(both), F), both.dtype)
     _sweep_rows(lambda part: forward(g[part], u[part], out[part]), *g.shape)
 
@@ -628,11 +628,8 @@ def glu(gate, up=None, activation="silu"):
         dg, du = dboth[:, :F], dboth[:, F:]
         _sweep_rows(lambda part: backward_formula(g[part], u[part], dout[part], dg[part], du[part]),
                     *g.shape)
-        if up is None:
-            return (dboth.reshape(shape),)
-        return dg.reshape(gate.shape), du.reshape(gate.shape)
-    inputs = (gate,) if up is None else (gate, up)
-    return record(out.reshape(*shape[:-1], F), inputs, backward)
+        return (dboth.reshape(shape),) if up is None else (dg.reshape(half), du.reshape(half))
+    return record(out.reshape(half), (gate,) if up is None else (gate, up), backward)
 
 
 # ---------------------------------------------------------------- attention
@@ -657,7 +654,9 @@ def attention_plain(q, k, v):
     xp, (B, H, T, D), (_, K, S, _) = device.xp, q.shape, k.shape
     q_, (k_, v_) = q.data, (xp.repeat(x.data, H // K, axis=1) for x in (k, v))  # (B, H, S, D)
     future = xp.triu(xp.ones((T, S), bool), S - T + 1)          # True where key > S - T + query
-    p = _softmax(xp.where(future, -xp.inf, q_ @ _t(k_) / D ** 0.5))             # (B, H, T, S)
+    s = q_ @ _t(k_) / D ** 0.5                                                  # (B, H, T, S)
+    s = xp.where(future, -xp.inf, s)
+    p = _softmax(s)
 
     def backward(dout):
         dv, dp = _t(p) @ dout, dout @ _t(v_)
@@ -701,24 +700,25 @@ def attention(q, k, v):
     out = xp.empty(qs.shape, dtype)
     L = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None
     heads = _SCORES // (G * min(_QUERIES, T) * S)       # in a block
-
     merged = lambda x: x.reshape(len(x), -1, x.shape[-1])           # (h, G, n, D) -> (h, G·n, D)
     split = lambda x: x.reshape(len(x), G, -1, x.shape[-1])         # and back
     product = lambda a, b, **into: device.matmul(a.astype(dtype, copy=False), b, **into)
 
-    def scores(h, t, end):                              # q/√D (h, G·n, D) and s (h, G·n, end)
+    def scores(h, t, end):                      # q/√D (h, G·n, D) and the masked s (h, G·n, end)
         q = (merged(qs[h, :, t]) * D ** -0.5).astype(dtype, copy=False)
         s = product(q, _t(ks[h, :end]), dtype=wide)
-        n = t.stop - t.start                            # only the last n keys can be in the future,
-        split(s)[..., end - n:] += _future(xp, n, wide)         # and of these the upper triangle
+        n = t.stop - t.start                    # n queries at the last n positions: only keys there
+        if n > 1:                               # can be later, above the diagonal
+            split(s)[..., end - n:] += _future(xp, n, wide)
         return q, s
 
     def forward(h):
         for t, end in _query_blocks(T, S):
             _, s = scores(h, t, end)
             top = s.max(-1, keepdims=True)
-            p = xp.exp(xp.subtract(s, top, out=s), out=s)       # softmax, not yet divided by
-            total = p.sum(-1, keepdims=True)                    # its row sum: D < end divisions
+            s -= top
+            p = xp.exp(s, out=s)                # softmax without the division by its row sums:
+            total = p.sum(-1, keepdims=True)    # dividing p @ v instead takes D numbers, not `end`
             out[h, :, t] = split(product(p, vs[h, :end], dtype=wide) / total)
             if L is not None:
                 L[h, :, t] = split(top + xp.log(total))
@@ -731,7 +731,8 @@ def attention(q, k, v):
         def block(h):
             for t, end in _query_blocks(T, S):
                 q, s = scores(h, t, end)
-                p = xp.exp(xp.subtract(s, merged(L[h, :, t]), out=s), out=s)
+                s -= merged(L[h, :, t])
+                p = xp.exp(s, out=s)
                 d = merged(dout[h, :, t])
                 product(_t(p), d, out=dv[h, :end], accumulate=True)
                 ds = product(d, _t(vs[h, :end]), dtype=wide)    # dp
@@ -767,8 +768,7 @@ def recompute(f, x):
     if not recording(x):
         return f(x)
     with no_grad():
-        out = f(x).data
-    start = x.data
+        start, out = x.data, f(x).data
 
     def backward(dout):
         again = Tensor(start, requires_grad=True)

@@ -183,11 +183,9 @@ def sweep(f, n, block):
     the cache while f passes over them several times, are shared between the threads (NumPy releases
     Python's lock while it computes). The slices do not depend on the number of threads, and the results are in
     their order: the arithmetic is the same on every run.
-    Inside, infinity is a result and no warning, as on a GPU: training finds it in the gradients. NaN still warns.
     """
     if on_gpu or n <= block:
-        with np.errstate(over="ignore"):
-            return [f(slice(0, n))] if n else []
+        return [f(slice(0, n))] if n else []
     count = math.ceil(n / max(int(block), 1))
     count += count % 2                          # an even number of one size: the threads end together
     size = math.ceil(n / count)
@@ -195,9 +193,8 @@ def sweep(f, n, block):
     results, left = [None] * len(slices), iter(enumerate(slices))
 
     def share():
-        with np.errstate(over="ignore"):        # each thread has its own
-            for i, rows in left:                # whoever is free takes the next
-                results[i] = f(rows)
+        for i, rows in left:                    # whoever is free takes the next
+            results[i] = f(rows)
 
     helpers = min(threads, len(slices)) - 1
     if helpers < 1 or getattr(_here, "busy", False):
