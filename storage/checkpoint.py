@@ -10,6 +10,9 @@
             trainer.json            how far training is (State), and the command that began it
             SHA256SUMS              the hashes of all these files, as `sha256sum -c` reads them
 
+No run ever overwrites another. Within a run, `best` is replaced by a better model, the final model by that of a longer
+training, and old checkpoints are removed (--keep-last).
+
 Every file and folder gets its name only when it is complete and on the disk (see `whole` in files.py). What a crash
 leaves behind is never read, and the next process that writes there removes it.
 """
@@ -36,7 +39,7 @@ from storage.files import InputError, file_hash, lock, read_json, recover, remov
 # ---------------------------------------------------------------- the folder of a run
 
 def holds_run(folder):
-    """Whether anything that a run writes is in this folder."""
+    """Whether this folder contains anything that a run writes."""
     return any(any(folder.glob(name)) for name in ("metrics.csv", "config.json", "model.safetensors", "checkpoint-*"))
 
 
@@ -48,10 +51,12 @@ def checkpoints(folder):
 
 
 def check_free(folder=None, default="runs/llm"):
-    """Raise InputError unless a new run can begin in `folder`, or next to the default. Leaves nothing there."""
+    """Raise InputError unless a new run can begin in `folder`, or next to the default. Tests by writing a temporary
+    file.
+    """
     try:
         if folder is not None and holds_run(Path(folder)):
-            raise InputError(f"{folder} already holds a run, and nothing is ever overwritten: "
+            raise InputError(f"{folder} already holds a run, and no run overwrites another: "
                              "continue it with --resume, or name another --artifact-dir")
         folder = Path(default).parent if folder is None else Path(folder)
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
@@ -109,29 +114,30 @@ def held(folder):
             yield
         except (OSError, SafetensorError) as problem:
             where, why = getattr(problem, "filename", None) or folder, getattr(problem, "strerror", None) or problem
-            saved = [f"{path} is complete: once that is fixed, continue with {resume_command(folder)}"
-                     for path in checkpoints(folder)] or ["nothing was saved yet"]
-            raise InputError(f"cannot write {where} ({why}); {saved[-1]}") from None
+            saved = "nothing was saved yet"
+            if done := checkpoints(folder):
+                saved = f"{done[-1]} is complete: once that is fixed, continue with {resume_command(folder)}"
+            raise InputError(f"cannot write {where} ({why}); {saved}") from None
 
 
 # ---------------------------------------------------------------- models and checkpoints
 
 @dataclass
 class State:
-    """How far training is. With the weights and Adam's moments, this is all that decides how it continues."""
-    step: int = 0
-    epoch: float = 0.0
-    windows: int = 0                    # samples taken so far, of an endless stream: a resumed run takes the next ones
-    loss_sum: float = 0.0               # of the steps since the last row of metrics.csv, and their number
-    loss_count: int = 0
-    best_loss: float | None = None      # the lowest validation loss, and the evaluations since then
-    without_better: int = 0
+    """Everything about progress that a resumed run needs, besides weights, moments and settings."""
+    step: int = 0                       # steps done
+    epoch: float = 0.0                  # passes over the training windows, with the fraction of the current one
+    windows: int = 0                    # windows taken so far from the endless stream: a resumed run takes the next
+    loss_sum: float = 0.0               # sum of the losses since the last row of metrics.csv
+    loss_count: int = 0                 # number of steps in that sum
+    best_loss: float | None = None      # lowest validation loss so far
+    without_better: int = 0             # evaluations since then
     skipped: int = 0                    # steps whose loss or gradient was not finite
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: int = 0           # of these, the ones since the last step that was finite
     updates: int = 0                    # Adam's t
-    loss_scale: float = 1.0             # float16: what the loss is multiplied by, and the steps since it changed
-    scale_age: int = 0
-    seconds: float = 0.0
+    loss_scale: float = 1.0             # float16: what the loss is multiplied by
+    scale_age: int = 0                  # steps since the loss scale changed
+    seconds: float = 0.0                # time spent, over all resumptions
 
 
 def _json(value):
@@ -190,10 +196,13 @@ class Run:
 
 def newest_checkpoint(folder):
     """The newest checkpoint of a run. Raises InputError if there is none, or if it is not as it was written."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--resume: there is no folder {folder}: name the folder of a run with --artifact-dir")
     recover(Path(folder))
     *older, newest = checkpoints(folder) or [None]
     if newest is None:
-        raise InputError(f"--resume: there is no checkpoint in {folder}; without --resume a new run begins")
+        raise InputError(f"--resume: there is no checkpoint in {folder}: name the folder of another run, or begin a "
+                         "new run in a new folder, without --resume")
     try:
         check_sums(newest)
     except InputError as problem:
@@ -208,7 +217,8 @@ def check_sums(checkpoint):
     """Raise InputError that names the file unless all of a checkpoint's files are as they were written."""
     path = checkpoint / "SHA256SUMS"
     try:
-        sums = dict(reversed(line.split("  ", 1)) for line in path.read_text(encoding="utf-8").splitlines())
+        lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        sums = {name: value for value, name in lines}
     except OSError as problem:
         raise InputError(f"{path}: {problem.strerror}") from None
     except ValueError:
@@ -226,7 +236,8 @@ def read_trainer(checkpoint):
         if field.name not in about:
             raise InputError(f"{path}: {field.name} is missing")
         value = about.pop(field.name)
-        if not isinstance(value, field.type) or isinstance(value, bool) or not 0 <= (value or 0) < math.inf:
+        of_its_type = isinstance(value, field.type) and not isinstance(value, bool)     # a bool counts as an int
+        if not of_its_type or not 0 <= (value or 0) < math.inf:
             raise InputError(f"{path}: {field.name} cannot be {value!r}")
         values[field.name] = value
     for name in ("command", "hashes"):

@@ -31,7 +31,7 @@ def read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise InputError(f"{path}: {problem.strerror}; a Hugging Face model folder is needed") from None
+        raise InputError(f"{path}: {problem.strerror}") from None
     except (ValueError, RecursionError) as problem:     # not UTF-8, not JSON, or brackets nested too deeply
         raise InputError(f"{path}: not valid JSON ({problem})") from None
     if not isinstance(value, dict):
@@ -42,7 +42,7 @@ def read_json(path):
 def file_hash(path):
     """SHA-256 of a file's bytes, in hexadecimal. Raises InputError if there is no such file."""
     try:
-        if not Path(path).is_file():    # to open a pipe would wait for ever
+        if not Path(path).is_file():    # opening a pipe would block forever
             raise InputError(f"{path}: there is no such file")
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -67,41 +67,46 @@ def sync(path):
 def refuse_existing(path):
     """Raise InputError if anything has this name."""
     if os.path.lexists(path):
-        raise InputError(f"{path} exists, and nothing is ever overwritten: give another name")
+        raise InputError(f"{path} exists and is not overwritten: give another name")
 
 
 # ---------------------------------------------------------------- whole or not at all
 
 _WORKPLACE = re.compile(r"\.(.+)\.[0-9a-f]{8}\.nanollm")       # .NAME.1a2b3c4d.nanollm/ holds NAME until it is complete
-_DAY = 24 * 3600
+_DAY = 24 * 3600        # without locks, a workplace this old is taken for one whose process is dead
 
 
 @contextlib.contextmanager
 def whole(path):
-    """Give a path to fill with a file or a folder. Once that is complete and on the disk, it gets the name `path`.
+    """Yield a draft path, for a file or a folder. Once that is complete and on the disk, it gets the name `path`.
 
         with whole(folder / "config.json") as draft:
             draft.write_text("{}")
 
-    After an error everything is as before. If there is a folder of this name, it is moved aside at the very end; if
-    this process is killed in that moment, `recover` moves it back.
+    After an error everything is as before; an OSError then names `path`, not the draft. If there is a folder of this
+    name, it is moved aside at the very end; if this process is killed in that moment, `recover` moves it back.
     """
     path = Path(path)
     if any(_WORKPLACE.fullmatch(folder.name) for folder in path.parents):
         yield path                      # the folder that it is in becomes whole later, with all its files
         return
     recover(path.parent)
-    with _workplace(path) as work:
-        draft = work / path.name
-        yield draft
-        for part in [draft] if draft.is_file() else [*draft.rglob("*"), draft]:
-            if part.is_file():
-                part.chmod(work.stat().st_mode & 0o666)     # safetensors makes files that only their owner can read
-            sync(part)
-        if draft.is_dir() and path.is_dir():
-            path.rename(work / (path.name + ".old"))
-        draft.replace(path)
-        sync(path.parent)
+    try:
+        with _workplace(path) as work:
+            draft = work / path.name
+            yield draft
+            for part in [*draft.rglob("*"), draft]:             # if it is a file, there is nothing below it
+                if part.is_file():
+                    part.chmod(work.stat().st_mode & 0o666)     # safetensors' files are readable by their owner only
+                sync(part)
+            if draft.is_dir() and path.is_dir():
+                path.rename(work / (path.name + ".old"))
+            draft.replace(path)
+            sync(path.parent)
+    except OSError as problem:
+        if ".nanollm" in str(problem.filename or ".nanollm"):
+            problem.filename = str(path)
+        raise
 
 
 def remove_folder(path):
@@ -114,7 +119,8 @@ def recover(folder):
     """Clear away what killed processes left unfinished in a folder. What a living process is writing stays."""
     for work in folder.glob(".*.nanollm"):
         if _WORKPLACE.fullmatch(work.name):
-            with contextlib.suppress(OSError), lock(work) as is_held:       # BlockingIOError: its process is alive
+            # An error means that a living process holds the lock, or that another one has just cleared this away.
+            with contextlib.suppress(OSError), lock(work) as is_held:
                 if is_held or time.time() - work.stat().st_mtime > _DAY:
                     _clear(work)
 

@@ -98,6 +98,8 @@ def quantization(bits):
 def read_config(folder):
     """(path, settings) of a folder's config.json. Raises InputError that names the file."""
     path = file_in(Path(folder), "config.json")
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; is this a model's folder?")
     return path, read_json(path)
 
 

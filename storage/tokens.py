@@ -153,7 +153,8 @@ def find_cut(encode, text, first, last):
     With k = CONTEXT, the ids of text[cut-k : cut] must be the first of those of text[cut-k : cut+k]: then the text left
     of the cut is encoded the same way whatever follows. (Newlines would not do: "\\n\\n" is one token in GPT-2's
     vocabulary, and Llama's tokenizer puts a space before the first word.) Ends of words are tried first.
-    Where one side has few ids, as in a long word or among accents that a normalizer strips, this proves too little.
+    Where one side has few ids, as in a long word or among accents that a normalizer strips, agreement proves too
+    little, so such a place is rejected.
     """
     few = CONTEXT // 32
     places = range(last, max(first, last - TRIES), -1)
@@ -161,7 +162,8 @@ def find_cut(encode, text, first, last):
         begin = max(0, cut - CONTEXT)
         context = encode(text[begin:cut])
         both = encode(text[begin:cut + CONTEXT])
-        if few < len(context) < len(both) - few and both[:len(context)] == context:
+        left, right = len(context), len(both) - len(context)        # the number of ids on each side
+        if min(left, right) > few and both[:left] == context:
             return cut, context
     return None
 
@@ -250,6 +252,9 @@ class TokenFile:
         """Where id n begins in the text: the first byte of its first character. Id 0 begins with the text.
 
         A byte-level token may begin inside a character, a part of which then belongs to the id before.
+
+        The chunk with id n is encoded again, after its context. Its tokens are counted from the end, so that the number
+        of the context's does not matter: if the next chunk begins with id 20,000, id 19,997 is the third from the end.
         """
         if n in (0, self.n_token):
             return self.n_byte if n else 0

@@ -265,7 +265,7 @@ def test_the_text_may_have_moved_but_must_be_there(halfway, stopped, tmp_path):
 
 def test_what_may_change(halfway):
     changes = {"num-epochs": 2, "max-steps": 14, "learning-rate": 0.02, "lr-schedule": "constant", "warmup-steps": 0,
-               "min-lr": 0.001, "beta1": 0.5, "beta2": 0.9, "weight-decay": 0.1, "clip-norm": 0.5, "eval-every": 2,
+               "beta1": 0.5, "beta2": 0.9, "weight-decay": 0.1, "clip-norm": 0.5, "eval-every": 2,
                "save-every": 1, "log-every": 2, "sample-every": 9, "prompt": "a dog", "keep-last": 3, "patience": 50}
     code, out, err = command(train.main, "--resume", "--artifact-dir", halfway,
                              *(f"--{name}={value}" for name, value in changes.items()))
@@ -274,6 +274,8 @@ def test_what_may_change(halfway):
     saved = read_trainer(halfway / "checkpoint-14")[1]["command"]
     assert {name: saved[name.replace("-", "_")] for name in changes} == changes
     assert {float(row["learning_rate"]) for row in rows(halfway) if int(row["step"]) > 10} == {0.02}
+    assert resume(halfway, "--max-steps", 16, "--lr-schedule", "cosine", "--min-lr", 0.003) == 0
+    assert float(rows(halfway)[-1]["learning_rate"]) == pytest.approx(0.003)        # where the cosine ends
 
 
 def test_another_batch_size_continues_with_the_next_windows_and_a_note(halfway, monkeypatch):
@@ -559,7 +561,7 @@ def test_a_disk_that_refuses(exact, where, files, tmp_path, monkeypatch):
         patch.setattr(Adam, "step", full)
         code, _, err = command(train.main, *flags, "run")
     assert code == 2 and err.count("\n") == 1 and err.startswith("train.py: cannot write ")
-    assert words in err and "run/checkpoint-5 is complete" in err
+    assert words in err and "run/checkpoint-5 is complete" in err and ".nanollm" not in err
     assert "python train.py --resume --artifact-dir run" in err
     assert checkpoint.newest_checkpoint(tmp_path / "run").name == "checkpoint-5"
     assert resume("run") == 0
@@ -882,7 +884,7 @@ def test_text_trained_on_has_no_bos_inserted(llama, files, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--n-head", "8"], "--n-head is 8, the model in .*llama has 2"),       # though 8 is the default of a new model
+    (["--n-head", "8"], "--n-head is 8, but the model in .*llama has 2"),       # though 8 is the default of a new model
     (["--embedding-dim", "512"], "--embedding-dim is 512"), (["--rope-theta", "1e6"], "--rope-theta"),
     (["--tie-embeddings"], None), (["--hidden-dim", "24"], None)])
 def test_a_shape_other_than_the_folder_s_is_refused(llama, files, flags, words):

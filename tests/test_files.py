@@ -99,6 +99,26 @@ def test_a_folder_is_made_whole_with_all_its_files(tmp_path, monkeypatch):
     assert (tmp_path / "folder/a.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.ENOSPC, "full", "DRAFT"),
+                                   OSError(errno.ENOENT, "no", "other.txt")])
+def test_an_error_names_the_final_path(tmp_path, error):
+    with pytest.raises(OSError, match=r"full|no") as caught, whole(tmp_path / "run") as draft:
+        draft.mkdir()
+        if error.filename == "DRAFT":
+            error.filename = str(draft / "a.txt")
+        raise error
+    assert caught.value.filename == ("other.txt" if error.errno == errno.ENOENT else str(tmp_path / "run"))
+
+
+def test_an_error_names_the_final_path_although_no_draft_could_be_made(tmp_path, monkeypatch):
+    def refuse(self, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught, whole(tmp_path / "run"):
+        pass
+    assert caught.value.filename == str(tmp_path / "run")
+
+
 def test_what_is_replaced_by_nothing_comes_back(tmp_path, monkeypatch):
     """The disk refuses the very last step, when the old folder has already been moved aside."""
     path, replace = tmp_path / "name", Path.replace
@@ -259,7 +279,7 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link", "."):
-        with pytest.raises(InputError, match="exists, and nothing is ever overwritten"):
+        with pytest.raises(InputError, match="exists and is not overwritten: give another name"):
             refuse_existing(tmp_path / name)
 
 
