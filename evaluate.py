@@ -3,8 +3,8 @@
 The text is cut into windows, and every token of it but the first is predicted once, from what stands before it in its
 window. By default windows do not overlap, as in train.py's validation. That is the least work, but the first tokens of
 each window are predicted from next to nothing. With --stride N the next window begins N tokens later, and only its last
-N tokens count: each is predicted from at least seq-len - N others. That shows better what the model can do, and costs
-seq-len / N times as much.
+N tokens count: each is predicted from at least seq-len - N + 1 others. That shows better what the model can do, and
+costs seq-len / N times as much.
 """
 import json
 import math
@@ -22,10 +22,12 @@ from generate import open_model
 from hardware import device
 from storage.files import InputError
 
+COMPARED = 1 << 16      # logits that a thread compares at a time, few enough to stay in its cache
+
 
 def token_losses(x, w, targets, ranked=False):
-    """What the loss is the mean of: the loss of each target in nats and, if `ranked`, the number of other tokens with a
-    logit that is not below the target's (so a tie, or a NaN, is no success), else None.
+    """The loss of each target in nats and, if `ranked` (else None), its rank: the number of other tokens with a logit
+    that is not below the target's. So a tie, or a NaN, is no success. The model's loss is the mean of these losses.
 
     x (B, T, C) hidden states, w (V, C) the output layer, targets (B, T) -> two arrays (B, T).
     """
@@ -41,13 +43,13 @@ def token_losses(x, w, targets, ranked=False):
 
 
 def ranks_of(z, targets):
-    """For each row of logits z (N, V) the number of tokens besides the target whose logit is not below the target's."""
+    """The rank of each row's target in the logits z (N, V): how many other tokens' logits are not below its own."""
     ranks = device.xp.empty(len(z), np.int64)
 
     def block(rows):
         own = z[device.xp.arange(rows.start, rows.stop), targets[rows]]
         ranks[rows] = z.shape[1] - 1 - (z[rows] < own[:, None]).sum(-1, dtype=np.uint32)
-    device.sweep(block, len(z), (1 << 16) // z.shape[1])
+    device.sweep(block, len(z), COMPARED // z.shape[1])
     return ranks
 
 
@@ -59,15 +61,15 @@ def evaluate(model, dataset, batch_size=8, scores=None):
     A dataset whose stride is below its seq_len gives each target more context, at more cost: its windows overlap.
     `scores`, if given, gets the losses and ranks of all targets, batch by batch (see Scores.add).
     """
-    nats, count = 0.0, 0
+    nats, count, ranked = 0.0, 0, scores is not None
     with no_grad():
         for x, y, new in dataset.in_order(batch_size):
             start = x.shape[1] - new            # the targets before it counted in an earlier window
             hidden = model.hidden(x)[:, start:]
-            losses, ranks = token_losses(hidden, model.lm_head, y[:, start:], ranked=scores is not None)
+            losses, ranks = token_losses(hidden, model.lm_head, y[:, start:], ranked)
             losses = device.to_host(losses)                                                     # (B, new)
             nats, count = nats + float(losses.sum(dtype=np.float64)), count + losses.size
-            if scores:
+            if ranked:
                 scores.add(start, losses, device.to_host(ranks))
     loss = nats / count
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": nats / math.log(2) / dataset.source_bytes,
@@ -75,9 +77,9 @@ def evaluate(model, dataset, batch_size=8, scores=None):
 
 
 class Scores:
-    """What is known of single targets after an evaluation, in memory that does not grow with the text.
+    """What an evaluation finds out about single targets, in memory that does not grow with the text.
 
-    Attributes: hits, {k: how many targets were among the k likeliest tokens}; count, total and squares (seq_len,): the
+    Attributes: hits, {k: how many targets ranked among the first k tokens}; count, total and squares (seq_len,): the
     number, sum and sum of squares of the losses at each position of a window; first: the losses of the first targets.
     """
     def __init__(self, seq_len):
@@ -99,21 +101,22 @@ class Scores:
         self.squares[positions] += (losses ** 2).sum(0)
 
     def accuracies(self):
-        """{"top1_accuracy": the share of targets that were the likeliest token, …}"""
+        """{"top1_accuracy": the share of targets that the model ranked first, …}"""
         return {f"top{k}_accuracy": hits / int(self.count.sum()) for k, hits in self.hits.items()}
 
 
 def command_line():
-    parser = cli.Parser(prog="evaluate.py", description="Loss, perplexity, bits per byte and accuracy of a model on a "
-                        "text, of which every token but the first is predicted once.")
-    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
+    parser = cli.Parser(usage="python evaluate.py FOLDER --text FILE [options]",
+                        description="Measure how well a model predicts a text: loss, perplexity, bits per byte and "
+                        "accuracy. Every token except the first is predicted once.")
+    parser.add_model()
     parser.add_argument("--text", metavar="FILE", required=True, help="a UTF-8 text that the model was not trained on")
-    parser.add("--seq-len", None, number(int, 1), "tokens in a window; by default as many as the model can take")
-    parser.add("--stride", None, number(int, 1), "tokens between the starts of two windows, of which only the last "
-               "STRIDE count: fewer give each token more context and take longer; by default seq-len: no overlap")
-    parser.add("--batch-size", 8, number(int, 1), "windows at once")
-    parser.add_argument("--figure", metavar="PNG", type=cli.text,
-                        help="draw the loss by position and, token by token, the beginning of the text")
+    parser.add("--seq-len", None, number(int, 1), "tokens in a window; default: the model's longest context")
+    parser.add("--stride", None, number(int, 1), "tokens between the starts of two windows, of which only the last N "
+               "count: smaller values give each token more context and take longer; default: --seq-len, no overlap")
+    parser.add("--batch-size", 8, number(int, 1), "number of windows in a batch")
+    parser.add("--figure", None, cli.text, "draw the loss by position and, token by token, the beginning of the text",
+               metavar="FILE")
     parser.add("--json", False, bool, "print one JSON object")
     parser.add_device()
     return parser
@@ -140,13 +143,13 @@ def main(argv=None):
     if args.json:
         print(json.dumps(result))
     else:
+        first, five = (f"{100 * result[f'top{k}_accuracy']:.2f} %" for k in (1, 5))
         print(f"loss           {result['loss']:.4f} nats per token\n"
               f"perplexity     {result['perplexity']:,.2f}\n"
               f"bits per byte  {result['bits_per_byte']:.4f}\n"
-              f"accuracy       {result['top1_accuracy']:.2%} of the tokens were the likeliest, "
-              f"{result['top5_accuracy']:.2%} among the five likeliest\n"
-              f"tokens         {result['tokens']:,} predicted, of {result['bytes']:,} bytes, in windows of {seq_len}, "
-              f"{stride} apart\n"
+              f"accuracy       the right token ranked first {first} of the time, in the top five {five}\n"
+              f"tokens         {result['tokens']:,} predicted, of {result['bytes']:,} bytes, in windows of {seq_len} "
+              f"tokens, stride {stride}\n"
               f"speed          {result['tokens_per_second']:,.0f} tokens/s")
     if args.figure is not None:
         figure.draw(Path(args.figure), scores, tokenizer, dataset.tokens[:figure.TOKENS + 1].tolist(), result)

@@ -1,10 +1,9 @@
-"""Let a model write:  python generate.py FOLDER --prompt TEXT [--stop TEXT] [--num-samples N]
+"""Generate text with a model:  python generate.py FOLDER --prompt TEXT [--stop TEXT] [--num-samples N]
 
 The text goes to stdout as it comes, everything else to stderr.
 
-A model sees at most max_context tokens, the number it was made for. The text may be longer, and the prompt too: when
-one token more comes than fit, the oldest half of the context is dropped and the rest is read again (see
-`NanoLLM.generate`).
+A model sees at most max_context tokens, its training limit. The text may be longer, and the prompt too: when the
+context is full, its oldest half is dropped and the rest is read again (see `NanoLLM.generate`).
 """
 import sys
 import time
@@ -28,11 +27,11 @@ def open_model(folder):
     if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
         ready = [path for path in (folder / "best", *reversed(checkpoints(folder))) if path.exists()]
         remedy = f"use {ready[0]}" if ready else f"continue it with {resume_command(folder)}"
-        raise InputError(f"{folder} has no model yet, its training has not ended: {remedy}")
+        raise InputError(f"{folder} has no model yet because its training has not ended: {remedy}")
     model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
     if vocab_size(tokenizer) > model.config.vocab_size:
-        raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, the model only "
-                         f"{model.config.vocab_size}")
+        raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, but the model has "
+                         f"only {model.config.vocab_size}")
     config = read_json(folder / "config.json")
     bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
     eos = [token for token in (eos if isinstance(eos, list) else [eos]) if token is not None]
@@ -43,18 +42,18 @@ def open_model(folder):
 
 
 class Text:
-    """One text as it comes. What can be shown is in `ready`; whoever shows it empties it.
+    """A text that grows token by token. `ready` is the part that can be printed now; `show` prints and empties it.
 
     The text ends before the first of the strings `stops` that it completes; only what comes after the prompt is
     searched. Text at the end that may be the beginning of a stop string is held back until the next token decides.
-    However the text is cut into pieces, the result is the same.
+    The result does not depend on how tokens cut the text into pieces.
     """
     def __init__(self, decoder, prompt=(), stops=(), eos=()):
         self.decoder, self.stops, self.eos = decoder, stops, eos
         self.ready, self.held, self.ended, self.n_token = "".join(map(decoder.add, prompt)), "", False, 0
 
     def add(self, token):
-        """The model's next token; after the end it means nothing."""
+        """Take the model's next token. After the end of the text it is ignored."""
         if self.ended:
             return
         self.n_token += 1
@@ -64,7 +63,7 @@ class Text:
             self.search(self.decoder.add(token))
 
     def end(self):
-        """No more tokens come."""
+        """End the text, unless it has ended: no more tokens come."""
         if not self.ended:
             self.search(self.decoder.rest())
             self.ready, self.held, self.ended = self.ready + self.held, "", True
@@ -83,8 +82,8 @@ class Text:
 
 
 def show(texts, turn):
-    """Print what is ready of text number `turn`, and of those after it as far as the ones before have ended; return
-    the number of the text that is next.
+    """Print what is ready of texts[turn]; if that text has ended, continue with the next one. Return the index of the
+    text to print next. (Texts grow together, but they are printed one after the other.)
     """
     while True:
         print(texts[turn].ready, end="", flush=True)
@@ -103,31 +102,33 @@ def sample_text(model, tokenizer, prompt, dataset, seed, length=60):
     return tokenizer.decode(ids).strip("\ufffd")            # characters that are cut in the middle
 
 
-def speed(n_prompt, n_sample, n_new, began, read, ended):
-    """A line on how fast it was, from the times at the beginning and with the first and the last token of each text."""
-    line = f"{n_prompt:,} prompt tokens read in {read - began:.2f} s, {n_new:,} new ones written"
-    if ended == read:
+def speed(n_prompt, n_sample, n_new, began, first_token, ended):
+    """A line that says how fast the prompt was read and the new tokens written. The last three are times."""
+    line = f"{n_prompt:,} prompt tokens read in {first_token - began:.2f} s, {n_new:,} new ones written"
+    if ended == first_token:
         return line
-    return f"{line} at {(n_new - n_sample) / (ended - read):,.0f} tokens/s"     # reading gave the first
+    n_timed = n_new - n_sample              # reading the prompt gave the first token of each text
+    return f"{line} at {n_timed / (ended - first_token):,.0f} tokens/s"
 
 
 def command_line():
-    parser = cli.Parser(prog="generate.py", description="Let a model write. The prompt and the text may be longer than "
-                        "the model's max_context: when one token more comes than fit, the oldest half of the context "
-                        "is dropped and the rest is read again.")
-    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
-    parser.add("--prompt", "", cli.text, "what the text begins with")
-    parser.add("--max-new-tokens", 200, number(int, 1), "how many tokens to add at most")
+    parser = cli.Parser(usage="python generate.py FOLDER --prompt TEXT [options]",
+                        description="Generate text with a model. The prompt and the text may be longer than the "
+                        "model's max_context: when the context is full, its oldest half is dropped and the rest is "
+                        "read again.")
+    parser.add_model()
+    parser.add("--prompt", "", cli.text, "what the text begins with", metavar="TEXT")
+    parser.add("--max-new-tokens", 200, number(int, 1), "highest number of tokens to add")
     parser.add_argument("--stop", metavar="TEXT", type=cli.text, action="append", default=[],
-                        help="end before this text, should the model write it; may be given several times")
+                        help="stop before this text if the model writes it; repeatable")
     parser.add("--num-samples", 1, number(int, 1, 1000), "number of texts from one prompt; they are written together "
                "and shown one after the other, with a line --- between them")
-    parser.add("--temperature", 0.8, number(float, 0), "0: always the likeliest token")
-    parser.add("--top-k", None, number(int, 1), "choose among the k likeliest tokens only")
+    parser.add("--temperature", 0.8, number(float, 0), "how random the choice of a token is; 0: always the likeliest")
+    parser.add("--top-k", None, number(int, 1), "choose only among the N likeliest tokens; default: among all")
     parser.add("--top-p", 0.95, number(float, 0, 1, open_low=True),
-               "choose among the likeliest tokens that hold this share of the probability")
-    parser.add("--seed", None, number(int, 0), "the same seed gives the same text, for the same number of samples; by "
-               "default it varies")
+               "choose among the likeliest tokens that together have this probability; 1: among all")
+    parser.add("--seed", None, number(int, 0), "the same seed gives the same text, for the same number of samples; "
+               "default: a new one each time")
     parser.add_device()
     return parser
 
@@ -139,7 +140,7 @@ def main(argv=None):
     model, tokenizer, bos, eos = open_model(args.folder)
     prompt = ([] if bos is None else [bos]) + tokenizer.encode(args.prompt, add_special_tokens=False).ids
     if not prompt:
-        raise InputError("this model has no token to begin a text with: give the beginning with --prompt TEXT")
+        raise InputError("this model has no BOS token: give a --prompt")
     sys.stdout.reconfigure(encoding="utf-8")
     texts = [Text(Decoder(tokenizer), prompt, args.stop, eos) for _ in range(args.num_samples)]
     times, turn = [time.perf_counter()], show(texts, 0)

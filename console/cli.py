@@ -23,33 +23,36 @@ class Parser(argparse.ArgumentParser):
         """Put the flags added from here on under this title in the help."""
         self.group = self.add_argument_group(title)
 
-    def add(self, flag, default=None, kind=str, help=""):
-        """Add a flag: a switch if kind is bool, else with a value of this type or from this list. The help tells a
-        default that says something.
+    def add(self, flag, default=None, kind=str, help="", metavar="N"):
+        """Add a flag: a switch if kind is bool, else with a value of this type or from this list. The help shows the
+        default if it says something, and calls the value `metavar`.
         """
         if kind is bool:
             self.group.add_argument(flag, action="store_true", help=help, default=self.argument_default or False)
             return
-        rule = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        rule = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": metavar}
         shown = help if default in (None, "") else f"{help} ({default})"
         self.group.add_argument(flag, help=shown, default=self.argument_default or default, **rule)
 
+    def add_model(self):
+        self.add_argument("folder", metavar="FOLDER", help="folder of a run, or of any Hugging Face Llama model")
+
     def add_device(self):
         self.add("--device", None, ["auto", "gpu", "cpu"],
-                 "CuPy on a GPU, or NumPy; by default NANOLLM_DEVICE or auto, the GPU where one works")
+                 "gpu: CuPy; cpu: NumPy; default: NANOLLM_DEVICE, or auto, which takes a GPU if one works")
 
     def read(self, argv):
-        """parse_args, and the device that --device names is chosen."""
+        """Parse the arguments, then choose the device that --device names."""
         args = self.parse_args(argv)
         device.use(args.device)
         return args
 
     def error(self, message):
-        raise InputError(f"{message}; --help lists what can be given")
+        raise InputError(f"{message}; see --help")
 
 
 def number(kind, low, high=float("inf"), open_low=False, open_high=False):
-    """An argparse type: an int or a float from low to high, without an end that is `open`."""
+    """An argparse type: an int or a float from low to high; open_low or open_high leaves out that end itself."""
     above, below = operator.gt if open_low else operator.ge, operator.lt if open_high else operator.le
     rule = f"a {'whole ' if kind is int else ''}number {'above' if open_low else 'of at least'} {low}"
     if high != float("inf"):
@@ -57,7 +60,7 @@ def number(kind, low, high=float("inf"), open_low=False, open_high=False):
 
     def convert(text):
         try:
-            value = kind(str(text))             # a number from a JSON file counts as it would be typed
+            value = kind(str(text))     # str, because trainer.json gives numbers: int(2.5) is 2, int("2.5") an error
         except ValueError:
             value = float("nan")
         if not (above(value, low) and below(value, high)) or value == float("inf"):
@@ -67,7 +70,7 @@ def number(kind, low, high=float("inf"), open_low=False, open_high=False):
 
 
 def text(value):
-    """An argparse type: text that can be encoded; what a terminal of another encoding sends may not be."""
+    """An argparse type: text that UTF-8 can encode. A terminal with another encoding may send text that it cannot."""
     if not isinstance(value, str):
         raise argparse.ArgumentTypeError(f"must be text, not {value!r}")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
@@ -76,7 +79,8 @@ def text(value):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM asks for an orderly end: `signal` is its number then. A second one ends the process at once."""
+    """Ctrl-C or SIGTERM asks for an orderly end and sets `signal` to its number. A second one ends the process at once.
+    """
     signal = None
 
     def __enter__(self):
@@ -87,7 +91,8 @@ class Stop:
         self.signal = number
         for which in self.before:
             signal.signal(which, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more quits at once\n")    # not print: it may be interrupted here
+        # os.write, because this may interrupt a print, and a second one inside it would fail
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to quit at once\n")
 
     def __exit__(self, *_):
         for which, handler in self.before.items():
@@ -99,9 +104,12 @@ def fail(name, problem, code=2):
     return code
 
 
-def run(main):
-    """Exit with what main() returns. What the user can fix is one line and code 2; a bug keeps its traceback."""
-    name = os.path.basename(sys.argv[0])
+def run(main, name=None):
+    """Exit with what main() returns. What the user can fix is one line and code 2; a bug keeps its traceback.
+
+    `name` is the command as it is typed, by default the file's name.
+    """
+    name = name or os.path.basename(sys.argv[0])
     warnings.showwarning = lambda message, *_: fail(name, f"warning: {message}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # so half-written files are removed
     sys.stdout.reconfigure(errors="backslashreplace")       # a terminal without Chinese is no reason to stop
@@ -113,7 +121,7 @@ def run(main):
     except MemoryError as problem:
         code = fail(name, f"out of memory ({problem}): lower --batch-size (--grad-accum makes up for it) or "
                           "--seq-len, or use a smaller model")
-    except BrokenPipeError:                     # the reader of `… | head` has gone
+    except BrokenPipeError:                     # `head` in `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as problem:

@@ -10,22 +10,22 @@ from hardware import device
 def announce(model, train_set, val_set, settings, state, folder):
     """Say what is about to be trained, and on what."""
     tokens = settings.windows_per_step() * settings.seq_len
-    n_unseen = len(val_set.tokens) if val_set else 0
+    unseen = f"{len(val_set.tokens):,} for validation" if val_set else "no validation text"
     say(f"device     {device.reason}\n"
-        f"text       {settings.text}: {len(train_set.tokens):,} tokens to train on in {len(train_set):,} windows, "
-        f"{n_unseen:,} unseen ones to validate\n"
+        f"text       {settings.text}: {len(train_set.tokens):,} tokens for training in {len(train_set):,} windows, "
+        f"{unseen}\n"
         f"model      {model.weights.flat.size:,} parameters, {model.config}\n"
         f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
         f"folder     {folder}")
 
 
 def due(step, every):
-    """Whether this step is one of those that come `every` steps; never where that is None."""
+    """Whether something that happens every `every` steps (None: never) happens after this step."""
     return every is not None and step % every == 0
 
 
 class Observer:
-    """Watches a training and does after a step what is due: it reports, evaluates and saves.
+    """Watches a training. After each step it reports, evaluates or saves if that is due.
 
     validate() gives the loss, perplexity and bits_per_byte on the validation text; it is None where there is no such
     text. sample() gives a text that the model writes.
@@ -35,12 +35,14 @@ class Observer:
         self.validate, self.sample = validate, sample
 
     def after_step(self, model, optimizer, state, lr, loss, norm):
+        """Do what is due after a step that had this learning rate, loss and gradient norm."""
         settings = self.settings
         self.progress.advance(settings.windows_per_step() * self.train_set.seq_len)
         if state.step == 1:
             V, entropy = self.train_set.vocab_size, metrics.unigram_entropy(self.train_set)
-            say(f"step 0: loss {loss:.3f} before training; an even guess among {V} tokens has ln V = "
-                f"{math.log(V):.3f}, a guess by their frequencies alone {entropy:.3f}")
+            say(f"step 0: loss {loss:.3f} before training; guessing evenly among {V} tokens gives ln V = "
+                f"{math.log(V):.3f}, guessing from token frequencies gives {entropy:.3f}")
+        # This step crossed the end of an epoch if the windows taken in the new one are fewer than a step takes.
         ended_epoch = state.windows % len(self.train_set) < settings.windows_per_step()
         milestone = ended_epoch or state.step >= settings.max_steps or due(state.step, settings.eval_every)
         if milestone or state.step == 1 or due(state.step, settings.log_every):     # 1: the plot begins before training
@@ -68,7 +70,7 @@ class Observer:
         progress.restart()
 
     def evaluate(self, model, state, loss):
-        """Show the loss in training and in validation, keep the best model; the validation's columns of metrics.csv."""
+        """Show the training and validation loss and keep the best model. Return metrics.csv's validation columns."""
         bits = loss / math.log(2) * len(self.train_set.tokens) / self.train_set.source_bytes
         line = (f"epoch {state.epoch:.2f}: training loss {loss:.4f}, perplexity {perplexity(loss):,.1f}, "
                 f"{bits:.4f} bits per byte")

@@ -1,9 +1,14 @@
-"""The flags of train.py: one table, `Settings`, and what a command line makes of it before any data is read."""
+"""The flags of train.py: one table, `Settings`, and what a command line makes of it before any data is read.
+
+    argv --read_flags (defaults or resumed, then complete)--> Request --parse--> the same, after all checks that need no
+    data --resolved--> Settings that know the last step, once the text is read
+"""
 import argparse
 import dataclasses
 import itertools
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +20,7 @@ from console.progress import say
 from hardware.device import use
 from nanollm import Config
 from storage.checkpoint import State, check_free, last_run, newest_checkpoint, read_trainer
-from storage.files import InputError, file_hash
+from storage.files import InputError, file_hash, require
 from storage.tokens import load_tokenizer, vocab_size
 
 COUNT, SIZE = number(int, 1, 10**9), number(int, 1, 10**6)
@@ -24,93 +29,105 @@ RATE = number(float, 0, 1, open_low=True)
 SHAPE = [field.name for field in fields(Config) if field.name != "vocab_size"]
 
 
-def setting(group, default, kind, help, fixed=False):
+def setting(group, default, kind, help, metavar="N", fixed=False):
     """A field of Settings: its group in the help, its kind (bool, an argparse type or a list of choices), its help
-    text, and whether --resume keeps it.
+    text, what the help calls its value, and whether it may not change on --resume.
     """
-    return dataclasses.field(default=default, metadata={"group": group, "kind": kind, "help": help, "fixed": fixed})
+    return dataclasses.field(default=default, metadata={"group": group, "kind": kind, "help": help, "metavar": metavar,
+                                                        "fixed": fixed})
 
 
-run, model, data = partial(setting, "the run"), partial(setting, "the model", fixed=True), partial(setting, "the data")
-machine, training = partial(setting, "speed and memory"), partial(setting, "the training")
-reports = partial(setting, "reports and checkpoints")
+in_run, in_model = partial(setting, "the run"), partial(setting, "the model", fixed=True)
+in_data, in_machine = partial(setting, "the data"), partial(setting, "speed and memory")
+in_training, in_reports = partial(setting, "the training"), partial(setting, "reports and checkpoints")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a training is: the flags of train.py, and what "command" in a checkpoint's trainer.json holds."""
-    text: str | None = run(None, str, "the text to learn from, a UTF-8 file")
-    tokenizer: str | None = run(None, str, "a Hugging Face tokenizer.json")
-    demo: bool = run(False, bool, "a small model on Python's own documentation: no files needed", fixed=True)
-    init_from: str | None = run(
-        None, str, "start from this model folder's weights, shape and tokenizer (fine-tuning)", fixed=True)
+    text: str | None = in_run(None, str, "the text to learn from, in UTF-8", "FILE")
+    tokenizer: str | None = in_run(None, str, "a Hugging Face tokenizer.json", "FILE")
+    demo: bool = in_run(False, bool, "train a small model on Python's own documentation: no files needed", fixed=True)
+    init_from: str | None = in_run(
+        None, str, "start from this model's weights, shape and tokenizer (fine-tuning)", "FOLDER", fixed=True)
 
-    embedding_dim: int = model(Config.embedding_dim, SIZE, "C, the width of the model")
-    n_block: int = model(Config.n_block, number(int, 1, 1000), "transformer blocks")
-    n_head: int = model(Config.n_head, SIZE, "attention heads")
-    n_kv_head: int | None = model(
-        None, SIZE, "key/value heads (grouped-query attention); by default as many as heads")
-    max_context: int = model(Config.max_context, SIZE, "the most tokens that the model can ever see at once")
-    hidden_dim: int = model(Config.hidden_dim, SIZE, "F, the width inside the gated linear unit")
-    eps: float = model(Config.eps, RATE, "RMSNorm's epsilon")
-    rope_theta: float = model(Config.rope_theta, POSITIVE, "RoPE's base")
-    activation: str = model(Config.activation, list(ACTIVATIONS), "of the gated linear unit")
-    tie_embeddings: bool = model(False, bool, "use the embedding matrix as the output layer too")
+    embedding_dim: int = in_model(Config.embedding_dim, SIZE, "C, the width of the model")
+    n_block: int = in_model(Config.n_block, number(int, 1, 1000), "number of transformer blocks")
+    n_head: int = in_model(Config.n_head, SIZE, "number of attention heads")
+    n_kv_head: int | None = in_model(
+        None, SIZE, "number of key/value heads (grouped-query attention); default: as many as heads")
+    max_context: int = in_model(Config.max_context, SIZE, "longest context in tokens")
+    hidden_dim: int = in_model(Config.hidden_dim, SIZE, "F, the width inside the gated linear unit")
+    eps: float = in_model(Config.eps, RATE, "RMSNorm's epsilon")
+    rope_theta: float = in_model(Config.rope_theta, POSITIVE, "RoPE's base")
+    activation: str = in_model(
+        Config.activation, list(ACTIVATIONS), "activation function of the gated linear unit")
+    tie_embeddings: bool = in_model(False, bool, "use the embedding matrix as the output layer too")
 
-    seq_len: int | None = data(
-        None, SIZE, "tokens in a training window, at most (and by default) max-context", fixed=True)
-    stride: int | None = data(
-        None, SIZE, "tokens between the starts of two windows; by default seq-len/2", fixed=True)
-    val_fraction: float = data(
-        0.1, SHARE, "the share of the text, its end, that is kept for validation; 0: none", fixed=True)
-    num_epochs: int = data(10, COUNT, "passes over the training windows")
-    max_steps: int | None = data(None, COUNT, "end after this number of steps, if the epochs have not ended before")
-    batch_size: int = data(4, COUNT, "windows in a batch")
+    seq_len: int | None = in_data(
+        None, SIZE, "tokens in a training window, at most --max-context; default: --max-context", fixed=True)
+    stride: int | None = in_data(
+        None, SIZE, "tokens between the starts of two windows; default: half of --seq-len", fixed=True)
+    val_fraction: float = in_data(
+        0.1, SHARE, "share of the text, taken from its end, held out for validation; 0: no validation", fixed=True)
+    num_epochs: int = in_data(10, COUNT, "passes over the training windows")
+    max_steps: int | None = in_data(
+        None, COUNT, "stop after this many steps, or when the epochs end if that is sooner")
+    batch_size: int = in_data(4, COUNT, "number of windows in a batch")
 
-    dtype: str = machine(
-        "float32", ["float32", "float16", "bfloat16"],
-        "of activations and products; weights, sums, softmax and loss are always float32", fixed=True)
-    tf32: bool = machine(
+    dtype: str = in_machine(
+        "float32", ["float32", "float16", "bfloat16"], "number format of activations and matrix-product inputs; "
+        "weights, sums, softmax and loss stay float32", fixed=True)
+    tf32: bool = in_machine(
         False, bool, "GPU: let float32 products round their inputs to 10 bits of mantissa, for the tensor cores")
-    recompute: bool = machine(
+    recompute: bool = in_machine(
         False, bool, "compute a block's activations again in backward: less memory, more time")
 
-    dropout: float = training(0.0, SHARE, "the share of activations that become 0 in training")
-    grad_accum: int = training(1, COUNT, "batches whose gradients make one step")
-    learning_rate: float = training(1e-4, RATE, "the highest learning rate")
-    lr_schedule: str = training("cosine", ["cosine", "constant"], "after the warm-up")
-    warmup_steps: int | None = training(
-        None, number(int, 0), "steps of rising learning rate; by default 1 %% of all, up to 100")
-    min_lr: float | None = training(
-        None, number(float, 0), "where the cosine ends; by default a tenth of the learning rate")
-    beta1: float = training(0.9, SHARE, "Adam's memory of the gradient")
-    beta2: float = training(0.999, SHARE, "Adam's memory of its square")
-    weight_decay: float = training(
+    dropout: float = in_training(
+        0.0, SHARE, "share of the embedding, and of each branch added to h, that becomes 0 in training")
+    grad_accum: int = in_training(1, COUNT, "number of batches whose gradients make one step")
+    learning_rate: float = in_training(1e-4, RATE, "highest learning rate")
+    lr_schedule: str = in_training(
+        "cosine", ["cosine", "constant"], "shape of the learning rate after the warm-up")
+    warmup_steps: int | None = in_training(
+        None, number(int, 0), "steps over which the rate rises linearly; default: 1 %% of all steps, at most 100")
+    min_lr: float | None = in_training(
+        None, number(float, 0), "final learning rate of the cosine; default: a tenth of the learning rate")
+    beta1: float = in_training(0.9, SHARE, "decay rate of Adam's mean of the gradient")
+    beta2: float = in_training(0.999, SHARE, "decay rate of Adam's mean of the gradient's square")
+    weight_decay: float = in_training(
         0.0, number(float, 0, 1), "shrink matrices by this times the learning rate in each step")
-    clip_norm: float = training(1.0, number(float, 0), "scale gradients down to this norm; 0: off")
-    patience: int | None = training(
-        None, COUNT, "end after this number of evaluations without a better validation loss")
-    seed: int = training(0, number(int, 0), "of the weights and of the order of the windows", fixed=True)
+    clip_norm: float = in_training(1.0, number(float, 0), "scale gradients down to this norm; 0: off")
+    patience: int | None = in_training(
+        None, COUNT, "stop after this many evaluations without a better validation loss; default: never; needs a "
+        "validation part")
+    seed: int = in_training(
+        0, number(int, 0), "random seed for the initial weights, the window order and dropout", fixed=True)
 
-    eval_every: int | None = reports(None, COUNT, "steps between evaluations, in addition to the ends of epochs")
-    save_every: int = reports(500, COUNT, "steps between checkpoints")
-    keep_last: int = reports(2, COUNT, "checkpoints to keep")
-    log_every: int = reports(10, COUNT, "steps between rows of metrics.csv; step 1 has the first row")
-    sample_every: int | None = reports(
-        None, COUNT, "steps between samples of text; by default one at each evaluation")
-    prompt: str | None = reports(
-        None, cli.text, "what the samples begin with; by default the validation text's first words")
+    eval_every: int | None = in_reports(
+        None, COUNT, "steps between evaluations, in addition to the ends of epochs and the last step")
+    save_every: int = in_reports(500, COUNT, "number of steps between checkpoints")
+    keep_last: int = in_reports(2, COUNT, "number of checkpoints to keep")
+    log_every: int = in_reports(10, COUNT, "steps between rows of metrics.csv; step 1 is always logged")
+    sample_every: int | None = in_reports(
+        None, COUNT, "steps between samples of text; default: one at each evaluation")
+    prompt: str | None = in_reports(
+        None, cli.text, "what the samples begin with; default: the first words of the validation text", "TEXT")
 
     def complete(self):
-        """These settings with what follows from others filled in. Raises InputError where they contradict."""
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
-            raise InputError(f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}: the rate must "
-                             "fall")
+        """The first stage, before any file is read: fill in what follows from other flags. Raises InputError if two
+        contradict each other.
+        """
+        require(self.min_lr is None or self.min_lr <= self.learning_rate,
+                f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}, from which the rate falls: "
+                "give a lower --min-lr")
         seq_len = self.seq_len or self.max_context
-        if seq_len > self.max_context:
-            raise InputError(f"--seq-len {seq_len} is more than the longest context, --max-context {self.max_context}")
-        return replace(self, seq_len=seq_len, stride=self.stride or max(seq_len // 2, 1),
-                       n_kv_head=self.n_kv_head or self.n_head)
+        stride = self.stride or max(seq_len // 2, 1)
+        require(seq_len <= self.max_context,
+                f"--seq-len {seq_len} is more than the longest context, --max-context {self.max_context}")
+        require(stride <= seq_len, f"--stride {stride} is more than a window, {seq_len} tokens: some tokens would be "
+                "skipped")
+        return replace(self, seq_len=seq_len, stride=stride, n_kv_head=self.n_kv_head or self.n_head)
 
     def shape(self):
         """The fields of Config, except for the size of the vocabulary."""
@@ -120,13 +137,15 @@ class Settings:
         return self.batch_size * self.grad_accum
 
     def resolved(self, state, n_window):
-        """These settings with what only the text can tell: the last step, the warm-up, the lowest rate.
+        """The last stage, once the text is read: fill in what depends on its number of windows, which is the last step,
+        the warm-up and the lowest rate.
 
         Training ends with its epochs of `n_window` windows, or at --max-steps if that comes first. Raises InputError.
         """
-        if self.windows_per_step() > n_window:
-            raise InputError(f"--batch-size {self.batch_size} times --grad-accum {self.grad_accum} is more than the "
-                             f"{n_window} training windows: lower them, --seq-len or --stride, or give more text")
+        require(self.windows_per_step() <= n_window,
+                f"a step takes {self.windows_per_step()} windows (--batch-size {self.batch_size} × --grad-accum "
+                f"{self.grad_accum}), but there are only {n_window} training windows: lower --batch-size, "
+                "--grad-accum, --seq-len or --stride, or give more text")
         left = max(self.num_epochs * n_window - state.windows, 0)
         end = state.step + math.ceil(left / self.windows_per_step())
         steps = min(end, self.max_steps or end)
@@ -160,7 +179,9 @@ def flag(name):
 
 
 def checked(field, value):
-    """The value, read from a file, as this field's flag would give it. Raises InputError if the flag cannot have it."""
+    """The value that trainer.json holds for this field, as its flag would give it. Raises InputError if the flag cannot
+    have it.
+    """
     kind, name = field.metadata["kind"], flag(field.name)
     if value is None and field.default is None:
         return None
@@ -177,15 +198,20 @@ def checked(field, value):
 
 
 def command_line():
-    """The parser of these flags, and of the three that belong to one call: its result holds only what was typed."""
-    parser = cli.Parser(prog="train.py", description="Train a Llama-style language model on a text, from scratch.",
+    """The parser of these flags and of the three that belong to one call (--artifact-dir, --resume, --device), which
+    are not stored. Its result holds only what was typed.
+    """
+    parser = cli.Parser(usage="python train.py --text FILE --tokenizer FILE [options]",
+                        description="Train a Llama-style language model on a text, from scratch.",
                         argument_default=argparse.SUPPRESS)
     for group, members in itertools.groupby(fields(Settings), lambda field: field.metadata["group"]):
         parser.begin(group)
         for field in members:
-            parser.add(flag(field.name), field.default, field.metadata["kind"], field.metadata["help"])
+            parser.add(flag(field.name), field.default, field.metadata["kind"], field.metadata["help"],
+                       field.metadata["metavar"])
         if group == "the run":
-            parser.add("--artifact-dir", help="the run's folder, by default runs/llm, then runs/llm-2, …")
+            parser.add("--artifact-dir", help="folder of the run; default: runs/llm, then runs/llm-2, …",
+                       metavar="FOLDER")
             parser.add("--resume", False, bool,
                        "continue from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
         if group == "speed and memory":
@@ -211,8 +237,8 @@ class Request:
 
 
 def read_flags(argv, parser):
-    """The Request of these flags: what was typed, laid over the demo's settings, over the shape of the model in
-    --init-from, or over the checkpoint's. The device is chosen, too. Raises InputError.
+    """The Request of these flags, its Settings complete: what was typed wins over the demo's settings, over the shape
+    of the model in --init-from, or over the checkpoint's settings. Chooses the device, too. Raises InputError.
     """
     typed = vars(parser.parse_args(argv))
     folder, device = typed.pop("artifact_dir", None), typed.pop("device", None)
@@ -220,12 +246,18 @@ def read_flags(argv, parser):
         request = resumed(folder or last_run(), typed)
     else:
         request = Request(Settings(**(defaults(typed) | typed)).complete(), folder)
-    use(device, request.settings.tf32)
+    settings = request.settings
+    require("patience" not in typed or settings.val_fraction > 0,
+            "--patience needs a validation part: leave it out, or give a --val-fraction above 0")
+    require("min_lr" not in typed or settings.lr_schedule == "cosine",
+            f"--min-lr has no effect with --lr-schedule {settings.lr_schedule}: leave it out, or give "
+            "--lr-schedule cosine")
+    use(device, settings.tf32)
     return request
 
 
 def defaults(typed):
-    """What --demo or --init-from puts in the place of some of Settings' defaults."""
+    """For a new run: the settings that --demo or --init-from gives in place of Settings' defaults."""
     if typed.get("demo"):
         if given := [name for name in ("text", "tokenizer", "init_from") if typed.get(name)]:
             raise InputError(f"--demo brings its own text and tokenizer: leave out {flag(given[0])}")
@@ -237,7 +269,9 @@ def defaults(typed):
 
 
 def resumed(folder, typed):
-    """The Request to continue the run in this folder, with what was typed instead of what was. Raises InputError."""
+    """For --resume: the Request that continues the run in this folder, with its settings except where others were
+    typed. Raises InputError.
+    """
     newest = newest_checkpoint(folder)
     state, about = read_trainer(newest)
     try:
@@ -255,7 +289,7 @@ def resumed(folder, typed):
 
 
 def parse(argv):
-    """`read_flags`, and everything that can be checked without the data. Raises InputError."""
+    """What train.py does first: `read_flags`, the demo's files, and all checks that need no data. Raises InputError."""
     request = read_flags(argv, command_line())
     settings = request.settings
     if not settings.demo and not (settings.text and settings.tokenizer):
@@ -278,6 +312,15 @@ def check_hashes(settings, before):
                              f"give the original with --{name}, or begin a new run")
 
 
+def config_of_flags(size, settings):
+    """The Config that the flags describe. An InputError names the flags, not Config's fields."""
+    try:
+        return Config(size, **settings.shape())
+    except InputError as problem:
+        words = re.sub(r"\b(" + "|".join(SHAPE) + r")\b", lambda found: flag(found[0]), str(problem))
+        raise InputError(words) from None
+
+
 def make_config(request, tokenizer):
     """The Config of the model: that of the folder it comes from, or without one that of the flags.
 
@@ -286,7 +329,7 @@ def make_config(request, tokenizer):
     settings, source = request.settings, request.source
     size = vocab_size(tokenizer) if tokenizer else demo.WORDS
     if not source:
-        return Config(size, **settings.shape())
+        return config_of_flags(size, settings)
     config = Config.load(source)
     V, theirs = config.vocab_size, Path(source, "tokenizer.json")
     same = load_tokenizer(theirs).get_vocab() == tokenizer.get_vocab() if theirs.exists() else size == V
@@ -295,6 +338,6 @@ def make_config(request, tokenizer):
                          f"{source} ({V}) was trained: use its own tokenizer")
     for name, given in settings.shape().items():
         if given != getattr(config, name):
-            raise InputError(f"{flag(name)} is {given}, the model in {source} has {getattr(config, name)}: "
+            raise InputError(f"{flag(name)} is {given}, but the model in {source} has {getattr(config, name)}: "
                              "leave it out")
     return config

@@ -9,7 +9,7 @@ from console import metrics
 
 
 def say(text):
-    """Print a line above the bar. A reader that has gone, or a full disk under the log, is no reason to lose a run."""
+    """Print a line above the bar. Ignore a closed pipe or a full disk: the run is worth more than its log."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -18,9 +18,9 @@ def say(text):
 
 
 class Progress:
-    """The bar on a terminal, now and then a line elsewhere; and the clock: the speed, the time left, the time in all.
+    """The bar on a terminal, or lines elsewhere; and the clock: the speed, the time left, the total time.
 
-    `step` of a run's `steps` steps were done, in `seconds`, before this process began.
+    steps: the number of steps of the whole run. step, seconds: where an earlier process left off.
     """
     def __init__(self, steps, flops_per_token, step=0, seconds=0.0):
         self.steps, self.flops_per_token = steps, flops_per_token
@@ -36,16 +36,16 @@ class Progress:
 
     @property
     def seconds(self):
-        """Since the run began, over all its resumptions."""
+        """Time since the run began, over all its resumptions."""
         return time.monotonic() - self.began
 
     def restart(self):
-        """Measure the speed from here on. What came before, such as an evaluation, was not training."""
+        """Measure the speed from here on, because what came before, such as an evaluation, was not training."""
         self.tokens = self.advanced = 0
         self.since = time.monotonic()
 
     def advance(self, tokens):
-        """Another step is done, of this number of tokens."""
+        """Count another step, of this number of tokens."""
         self.tokens, self.advanced = self.tokens + tokens, self.advanced + 1
         self.bar.update()
 
@@ -55,7 +55,7 @@ class Progress:
         return self.tokens / max(time.monotonic() - self.since, 1e-9)
 
     def redraw(self, folder, every=15):
-        """Draw loss.png again, unless that was less than `every` seconds ago: it takes a moment."""
+        """Draw loss.png again, but at most every `every` seconds, because it takes a moment."""
         if time.monotonic() >= self.drawn + every:
             metrics.draw_loss(folder)
             self.drawn = time.monotonic()

@@ -5,6 +5,9 @@ It needs the package `gguf`. The file holds the weights in float32, the hyperpar
 llama.cpp's RoPE rotates neighbours (2i, 2i + 1); ours rotates halves (i, i + D/2), as Hugging Face's does. A product
 q · k does not depend on the order of its D terms, as long as q and k have the same one. So within each head the rows of
 q and k get the order 0, D/2, 1, D/2 + 1, …: then llama.cpp rotates the pairs that the model was trained with.
+
+Hyperparameters and tokenizer are collected in dicts {name of a method of gguf.GGUFWriter: its argument}, such as
+{"add_block_count": 6}. At the end `export` calls these methods.
 """
 import json
 from pathlib import Path
@@ -30,7 +33,7 @@ def interleave(w, heads):
 def tensors(model):
     """{llama.cpp's name: float32 array} of all weights. Raises InputError for a quantised model."""
     if not model.trainable:
-        raise InputError("a quantised model cannot be exported: give the model that it was made from")
+        raise InputError("a quantised model cannot be exported: give the model from which it was made")
     result, config = {}, model.config
     for name, w in model.weights.arrays().items():
         name = name.removesuffix(".weight")
@@ -48,7 +51,8 @@ def tensors(model):
 
 
 def vocabulary(tokenizer, size):
-    """{method of GGUFWriter: its argument} that describes the tokenizer. Raises InputError for other kinds than these.
+    """{name of a method of GGUFWriter: its argument}, which describes the tokenizer. Raises InputError for kinds other
+    than these.
 
     Byte-level BPE ("gpt2" in llama.cpp), Llama's BPE over characters that falls back to bytes ("llama", where a token's
     score decides which merge comes first), and WordPiece ("bert").
@@ -128,9 +132,10 @@ def export(folder, path):
 
 
 def main(argv=None):
-    parser = cli.Parser(prog="export_gguf", description="Write a model in llama.cpp's file format.")
-    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
-    parser.add_argument("file", metavar="FILE", help="the .gguf file to write")
+    parser = cli.Parser(usage="python -m extras.export_gguf FOLDER FILE",
+                        description="Write a model in llama.cpp's file format.")
+    parser.add_model()
+    parser.add_argument("file", metavar="FILE", help=".gguf file to write; it must not exist yet")
     args = parser.parse_args(argv)
     try:
         import gguf  # noqa: F401
@@ -143,4 +148,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "python -m extras.export_gguf")

@@ -1,4 +1,4 @@
-"""What a training would take, before it begins:  python -m extras.plan, with the flags of train.py
+"""What a training would take, before it begins:  python -m extras.plan --tokenizer FILE [flags of train.py]
 
 Parameters, FLOPs, memory and the largest batch that fits, from the shapes alone: nothing is trained, no text is read.
 
@@ -23,10 +23,12 @@ alive when the loss is computed and when backward reaches the last block; from t
 is at one of a few moments (`moments`), each of which needs some more arrays: gradients on their way, a product's
 float32 copies (half precision on a CPU), the logits.
 
-The plan leaves out: encoding a text that is not in the token cache yet (before training, a million characters at a
-time: 140 MB for one that comes character by character), attention's mask of 64 KB, Python's own objects, BLAS's
-buffers, and what an allocator cannot give out again between arrays that stay, some per cent. A GPU's context and
-libraries are not in its free memory, so they are in no plan.
+The plan leaves out:
+- attention's mask of 64 KB, Python's own objects and BLAS's buffers;
+- gaps between arrays, which an allocator cannot use again: some per cent;
+- the encoding of a text that is not in the token cache yet. It happens before training, a million characters at a time,
+  and takes 140 MB if every character is a token;
+- a GPU's context and libraries, because they are not part of its free memory.
 """
 import bisect
 import contextlib
@@ -104,8 +106,8 @@ def linear_backward(N, C, F, size):
 
 
 def swept(elements, on_gpu, on_cpu, block=autograd._CACHE):
-    """Bytes of an op's float32 temporaries: `on_gpu` arrays of all `elements` on a GPU, where a fused formula has none,
-    and on a CPU `on_cpu` arrays of a block of a sweep, in each thread.
+    """Bytes of an op's float32 temporaries. On a GPU, where a fused formula has none, they are `on_gpu` arrays of all
+    `elements`. On a CPU they are `on_cpu` arrays of one block of a sweep, in each thread.
     """
     if elements > block:
         count = math.ceil(elements / block)
@@ -116,9 +118,17 @@ def swept(elements, on_gpu, on_cpu, block=autograd._CACHE):
 def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
     """{moment: {what is alive then, weights, their gradients and Adam's moments not counted: bytes}} of a step.
 
-    B windows of T tokens, activations of `size` bytes an element. The moments at which a step's memory can be at its
-    peak, in the order in which they come; those in a block are the last block's, for whose backward the others wait.
-    From attention on there is less and less.
+    B windows of T tokens, activations of `size` bytes an element. These are the moments at which a step's memory can be
+    at its peak, in their order. Those inside a block are the last block's: its backward comes first, while all other
+    blocks still keep their activations. From attention's backward on there is less and less.
+
+    As an example, "backward of glu". Its out went through linear down, whose backward has just ended. Alive are
+        activations     what all ops keep, up to linear down's input: what an op keeps outlives its backward by one op
+        dh              the gradient of h, which waits for the sum with this branch's
+        dropped         dh after the dropout mask, if there is dropout: dout of linear down
+        dglu            (N, F), dout of glu: what linear down's backward made
+        dgate, dup      (N, 2 F), what glu's backward makes
+        temporary       a few blocks of float32 rows, in which the formula is computed
     """
     C, F, V, kv = config.embedding_dim, config.hidden_dim, config.vocab_size, config.n_kv_head * config.head_dim
     N, table, half = B * T, kept_by_a_block(config, B, size), size == 2
@@ -164,7 +174,7 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
 # ---------------------------------------------------------------- the process and the device
 
 def resident():
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    """Bytes of memory that this process holds; 0 if the system does not say."""
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(ImportError):
@@ -191,13 +201,13 @@ def available():
     it will be given back.
     """
     if device.on_gpu:
-        return device.xp.cuda.runtime.memGetInfo()[0], "free on the card, says memGetInfo"
+        return device.xp.cuda.runtime.memGetInfo()[0], "free on the card (memGetInfo)"
     with contextlib.suppress(OSError):
         if found := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
-            return int(found[1]) * 1024 + resident(), "available, says /proc/meminfo"
+            return int(found[1]) * 1024 + resident(), "available (/proc/meminfo)"
     with contextlib.suppress(AttributeError, ValueError, OSError):      # Windows has no sysconf
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of memory in all, says sysconf"
-    return None, "this system does not tell how much memory there is"
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "installed (sysconf)"
+    return None, "This system does not say how much memory it has."
 
 
 # ---------------------------------------------------------------- the report
@@ -244,11 +254,11 @@ def report(config, settings):
         table(("parameters", "number"), *count.items(), ("total", n)),
         table(("computation", "FLOPs"), ("a token", per_token), (f"a step of {tokens:,} tokens", per_token * tokens)),
         table((f"{block} keeps for backward", "", "bytes a token"), *kept,
-              ("in all", "", sum(width for *_, width in kept))),
-        table((f"alive at the peak, the {peak}", "MB"),
+              ("total", "", sum(width for *_, width in kept))),
+        table((f"alive at the peak ({peak})", "MB"),
               *((name, mb(value)) for name, value in (fixed | now[peak]).items() if value),
               ("total", mb(needed(B)))),
-        table(("moment of a step", "alive besides the activations kept, MB", "these", "in all"), *(
+        table(("moment of a step", "other arrays, MB", "kept activations, MB", "total, MB"), *(
             (name, ", ".join(f"{part} {mb(value)}" for part, value in parts.items() if value and part != "activations"),
              mb(parts["activations"]), mb(sum(fixed.values()) + sum(parts.values()))) for name, parts in now.items()))]
     lines.append(f"--batch-size {B} takes {mb(needed(B))} MB.")
@@ -256,16 +266,16 @@ def report(config, settings):
         lines.append(where)
     else:
         most = largest_batch(needed, room)
-        lines.append(f"The largest that fits is {most:,}: {mb(needed(most))} of {mb(room)} MB {where}." if most else
-                     f"Not even 1 fits: {mb(needed(1))} of {mb(room)} MB {where}. Lower --seq-len, use --recompute, or "
-                     "make the model smaller.")
+        lines.append(f"The largest that fits is {most:,}: it takes {mb(needed(most))} of {mb(room)} MB {where}." if most
+                     else f"Not even 1 fits: it takes {mb(needed(1))} MB, and {mb(room)} MB are {where}. Lower "
+                     "--seq-len, use --recompute, or make the model smaller.")
     return "\n".join(lines)
 
 
 def main(argv=None):
     parser = options.command_line()
-    parser.prog = "plan"
-    parser.description = "What training with these flags of train.py's would take: parameters, FLOPs, memory."
+    parser.usage = "python -m extras.plan --tokenizer FILE [options]"
+    parser.description = "What training with these flags of train.py would take: parameters, FLOPs, memory."
     request = options.read_flags(argv, parser)
     settings = request.settings
     if not (settings.tokenizer or settings.demo):
@@ -278,4 +288,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "python -m extras.plan")

@@ -43,18 +43,19 @@ def write(out, source, model, bits):
 
 
 def main(argv=None):
-    parser = cli.Parser(prog="quantize", description="Make a model's matrices smaller: 8 or 4 bits a weight.")
-    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, or a Llama-type one from elsewhere")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist yet")
-    parser.add("--bits", "8", ["8", "4"], "of a weight")
-    parser.add_argument("--text", metavar="FILE", help="print the perplexity on this text, before and after")
+    parser = cli.Parser(usage="python -m extras.quantize FOLDER OUT [options]",
+                        description="Make a model's matrices smaller: 8 or 4 bits per weight.")
+    parser.add_model()
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist yet")
+    parser.add("--bits", "8", ["8", "4"], "bits per weight")
+    parser.add("--text", help="print the perplexity on this text, before and after", metavar="FILE")
     parser.add_device()
     args = parser.read(argv)
     source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
     refuse_existing(out)
     model, *_ = open_model(source)
     if not model.trainable:
-        raise InputError(f"{source} is quantised already: give the model that it was made from")
+        raise InputError(f"{source} is quantised already: give the model from which it was made")
     dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", model.config.max_context,
                                                    model.config.max_context)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,4 +73,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "python -m extras.quantize")

@@ -73,25 +73,33 @@ CASES = {
     "a text as tokenizer": ("--tokenizer text.txt", "text.txt", "not JSON", "give a"),
     "ids beyond the vocabulary": ("--init-from model", "tokenizer.json", "290", "260", "own tokenizer"),
     "another kind of model": ("--init-from bert", "bert/config.json", "model_type 'bert' is not implemented"),
-    "no model to start from": ("--init-from none", "none/.*json", "No such file"),
-    "heads that do not divide": ("--n-head 3 --n-kv-head 3", r"embedding_dim \(16\)", "multiple of", r"n_head \(3\)"),
-    "an odd head size": ("--embedding-dim 6 --n-head 2", r"embedding_dim \(6\)", r"2 \* n_head \(2\)", "even"),
-    "key/value heads that do not divide": ("--n-head 4 --n-kv-head 3", r"n_kv_head \(3\)", r"must divide n_head \(4\)"),
+    "no model to start from": ("--init-from none", "none/config.json", "no such file", "a model's folder"),
+    "heads that do not divide": ("--n-head 3 --n-kv-head 3", r"--embedding-dim \(16\)", "multiple of",
+                                 r"--n-head \(3\)"),
+    "an odd head size": ("--embedding-dim 6 --n-head 2", r"--embedding-dim \(6\)", r"2 \* --n-head \(2\)", "even"),
+    "key/value heads that do not divide": ("--n-head 4 --n-kv-head 3", r"--n-kv-head \(3\)",
+                                           r"must divide --n-head \(4\)"),
     "stride 0": ("--stride 0", "--stride", "at least 1", "not '0'"),
-    "a stride with gaps": ("--stride 9", "stride 9", "from 1 to seq_len, 8"),
+    "a stride with gaps": ("--stride 9", "--stride 9 is more than a window, 8 tokens"),
     "all of it to validate": ("--val-fraction 1", "--val-fraction", "below 1", "not '1'"),
     "too little to validate": ("--val-fraction 0.001", "validation part", "1 tokens", "needs 9", "more text"),
     "too little to train on": ("--val-fraction 0.999", "training part", "1 tokens", "needs 9", "more text"),
-    "a batch of more than there is": ("--batch-size 300", "--batch-size 300", "235 training windows", "lower"),
-    "the same by parts": ("--batch-size 30 --grad-accum 10", "--grad-accum 10", "235 training windows", "lower"),
+    "a batch of more than there is": ("--batch-size 300", "300 windows", "--batch-size 300", "235 training windows",
+                                      "lower"),
+    "the same by parts": ("--batch-size 30 --grad-accum 10", "300 windows", "--batch-size 30 × --grad-accum 10",
+                          "235 training windows", "lower"),
     "windows longer than the context": ("--seq-len 9", "--seq-len 9", "longest context", "--max-context 8"),
-    "a rate that would rise": ("--min-lr 0.1", "--min-lr 0.1", "--learning-rate 0.01"),
+    "a rate that would rise": ("--min-lr 0.1", "--min-lr 0.1", "--learning-rate 0.01", "lower --min-lr"),
+    "patience without validation": ("--patience 2 --val-fraction 0", "--patience needs a validation part", "leave it"),
+    "an end of a constant rate": ("--min-lr 1e-4 --lr-schedule constant", "--min-lr has no effect with",
+                                  "--lr-schedule constant", "leave it out"),
     "more warm-up than training": ("--warmup-steps 9 --max-steps 8", "--warmup-steps 9", "the 8 steps", "lower"),
     "a file as folder": ("--artifact-dir text.txt", "text.txt", "Not a directory", "another --artifact-dir"),
     "a folder below a file": ("--artifact-dir text.txt/a", "text.txt/a", "Not a directory", "another --artifact-dir"),
     "a folder that holds a run": ("--artifact-dir used", "used", "already holds a run", "--resume", "--artifact-dir"),
     "a name too long": ("--artifact-dir " + "x" * 300, "xxx", "name too long", "another --artifact-dir"),
-    "nothing to resume": ("--resume --artifact-dir empty", "--resume", "no checkpoint in empty", "new run"),
+    "nothing to resume": ("--resume --artifact-dir folder", "--resume", "no checkpoint in folder", "without --resume"),
+    "no folder to resume": ("--resume --artifact-dir none", "--resume", "no folder none", "with --artifact-dir"),
     "a demo with a text": ("--demo", "--demo brings", "leave out --text"),
     "an unknown flag": ("--batchsize 3", "unrecognized arguments: --batchsize", "--help"),
     "a flag cut short": ("--batch 3", "unrecognized arguments: --batch", "--help"),
@@ -261,20 +269,26 @@ def test_number():
             kind(text)
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("name", ["train.py", "generate.py", "evaluate.py", "-m extras.plan", "-m extras.quantize",
+                                  "-m extras.export_gguf"])
 def test_commands_as_they_are_called(name):
-    """Each runs in its own process: exit code and stderr are what a shell sees."""
-    done = subprocess.run([sys.executable, f"{name}.py", "--nonsense"], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"{name}.py: ") and done.stderr.count("\n") == 1
+    """Each runs in its own process: exit code and stderr are what a shell sees. The usage is one line."""
+    def call(flag):
+        return subprocess.run([sys.executable, *name.split(), flag], cwd=ROOT, capture_output=True, text=True,
+                              timeout=60, check=False)
+    wrong, helped = call("--nonsense"), call("--help")
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith(f"{name}: " if name.endswith(".py") else f"python {name}: ")
+    usage, blank, *_ = helped.stdout.split("\n")
+    assert usage.startswith(f"usage: python {name} ") and not blank
 
 
 OTHERS = [
-    (generate.main, "model", "tokenizer.json has 290 tokens, the model only 260"),
+    (generate.main, "model", "tokenizer.json has 290 tokens, but the model has only 260"),
     (generate.main, "none", "none is not a folder"), (generate.main, "text.txt", "text.txt is not a folder"),
-    (generate.main, "folder", "folder/config.json: No such file"), (generate.main, "bert", "model_type 'bert'"),
-    (generate.main, "used", "used has no model yet, its training has not ended"),
+    (generate.main, "folder", "folder/config.json: there is no such file; is this a model's folder"),
+    (generate.main, "bert", "model_type 'bert'"),
+    (generate.main, "used", "used has no model yet because its training has not ended"),
     (generate.main, "", "the following arguments are required: FOLDER"),
     (generate.main, "model --temperature -1", "--temperature: must be a number of at least 0"),
     (generate.main, "model --top-k 0", "--top-k: must be a whole number of at least 1"),
@@ -340,7 +354,7 @@ def test_a_second_signal_quits_at_once(files, first, second):
             if line == "in a step\n":
                 break
         process.send_signal(first)
-        assert "once more" in process.stderr.readline() + process.stderr.readline()
+        assert "Ctrl-C again" in process.stderr.readline() + process.stderr.readline()
         began = time.monotonic()
         process.send_signal(second)
         assert process.wait(50) == -second
@@ -360,4 +374,4 @@ def test_a_signal_may_interrupt_a_print(capfd):
     stream = io.TextIOWrapper(io.BufferedWriter(Interrupted()))
     with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), cli.Stop() as stop:
         print("a line", flush=True)
-    assert stop.signal == signal.SIGTERM and "once more" in capfd.readouterr().err
+    assert stop.signal == signal.SIGTERM and "Ctrl-C again" in capfd.readouterr().err

@@ -98,9 +98,10 @@ def test_evaluate_prints_json_or_words(finished, tmp_path):
         assert (code, err) == (0, "")
         for name, form, words in (
                 ("loss", ".4f", " nats"), ("perplexity", ",.2f", "\n"), ("bits_per_byte", ".4f", "\n"),
-                ("top1_accuracy", ".2%", " of the tokens"), ("top5_accuracy", ".2%", " among the five"),
-                ("tokens", ",", " predicted"), ("bytes", ",", f" bytes, in windows of 8, {stride} apart")):
+                ("tokens", ",", " predicted"), ("bytes", ",", f" bytes, in windows of 8 tokens, stride {stride}\n")):
             assert f" {expected[name]:{form}}{words}" in out
+        assert (f"the right token ranked first {100 * expected['top1_accuracy']:.2f} % of the time, in the top five "
+                f"{100 * expected['top5_accuracy']:.2f} %\n") in out
         assert out.endswith(" tokens/s\n")
     short = as_json("--seq-len", 2, "--batch-size", 3)
     assert short["tokens"] == expected["tokens"] and short["loss"] != expected["loss"] and short["stride"] == 2

@@ -157,7 +157,7 @@ def test_refusals(tmp_path):
     (tmp_path / "there").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("there", "link"):
-        refused(lambda name=name: export_gguf.main([str(folder), str(tmp_path / name)]), tmp_path, "overwritten")
+        refused(lambda name=name: export_gguf.main([str(folder), str(tmp_path / name)]), tmp_path, "exists")
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
@@ -168,6 +168,6 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch)
         (tmp_path / "m.gguf").write_text("theirs")
         return tensors(model)
     monkeypatch.setattr(export_gguf, "tensors", another_process)
-    with pytest.raises(InputError, match="overwritten"):
+    with pytest.raises(InputError, match="exists"):
         export_gguf.export(folder, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_text() == "theirs" and not list(tmp_path.glob(".*"))

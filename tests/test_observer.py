@@ -67,4 +67,4 @@ def test_no_validation_part(files, tmp_path):
     assert all(not row["val_loss"] and row["train_loss"] for row in rows(tmp_path / "run"))
     assert not (tmp_path / "run/best").exists()
     assert len([line for line in out.splitlines() if line.startswith("epoch ")]) == 3       # steps 9, 17 and 20
-    assert "validation loss" not in out
+    assert "validation loss" not in out and ", no validation text\n" in out

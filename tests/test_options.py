@@ -14,6 +14,7 @@ from console import options
 from console.options import Settings
 from hardware import device
 from nanollm import Config, NanoLLM
+from storage.files import file_hash
 from train import Adam
 
 pytestmark = pytest.mark.usefixtures("cheap")
@@ -47,7 +48,7 @@ def test_help_tells_every_flag_and_its_default(capsys):
         with pytest.raises(SystemExit) as end:
             main(["--help"])
         assert end.value.code == 0
-        text = capsys.readouterr().out
+        text = " ".join(capsys.readouterr().out.split())
         assert "(None)" not in text and "%" not in text.replace("1 % of", "")
     text = " ".join(options.command_line().format_help().split())
     for field in fields(Settings):
@@ -56,6 +57,21 @@ def test_help_tells_every_flag_and_its_default(capsys):
     for flag in ("--artifact-dir", "--resume", "--device"):
         assert f" {flag} " in text
 
+
+
+def test_a_flag_without_effect_is_refused_only_where_it_is_typed(files, tmp_path):
+    """Runs that began before this was refused continue."""
+    tiny.run(*files, "--max-steps", 1, "--val-fraction", 0, "--lr-schedule", "constant", "--artifact-dir", "run")
+    path, sums = tmp_path / "run/checkpoint-1/trainer.json", tmp_path / "run/checkpoint-1/SHA256SUMS"
+    content = json.loads(path.read_text())
+    content["command"] |= {"patience": 2, "min_lr": 1e-4}
+    before = file_hash(path)
+    path.write_text(json.dumps(content))
+    sums.write_text(sums.read_text().replace(before, file_hash(path)))
+    resume = ["--resume", "--artifact-dir", "run", "--max-steps", 2]
+    check(command(train.main, *resume, "--patience", 2), "--patience needs a validation part")
+    check(command(train.main, *resume, "--min-lr", 1e-4), "--min-lr has no effect with --lr-schedule constant")
+    assert command(train.main, *resume)[::2] == (0, "")
 
 
 def test_every_flag_reaches_what_it_is_named_for(files, tmp_path, monkeypatch):

@@ -163,16 +163,16 @@ def test_a_model_to_start_from_brings_its_shape(tmp_path, quick):
     (tmp_path / "model/model.safetensors").unlink()
     assert planned("--init-from", tmp_path / "model") == out            # only the shape is read
     code, _, err = command(plan.main, "--init-from", tmp_path / "model", "--n-block", 2, name="plan.py")
-    assert code == 2 and "--n-block is 2, the model in" in err
+    assert code == 2 and "--n-block is 2, but the model in" in err
 
 
 @pytest.mark.parametrize("flags, said", [
     ([], "--tokenizer FILE is needed"),
     (["--tokenizer", "no/such.json"], "cannot read the tokenizer"),
     (["--tokenizer", "TOKENIZER", "--seq-len", "600"], "longest context"),
-    (["--tokenizer", "TOKENIZER", "--n-head", "3"], "multiple of 2 * n_head"),
+    (["--tokenizer", "TOKENIZER", "--n-head", "3"], "multiple of 2 * --n-head"),
     (["--tokenizer", "TOKENIZER", "--batch-size", "0"], "--batch-size"),
-    (["--tokenizer", "TOKENIZER", "--optimizer", "sgd"], "--help lists"),
+    (["--tokenizer", "TOKENIZER", "--optimizer", "sgd"], "see --help"),
     (["--demo", "--tokenizer", "TOKENIZER"], "leave out --tokenizer"),
     (["--init-from", "no/such"], "no/such"),
 ])
