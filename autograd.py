@@ -40,13 +40,17 @@ from hardware.random_bits import drop
 
 # ---------------------------------------------------------------- the engine
 
-_thread = threading.local()     # .no_grad: whether this thread is inside no_grad
+class _Thread(threading.local):
+    no_grad = False             # whether this thread is inside no_grad
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def no_grad():
     """Inside, this thread's ops record nothing: no graph, no memory kept for a backward pass."""
-    before, _thread.no_grad = getattr(_thread, "no_grad", False), True
+    before, _thread.no_grad = _thread.no_grad, True
     try:
         yield
     finally:
@@ -55,7 +59,7 @@ def no_grad():
 
 def recording(*tensors):
     """Whether an op on these tensors has to remember how it was done."""
-    return not getattr(_thread, "no_grad", False) and any(t.requires_grad for t in tensors)
+    return not _thread.no_grad and any(t.requires_grad for t in tensors)
 
 
 class Node:
@@ -343,15 +347,15 @@ def reshape(x, *shape):
 
 def transpose(x, *axes):
     """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the axes put back."""
-    axes = [a % x.data.ndim for a in axes] or list(reversed(range(x.data.ndim)))
+    axes = axes or tuple(reversed(range(x.data.ndim)))
     return record(x.data.transpose(axes), (x,), lambda dout: (
-        dout.transpose([axes.index(i) for i in range(len(axes))]),))    # the inverse permutation
+        dout.transpose(np.argsort([a % len(axes) for a in axes])),))    # the inverse permutation
 
 
 def getitem(x, index):
     """out = x[index], ints and slices, which select no element twice;  dx = dout there, else 0."""
     for part in index if isinstance(index, tuple) else (index,):
-        if not isinstance(part, int | slice | type(...)) or isinstance(part, bool):
+        if not isinstance(part, (int, slice, type(...))) or isinstance(part, bool):
             raise TypeError(f"a tensor is indexed by ints and slices, not by {type(part).__name__}")
 
     def backward(dout):
