@@ -1,11 +1,12 @@
 """Reverse-mode automatic differentiation over arrays, every backward pass derived by hand.
 
-An op computes its result, `out`, and leaves a function behind. It takes dout, the gradient of the
-loss with respect to out, and returns the gradients with respect to the op's inputs. The recorded
-ops form a graph in which every result points to its inputs; its leaves are the tensors that no op
-made, such as weights. `backward` walks from the loss to the leaves and applies the chain rule at
-each op. After this engine come the ops, in the order in which the model needs them. Heavy ones
-come twice: plain, as the derivation reads, and as the model uses them, a block of rows at a time.
+An op computes its result, `out`, and records a backward function, which takes dout, the gradient
+of the loss with respect to out, and returns the gradients with respect to the op's inputs. The
+recorded ops form a graph in which every result points to its inputs; its leaves are the tensors
+that no op made, such as weights. `backward` walks from the loss to the leaves and applies the chain
+rule at each op. After this engine come the ops, from simple ones to those of the model. softmax and
+glu are a formula and a loop over blocks of rows. rmsnorm, attention and the loss come twice: plain,
+as the derivation reads, and as the model uses them, the same, a block at a time.
 
 Shapes: B batch, T time, S keys (S > T where a cache holds earlier ones), C width, H heads,
 K key/value heads, D = C/H, F hidden width, V vocabulary, N rows: (..., C) -> (N, C).
@@ -15,11 +16,11 @@ the last two axes. From `device` (hardware/device.py, which you can read later):
     xp                  NumPy or CuPy
     matmul(a, b)        a @ b; out=c writes it into c, accumulate=True adds it to c
     row_dot(a, b)       (a * b).sum(-1, keepdims=True)
-    sweep(f, n, block)  calls f with slices that cover range(n), each at most `block` long
+    sweep(f, n, block)  [f(slice), …], slices that cover range(n), each at most `block` long
     fuse                marks a formula that becomes one kernel on a GPU
 
 Two rules give most derivations: a value used in several places receives the sum of what they send
-back; for out = a @ b, da = dout @ bᵀ and db = aᵀ @ dout (no other products have the right shapes).
+back; for out = a @ b, da = dout @ bᵀ and db = aᵀ @ dout (derived in `matmul`).
 
 >>> x = Tensor([1.0, 2.0, 3.0], requires_grad=True)
 >>> loss = (x * x).sum()                # 1 + 4 + 9
@@ -29,8 +30,9 @@ back; for out = a @ b, da = dout @ bᵀ and db = aᵀ @ dout (no other products 
 """
 import functools
 import math
-import threading
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import EllipsisType
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
@@ -40,34 +42,30 @@ from hardware.random_bits import drop
 
 # ---------------------------------------------------------------- the engine
 
-class _Thread(threading.local):
-    no_grad = False             # whether this thread is inside no_grad
-
-
-_thread = _Thread()
+_no_grad = ContextVar("no_grad", default=False)         # every thread has its own
 
 
 @contextmanager
 def no_grad():
     """Inside, this thread's ops record nothing: no graph, no memory kept for a backward pass."""
-    before, _thread.no_grad = _thread.no_grad, True
+    before = _no_grad.set(True)
     try:
         yield
     finally:
-        _thread.no_grad = before
+        _no_grad.reset(before)
 
 
 def recording(*tensors):
-    """Whether an op on these tensors has to remember how it was done."""
-    return not _thread.no_grad and any(t.requires_grad for t in tensors)
+    """Whether an op on these tensors must be recorded."""
+    return not _no_grad.get() and any(t.requires_grad for t in tensors)
 
 
 class Node:
     """How a result came about: where its inputs came from, and the op's backward function.
 
     A parent is None for an input that requires no gradient, its Node if an op made it, and the
-    Tensor itself for a leaf, where the gradient is kept. `grad` sums up what was received so far;
-    `shared`: others may hold that array. The result's data is not here, so it can be freed.
+    Tensor itself for a leaf, where the gradient is kept. `grad` is the sum received so far; if it
+    is `shared`, others may hold that array, so it must not change. No data is kept here.
     """
     __slots__ = ("parents", "backward", "shape", "dtype", "grad", "shared")
 
@@ -75,13 +73,13 @@ class Node:
 class Tensor:
     """An array and, unless it is a leaf, the Node that says how it came about.
 
-    `data` is an array of device.xp. `grad` is None or, for a leaf after `backward`, the array
-    dLoss/ddata; further backward passes add to it until it is cleared.
+    `data` is an array of device.xp, not copied. `grad` is None or, for a leaf after `backward`,
+    the array dLoss/ddata; further backward passes add to it until it is cleared.
     Raises TypeError for requires_grad=True on numbers that are not floats.
     """
     __slots__ = ("data", "requires_grad", "grad", "_node")
     __array_ufunc__ = None              # array * tensor: NumPy must leave it to the tensor
-    shared = False                      # nobody else holds a leaf's grad
+    shared = False                      # a leaf's grad is its own place: add to it there
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
 
@@ -94,7 +92,7 @@ class Tensor:
     def __repr__(self):
         return f"Tensor({self.data}{', requires_grad=True' if self.requires_grad else ''})"
 
-    # operators and methods: each is an op below
+    # operators and methods: each is the op below of that name; `sum` is not Python's
     __add__ = __radd__ = lambda self, other: add(self, other)
     __mul__ = __rmul__ = lambda self, other: mul(self, other)
     __sub__ = lambda self, other: sub(self, other)
@@ -114,8 +112,8 @@ class Tensor:
         """Add dLoss/dleaf to `grad` of every leaf this tensor depends on.
 
         dout is dLoss/dself, by default 1 for a scalar. The graph is dismantled on the way: an op's
-        memory is freed as soon as its gradients exist. Raises RuntimeError if there is no graph,
-        if it has been used already, and if a tensor that is no scalar gets no dout.
+        memory is freed as soon as its gradients exist. Raises RuntimeError if nothing here
+        requires a gradient, if the graph has been used, or if dout is missing for a non-scalar.
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor depends on nothing that requires a gradient")
@@ -136,13 +134,13 @@ class Tensor:
                                    "run the forward pass again")
             dout, parents, backward = node.grad, node.parents, node.backward
             node.grad, node.parents, node.backward = None, (), None
-            for parent, part in zip(parents, backward(dout), strict=True):
+            for parent, gradient in zip(parents, backward(dout), strict=True):
                 if parent is not None:
-                    _receive(parent, part)
+                    _receive(parent, gradient)
 
 
 def _topological(root):
-    """All nodes that root depends on, inputs before results. No recursion, so no depth limit."""
+    """All nodes that root depends on, inputs before results; clears their grad. Not recursive."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, inputs_done = stack.pop()
@@ -157,30 +155,31 @@ def _topological(root):
     return order
 
 
-def _receive(node, part):
-    """In effect `node.grad += part`; the rest saves copies.
+def _receive(node, gradient):
+    """In effect `node.grad += gradient`; the rest saves copies.
 
-    A part is an array, or a function that adds to node.grad in place: to a weight's buffer, to the
-    place of a slice, to the rows of an embedding that were used.
+    `gradient` is an array, or a function that adds one to node.grad in place: to a weight's
+    buffer, to the place of a slice, to the rows of an embedding that were used. An array may have
+    been sent to several nodes (`add` does), so the first is kept as it is and marked as shared.
     """
-    if callable(part):
+    if callable(gradient):
         if node.grad is None:
             node.grad = device.xp.zeros(node.shape, node.dtype)
         elif node.shared:
             node.grad, node.shared = node.grad.copy(), False
-        part(node.grad)
+        gradient(node.grad)
         return
-    part = _unbroadcast(part, node.shape)
-    if part.dtype != node.dtype:
-        raise TypeError(f"a {node.dtype} value received a {part.dtype} gradient")
+    gradient = _unbroadcast(gradient, node.shape)
+    if gradient.dtype != node.dtype:
+        raise TypeError(f"a {node.dtype} value received a {gradient.dtype} gradient")
     if node.grad is not None and not node.shared:
-        node.grad += part
+        node.grad += gradient
     elif node.grad is not None:
-        node.grad, node.shared = node.grad + part, False
+        node.grad, node.shared = node.grad + gradient, False
     elif isinstance(node, Tensor):
-        node.grad = part.copy()                 # a leaf's own: users may change it
+        node.grad = gradient.copy()             # a leaf's own: users may change it
     else:
-        node.grad, node.shared = part, True     # others may hold this array: do not change it
+        node.grad, node.shared = gradient, True
 
 
 def _unbroadcast(gradient, shape):
@@ -199,18 +198,15 @@ def _unbroadcast(gradient, shape):
 # Sums, exponentials and normalisations of half precision are computed in float32.
 _wide_dtype = lambda x: np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
 _wide = lambda x: x.astype(np.float32) if x.dtype.itemsize == 2 else x
-
-
-def _total(x, axis, keepdims=False):
-    total = x.sum(axis=axis, keepdims=keepdims, dtype=_wide_dtype(x))
-    return total.astype(x.dtype, copy=False)
+_total = lambda x, axis, keepdims=False: x.sum(
+    axis, dtype=_wide_dtype(x), keepdims=keepdims).astype(x.dtype, copy=False)
 
 
 def record(data, inputs, backward):
     """The Tensor that an op returns: `data`, and how it came from the Tensors `inputs`.
 
-    backward maps dout to one gradient for each input. It may hold arrays, but not the returned
-    Tensor: that would be a reference cycle, whose memory only the garbage collector frees.
+    backward maps dout to one gradient for each input (see `_receive`). It may hold arrays, never
+    this Tensor: out → Node → backward → out is a cycle, which only the garbage collector frees.
     """
     out = Tensor(data)
     if recording(*inputs):
@@ -222,8 +218,9 @@ def record(data, inputs, backward):
 
 
 def _tensors(a, b):
-    """Both as Tensors; a Python number or an array takes the other's dtype (never float64)."""
+    """Both as Tensors; a number or an array takes the dtype of the other, if that is a float."""
     dtype = a.dtype if isinstance(a, Tensor) else b.dtype
+    dtype = None if dtype.kind in "biu" else dtype
     return [x if isinstance(x, Tensor) else Tensor(device.xp.asarray(x, dtype)) for x in (a, b)]
 
 
@@ -277,15 +274,15 @@ def cast(x, dtype):
 # ---------------------------------------------------------------- the check
 
 def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
-    """True if f's backward agrees with finite differences; else AssertionError, worst element.
+    """True if f's backward agrees with finite differences. AssertionError names the worst element.
 
     f maps Tensors to a Tensor; `inputs` are arrays, taken as float64. d is one random dout, and
     g(x) = sum(f(x) * d) is a scalar whose gradient backward gives. For each element x_i
         ∂g/∂x_i ≈ (g(x + h e_i) - g(x - h e_i)) / 2h,   h = step · max(1, |x_i|)
-    where e_i is 1 in place i and 0 elsewhere. One part of the error is of order h², from the third
-    derivative (the second cancels), the other is u/h, from rounding, u = 1.1e-16: smallest near
-    h = 1e-5. A d of ones would hide errors: the rows of softmax sum to 1, so the right gradient is
-    0, and so is what many wrong backward functions return.
+    where e_i is 1 in place i, else 0; they may differ by atol + rtol |∂g/∂x_i|. The error is about
+    h², from the third derivative (the second cancels), plus u/h, from rounding, u = 1.1e-16:
+    smallest near h = u^(1/3), 5e-6. A d of ones would hide errors: the rows of softmax sum to 1,
+    so the right gradient is 0, and so is what many wrong backward functions return.
 
     >>> gradcheck(mul, [2.0, 3.0], [5.0, 7.0])
     True
@@ -311,10 +308,10 @@ def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
                 numeric, got = (above - below) / (2 * h), float(analytic[index])
                 excess = abs(got - numeric) / (atol + rtol * abs(numeric))
                 if not excess <= worst:             # also when it is NaN
-                    worst = excess
+                    worst = math.inf if math.isnan(excess) else excess
                     report = (f"input {number}, element {index}: backward says {got:.10g}, "
                               f"finite differences {numeric:.10g}")
-    if not worst <= 1:
+    if worst > 1:
         raise AssertionError(report)
     return True
 
@@ -324,8 +321,9 @@ def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
 def sum(x, axis=None, keepdims=False):
     """out = sum of x over `axis` (an int, a tuple, or None: all);  dx = dout, repeated."""
     shape = x.shape
-    axes = normalize_axis_tuple(range(len(shape)) if axis is None else axis, len(shape))
-
+    if axis is None:
+        axis = range(len(shape))
+    axes = normalize_axis_tuple(axis, len(shape))
     kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
     return record(_total(x.data, axes, keepdims), (x,),
                   lambda dout: (device.xp.broadcast_to(dout.reshape(kept), shape),))
@@ -334,7 +332,7 @@ def sum(x, axis=None, keepdims=False):
 def mean(x, axis=None, keepdims=False):
     """out = sum(x) / n, n the number of summed elements;  dx = dout / n, repeated."""
     total = sum(x, axis, keepdims)
-    return mul(total, total.data.size / x.data.size)
+    return mul(total, total.data.size / x.data.size)            # 1/n
 
 
 def reshape(x, *shape):
@@ -349,15 +347,14 @@ def transpose(x, *axes):
     """Axis i of out is axis axes[i] of x (by default all reversed);  dx: the axes put back."""
     axes = axes or tuple(reversed(range(x.data.ndim)))
     return record(x.data.transpose(axes), (x,), lambda dout: (
-        dout.transpose(np.argsort([a % len(axes) for a in axes])),))    # the inverse permutation
+        dout.transpose(np.argsort([a % len(axes) for a in axes]).tolist()),))       # the inverse
 
 
 def getitem(x, index):
-    """out = x[index], ints and slices, which select no element twice;  dx = dout there, else 0."""
-    for part in index if isinstance(index, tuple) else (index,):
-        if not isinstance(part, (int, slice, type(...))) or isinstance(part, bool):
-            raise TypeError(f"a tensor is indexed by ints and slices, not by {type(part).__name__}")
-
+    """out = x[index], by ints, slices and …: no element twice.  dx is dout there, 0 elsewhere."""
+    for item in index if isinstance(index, tuple) else (index,):
+        if not isinstance(item, (int, slice, EllipsisType)) or isinstance(item, bool):
+            raise TypeError(f"a tensor is indexed by ints and slices, not by {type(item).__name__}")
     def backward(dout):
         def add_in_place(dx):
             dx[index] += dout
@@ -388,12 +385,10 @@ def linear(x, w):
 
     This is `matmul` with b = wᵀ and x flattened to rows, so
         dx = dout @ w,   dw = (xᵀ @ dout)ᵀ = doutᵀ @ x      (added straight to w's gradient)
-    Mixed precision: if x is in half precision, w is rounded to x's type for the product. w itself
-    and dw stay float32, because an update far below w's size would be lost in half precision.
-    (Micikevicius et al. 2018, §3.1)
+    Mixed precision: w is rounded to x's type for the product; w itself and dw stay float32, because
+    half precision would lose updates far below w's size.  (Micikevicius et al. 2018, §3.1)
     """
     rows, weight, shape = _rows(x.data), w.data, x.shape
-
     def backward(dout):
         dout = _rows(dout)
         dx = device.matmul(dout, weight.astype(dout.dtype, copy=False)).reshape(shape)
@@ -409,12 +404,12 @@ def embedding(w, ids):
     """
     ids = device.as_ids(ids, len(w.data))
     return record(w.data[ids], (w,), lambda dout: (
-        lambda dw: device.add_rows(dw, ids.reshape(-1), _rows(dout)),))
+        functools.partial(device.add_rows, ids=ids.reshape(-1), rows=_rows(dout)),))
 
 
 # ---------------------------------------------------------------- softmax, RMSNorm and RoPE
 
-_CACHE = 1 << 16        # elements of a block: they fit the cache, and Python's share stays small
+_CACHE = 1 << 16        # elements of a block: 256 KB fit the cache; few blocks, little Python
 
 
 def _sweep_rows(f, *shape):
@@ -425,9 +420,8 @@ def _sweep_rows(f, *shape):
 def by_rows(f, *arrays):
     """f(*arrays), arrays (N, C), a block of rows at a time; half precision is float32 inside."""
     out = device.xp.empty(arrays[0].shape, arrays[0].dtype)
-
-    def block(rows):
-        out[rows] = f(*(_wide(array[rows]) for array in arrays))
+    def block(part):
+        out[part] = f(*(_wide(array[part]) for array in arrays))
     _sweep_rows(block, *out.shape)
     return out
 
@@ -444,8 +438,8 @@ def softmax(x):
     """out_i = exp(x_i) / sum_j exp(x_j) over the last axis: the two formulas above, by rows.
 
     Subtracting the row's maximum changes nothing (it cancels) and keeps exp in range; -inf gives
-    an exact 0. With 1[i = j] = 1 for i = j, else 0, the quotient rule says
-        d out_i / d x_j = out_i (1[i = j] - out_j), so
+    an exact 0. With e_i = exp(x_i), 1[i = j] = 1 for i = j, else 0, and the quotient rule,
+        d out_i / d x_j = e_i 1[i = j] / sum e - e_i e_j / (sum e)² = out_i (1[i = j] - out_j), so
         dx_j = sum_i dout_i out_i (1[i = j] - out_j) = out_j (dout_j - sum_i dout_i out_i)
 
     >>> x = Tensor(np.log([1.0, 3.0]), requires_grad=True)
@@ -482,48 +476,49 @@ def rmsnorm_plain(x, w, eps=1e-6):
     def backward(dout):
         dn = dout * weight
         dx = r * (dn - n * (dn * n).mean(-1, keepdims=True))
-        return dx, dout * n                     # the engine sums dw over the rows
+        dw = dout * n                           # the engine sums it over the rows
+        return dx, dw
     return record(n * weight, (x, w), backward)
 
 
 def rmsnorm(x, w, eps=1e-6):
     """`rmsnorm_plain`, a block of rows at a time.
 
-    Of the forward pass only r is kept, one number per row: the second form of dx needs no n, and
-    dw = sum of dout * x * r = rᵀ @ (dout * x) is a product.
+    Of the forward pass only r is kept, one number per row: dx in the form with mean(dn * x) needs
+    no n, and dw = rᵀ @ (dout * x) is one matrix product.
     """
     rows, weight, shape, C = _rows(x.data), w.data, x.shape, x.shape[-1]
     r = device.xp.empty((len(rows), 1), _wide_dtype(x))
     out = device.xp.empty(rows.shape, x.dtype)
 
     def forward(part):
-        x = _wide(rows[part])
-        r[part] = 1 / device.xp.sqrt(device.row_dot(x, x) / C + eps)
-        _scale(x, r[part], weight, out[part])
+        xs = _wide(rows[part])
+        r[part] = 1 / device.xp.sqrt(device.row_dot(xs, xs) / C + eps)
+        _times(xs, r[part], weight, out[part])
     _sweep_rows(forward, *rows.shape)
 
     def backward(dout):
         dout, dx, dw = _rows(dout), device.xp.empty_like(rows), device.xp.zeros_like(weight)
 
         def block(part):
-            x, d, r_ = _wide(rows[part]), _wide(dout[part]), r[part]
-            dn = d * weight
-            along = device.row_dot(dn, x) / C * r_ * r_ * r_            # r³ mean(dn * x)
-            _two_products(dn, r_, x, -along, dx[part])
-            return device.matmul(_t(r_), d * x)[0]
-        for dw_part in _sweep_rows(block, *rows.shape):
-            dw += dw_part
+            xs, dout_, r_ = _wide(rows[part]), _wide(dout[part]), r[part]
+            dn = dout_ * weight
+            along = device.row_dot(dn, xs) / C * r_ * r_ * r_           # r³ mean(dn * x)
+            _sum_of_products(dn, r_, xs, -along, dx[part])
+            return device.matmul(_t(r_), dout_ * xs)[0]                 # this block's share of dw
+        for share in _sweep_rows(block, *rows.shape):
+            dw += share
         return dx.reshape(shape), dw
     return record(out.reshape(shape), (x, w), backward)
 
 
 @device.fuse
-def _scale(x, r, w, out):
-    out[...] = x * r * w
+def _times(a, b, c, out):
+    out[...] = a * b * c
 
 
 @device.fuse
-def _two_products(a, b, c, d, out):
+def _sum_of_products(a, b, c, d, out):
     out[...] = a * b + c * d
 
 
@@ -533,8 +528,8 @@ def rope(x, cos, sin):
     θ_i = θ^(-2i/D), i = 0 … D/2-1, where θ is usually 10,000: the first pairs turn fast, the last
     ones slowly. cos and sin (T, D) hold each angle twice. The halves x₁ and x₂ of a row become
         out₁ = x₁ cos - x₂ sin,  out₂ = x₂ cos + x₁ sin,    or out = x cos + (-x₂, x₁) sin
-    This is a rotation R_t, and only distances matter: (R_t q)ᵀ (R_s k) = qᵀ R_{s-t} k. Its matrix
-    is orthogonal, so the backward pass is its transpose, the rotation by the opposite angle.
+    This is a rotation R_t, and only distances matter: (R_t q)ᵀ (R_s k) = qᵀ R_{s-t} k. R_t is
+    orthogonal, so the backward pass is its transpose, the rotation by the opposite angle.
     (RoFormer, Su et al. 2021, §3.2.2; pairing the halves is Hugging Face's convention.)
 
     >>> cos, sin = device.xp.zeros((1, 4)), device.xp.ones((1, 4))      # T = 1, D = 4: by 90°
@@ -548,10 +543,10 @@ def _rotate(x, cos, sin):
     xp, half = device.xp, x.shape[-1] // 2
     out = xp.empty(x.shape, x.dtype)
 
-    def block(t):
-        part = xp.ascontiguousarray(x[..., t, :])       # a copy, because it is read three times
-        by_90_degrees = xp.concatenate((-part[..., half:], part[..., :half]), -1)
-        _two_products(part, cos[t], by_90_degrees, sin[t], out[..., t, :])
+    def block(t):                                       # a slice of positions
+        xs = xp.ascontiguousarray(x[..., t, :])         # a copy, because it is read three times
+        by_90_degrees = xp.concatenate((-xs[..., half:], xs[..., :half]), -1)
+        _sum_of_products(xs, cos[t], by_90_degrees, sin[t], out[..., t, :])
     _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
     return out
 
@@ -574,8 +569,8 @@ def silu(x):
 
 
 def gelu_pytorch_tanh(x):
-    """½ x (1 + t), t = tanh(u), u = a (x + b x³), nearly x Φ(x), Φ the normal distribution's;
-    slope ½ (1 + t) + ½ x (1 - t²) u', u' = a (1 + 3b x²).  (GELU, Hendrycks & Gimpel 2016, §2)
+    """½ x (1 + t), t = tanh(u), u = a (x + b x³), a = √(2/π), b = 0.044715: close to x Φ(x), Φ the
+    normal CDF; slope ½ (1 + t) + ½ x (1 - t²) a (1 + 3b x²).  (Hendrycks & Gimpel 2016, §2)
     """
     a, b = math.sqrt(2 / math.pi), 0.044715
     t = device.xp.tanh(a * (x + b * x * x * x))
@@ -592,11 +587,11 @@ ACTIVATIONS = {"silu": silu, "sigmoid": sigmoid, "gelu": gelu_pytorch_tanh, "rel
 
 
 @functools.cache
-def _glu_formulas(activation):
-    activation = ACTIVATIONS[activation]
+def _glu_formulas(name):
+    activation = ACTIVATIONS[name]
 
     @device.fuse
-    def forward(gate, up, out):
+    def forward(gate, up, out):                 # (n, F) each
         a, _ = activation(_wide(gate))
         out[...] = a * up
 
@@ -612,7 +607,7 @@ def glu(gate, up=None, activation="silu"):
     """out = a(gate) * up, a from ACTIVATIONS; "silu" is SwiGLU: the formulas above, by rows.
 
     By the product rule  dgate = dout * up * a'(gate),  dup = dout * a(gate).  (Shazeer 2020, §2)
-    Without `up`, gate (..., 2F) holds both next to each other, as one matrix product makes them.
+    Without `up`, gate (..., 2F) holds both next to each other, as one linear layer computes them.
 
     >>> both = Tensor([[2.0, -1.0, 5.0, 7.0]], requires_grad=True)      # gate (2, -1), up (5, 7)
     >>> out = glu(both, activation="relu")
@@ -655,19 +650,20 @@ def attention_plain(q, k, v):
     >>> attention_plain(q, k, v).data.ravel().round(4).tolist()     # 4;  1/4 · 4 + 3/4 · 8
     [4.0, 7.0]
     """
-    xp, (B, H, T, D), (_, K, S, _) = device.xp, q.shape, k.shape
-    q_, (k_, v_) = q.data, (xp.repeat(x.data, H // K, axis=1) for x in (k, v))  # (B, H, S, D)
-    future = xp.triu(xp.ones((T, S), bool), S - T + 1)          # True where key > S - T + query
-    s = q_ @ _t(k_) / D ** 0.5                                                  # (B, H, T, S)
-    s = xp.where(future, -xp.inf, s)
+    xp, inputs, (B, H, T, D), (_, K, S, _) = device.xp, (q, k, v), q.shape, k.shape
+    q, k, v = q.data, *(xp.repeat(x.data, H // K, axis=1) for x in (k, v))      # k, v (B, H, S, D)
+    future = xp.triu(xp.ones((T, S), bool), S - T + 1)      # True where key > S - T + query
+    s = q @ _t(k) / D ** 0.5                                # (B, H, T, S)
+    s = xp.where(future, -xp.inf, s)                        # the causal mask
     p = _softmax(s)
 
     def backward(dout):
-        dv, dp = _t(p) @ dout, dout @ _t(v_)
-        ds = p * (dp - (p * dp).sum(-1, keepdims=True))
-        dq, dk = ds @ k_ / D ** 0.5, _t(ds) @ q_ / D ** 0.5
-        return dq, *(dx.reshape(B, K, H // K, S, D).sum(2) for dx in (dk, dv))
-    return record(p @ v_, (q, k, v), backward)
+        dv, dp = _t(p) @ dout, dout @ _t(v)
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True))     # 0 under the mask, where p is 0
+        dq, dk = ds @ k / D ** 0.5, _t(ds) @ q / D ** 0.5
+        over_groups = lambda dx: dx.reshape(B, K, H // K, S, D).sum(2)
+        return dq, over_groups(dk), over_groups(dv)
+    return record(p @ v, inputs, backward)
 
 
 _QUERIES = 128          # queries in a block
@@ -689,11 +685,11 @@ def _future(xp, n, dtype):              # (n, n): -inf above the diagonal, where
 def attention(q, k, v):
     """`attention_plain` without ever holding s or p whole: memory grows with T, not with T².
 
-    Blocks of queries meet the keys that they may see; backward computes p again, from the
-    log-sum-exp of each row, L = log sum_j exp(s_j), as p = exp(s - L). (FlashAttention, Dao et al.
-    2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) The G = H/K query
-    heads that share a key/value head form one matrix of G·n rows. `h` is a slice of the B·K
-    key/value heads, `t` a slice of n queries. In half precision only the products' inputs are half.
+    Each block of queries is multiplied only by the keys that it may see. Backward computes p again
+    from the log-sum-exp of each row, L = log sum_j exp(s_j), as p = exp(s - L). (FlashAttention,
+    Dao et al. 2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) The
+    G = H/K query heads of a key/value head form one matrix of G·n rows, so dsᵀ @ q sums over them.
+    h: a slice of the B·K key/value heads, t: one of n queries. Only inputs of products may be half.
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     if H % K or S < T or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
@@ -708,13 +704,13 @@ def attention(q, k, v):
     split = lambda x: x.reshape(len(x), G, -1, x.shape[-1])         # and back
     product = lambda a, b, **into: device.matmul(a.astype(dtype, copy=False), b, **into)
 
-    def scores(h, t, end):                      # q/√D (h, G·n, D) and the masked s (h, G·n, end)
-        q = (merged(qs[h, :, t]) * D ** -0.5).astype(dtype, copy=False)
-        s = product(q, _t(ks[h, :end]), dtype=wide)
-        n = t.stop - t.start                    # n queries at the last n positions: only keys there
-        if n > 1:                               # can be later, above the diagonal
-            split(s)[..., end - n:] += _future(xp, n, wide)
-        return q, s
+    def scores(h, t, end):                  # q/√D (h, G·n, D) and the masked s (h, G·n, end)
+        q_scaled = (merged(qs[h, :, t]) * D ** -0.5).astype(dtype, copy=False)
+        s = product(q_scaled, _t(ks[h, :end]), dtype=wide)
+        n = t.stop - t.start                # The causal mask: the n queries stand at the last n of
+        if n > 1:                           # `end` positions, so only keys there can be later.
+            split(s)[..., end - n:] += _future(xp, n, wide)         # split(s) is a view
+        return q_scaled, s
 
     def forward(h):
         for t, end in _query_blocks(T, S):
@@ -734,7 +730,7 @@ def attention(q, k, v):
 
         def block(h):
             for t, end in _query_blocks(T, S):
-                q, s = scores(h, t, end)
+                q_scaled, s = scores(h, t, end)
                 s -= merged(L[h, :, t])
                 p = xp.exp(s, out=s)
                 d = merged(dout[h, :, t])
@@ -743,7 +739,7 @@ def attention(q, k, v):
                 ds -= device.row_dot(p, ds)                     # dp - δ
                 ds *= p
                 dq[h, :, t] = split(product(ds, ks[h, :end], dtype=wide) * D ** -0.5)
-                product(_t(ds), q, out=dk[h, :end], accumulate=True)
+                product(_t(ds), q_scaled, out=dk[h, :end], accumulate=True)
         device.sweep(block, B * K, heads)
         dk, dv = (x.astype(dtype, copy=False).reshape(B, K, S, D) for x in (dk, dv))
         return dq.reshape(B, H, T, D), dk, dv
@@ -767,13 +763,12 @@ def recompute(f, x):
     """f(x), but only x is kept for backward, which runs f again and then backpropagates through it.
 
     One more forward pass saves the memory of f's activations. The gradients are the same to the
-    last bit; weights in f are leaves of the second graph, too.  (Chen et al. 2016, §4)
+    last bit; weights in f get theirs from the second graph's backward.  (Chen et al. 2016, §4)
     """
     if not recording(x):
         return f(x)
     with no_grad():
         start, out = x.data, f(x).data
-
     def backward(dout):
         again = Tensor(start, requires_grad=True)
         f(again).backward(dout)
@@ -812,7 +807,7 @@ _LOGITS = 1 << 24       # elements of a block of logits: 64 MB in float32
 
 
 def logit_blocks(rows, weight):
-    """Yield (slice, rows[slice] @ weightᵀ), each valid until the next: never all logits at once."""
+    """Yield (slice, rows[slice] @ weightᵀ), each valid until the next: at least 64 rows."""
     N, V = len(rows), len(weight)
     size = max(_LOGITS // V, 64)
     logits = device.xp.empty((min(size, N), V), _wide_dtype(rows))
@@ -825,28 +820,28 @@ def loss_of_rows(z, targets, dz=None):
     """The loss L - z_y of each row of z (N, V). p - onehot goes into dz, if given; it may be z."""
     losses = device.xp.empty(len(z), _wide_dtype(z))
 
-    def block(rows):
-        target = device.xp.arange(rows.stop - rows.start), targets[rows]
-        s = _wide(z[rows])
+    def block(part):
+        target = device.xp.arange(part.stop - part.start), targets[part]
+        s = _wide(z[part])
         s = s - s.max(-1, keepdims=True)
-        losses[rows] = -s[target]
+        losses[part] = -s[target]
         p = device.xp.exp(s, out=s)
         total = p.sum(-1, keepdims=True)
-        losses[rows] += device.xp.log(total[:, 0])
+        losses[part] += device.xp.log(total[:, 0])
         if dz is not None:
-            device.xp.divide(p, total, out=dz[rows])
-            dz[rows][target] -= 1
+            device.xp.divide(p, total, out=dz[part])
+            dz[part][target] -= 1
     _sweep_rows(block, *z.shape)
     return losses
 
 
 def linear_cross_entropy(x, w, targets):
-    """cross_entropy(linear(x, w), targets) without all the logits.  x (..., C), w (V, C) -> scalar.
+    """cross_entropy(linear(x, w), targets), a block of logits at a time.  x (..., C), w (V, C)
 
-    With a large vocabulary the logits, N·V, are a model's largest array. But a row's logits serve
-    only its own loss and gradient. So each block of rows makes its logits z, turns them in place
-    into dz = p - onehot, and these at once into its share of what backward will ask for,
-        dx_block = dz @ w,   dw += dzᵀ @ x_block         (backward only scales both by dout/N)
+    With a large vocabulary the logits, N·V, would be a model's largest array. But a row's logits
+    serve only its own loss and gradient, and backward only scales that by dout/N. So each block of
+    rows (2²⁴ logits, 64 MB) computes its logits z, overwrites them with dz = p - onehot and adds
+        dx_block = dz @ w,   dw += dzᵀ @ x_block
     (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
 
     In half precision logits, dx and dw are float32, and the products' inputs are half. Most of dz

@@ -1,4 +1,4 @@
-"""From a text file to batches: sliding windows over its token ids, in an endless stream.
+"""From a text file to batches: sliding windows over the text's token ids, in an endless stream.
 
     text, tokenizer ─► ids on disk ─► windows x, y (T,) ─► batches x, y (B, T)
 
@@ -14,29 +14,29 @@ from storage.files import require
 from storage.tokens import cached_tokens, load_tokenizer, refuse_short, vocab_size
 
 
-def cut(ids, numbers, seq_len, stride):
-    """x and y, (..., T) each, int64, of the windows with these numbers (...); T is seq_len.
+def cut(ids, indices, seq_len, stride):
+    """x and y, (..., T) each, int64, of the windows with these indices (...); T is seq_len.
 
     Window i begins at s = i * stride: x = ids[s : s + T], y = ids[s + 1 : s + T + 1]. The last one
-    is moved back to end with the last id, so that no id is left out.
+    is shifted left so that it ends with the last id: no id is left out.
 
     >>> x, y = cut(np.arange(7), [0, 1, 2], seq_len=3, stride=2)
-    >>> x.tolist(), y.tolist()          # the last one would begin at 4: moved back to 3
+    >>> x.tolist(), y.tolist()          # the last one would begin at 4: shifted to 3
     ([[0, 1, 2], [2, 3, 4], [3, 4, 5]], [[1, 2, 3], [3, 4, 5], [4, 5, 6]])
     """
-    start = np.minimum(np.asarray(numbers) * stride, len(ids) - seq_len - 1)
-    place = start[..., None] + np.arange(seq_len)                                  # (..., T)
-    return ids[place].astype(np.int64), ids[place + 1].astype(np.int64)
+    start = np.minimum(np.asarray(indices) * stride, len(ids) - seq_len - 1)
+    at = start[..., None] + np.arange(seq_len)                                      # (..., T)
+    return ids[at].astype(np.int64), ids[at + 1].astype(np.int64)
 
 
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
-    """The order of n windows in an epoch. Two are kept, because a batch may straddle two epochs."""
+    """The order of n windows in an epoch. The cache holds two: a batch may straddle two epochs."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 class TokenDataset:
-    """Windows over the ids first … last - 1 of a TokenFile, `source_bytes` of UTF-8 text."""
+    """The windows of ids[first:last] of a text's TokenFile: source_bytes of its UTF-8."""
     def __init__(self, file, first, last, seq_len, stride):
         self.file, self.first, self.last = file, first, last
         self.seq_len, self.stride = seq_len, stride
@@ -45,7 +45,10 @@ class TokenDataset:
 
     @classmethod
     def from_text(cls, text, tokenizer, seq_len, stride=None):
-        """The windows of a whole text file. Raises InputError for what it cannot use."""
+        """The windows of a text file; `tokenizer` is a tokenizer.json; stride: seq_len // 2.
+
+        Warns if more than 1 % of the tokens are unknown. Raises InputError for what it cannot use.
+        """
         stride = max(1, seq_len // 2) if stride is None else stride
         require(seq_len >= 1, f"seq_len {seq_len}: must be at least 1")
         require(1 <= stride <= seq_len, f"stride {stride}: must be from 1 to seq_len, {seq_len}; "
@@ -61,12 +64,12 @@ class TokenDataset:
         return self.file.ids(self.first, self.last)
 
     def __len__(self):
-        """1, and the number of strides until a window ends with the last id or behind it."""
+        """One window, and one for each further stride until a window reaches the last id."""
         return 1 + math.ceil((self.last - self.first - self.seq_len - 1) / self.stride)
 
-    def windows(self, numbers):
-        """x and y, (..., T) each, of the windows with these numbers (...)."""
-        return cut(self.tokens, numbers, self.seq_len, self.stride)
+    def windows(self, indices):
+        """x and y, (..., T) each, of the windows with these indices (...)."""
+        return cut(self.tokens, indices, self.seq_len, self.stride)
 
     def __getitem__(self, i):
         """x and y, (T,) each, of window i, or of the i-th from the end if i < 0."""
@@ -81,16 +84,18 @@ class TokenDataset:
         depends on the arguments alone, so a resumed run gets the same batches if it remembers one
         number: how many windows it has taken (State.windows in a checkpoint's trainer.json).
         """
-        epoch, place = np.divmod(np.arange(start, start + size), len(self))
-        return self.windows(np.concatenate([permutation(len(self), seed, e)[place[epoch == e]]
-                                            for e in range(epoch[0], epoch[-1] + 1)]))
+        epochs, places = np.divmod(np.arange(start, start + size), len(self))
+        indices = [permutation(len(self), seed, epoch)[place]
+                   for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
+        return self.windows(indices)
 
     def in_order(self, size):
-        """Yield x, y, new: the windows in order, (B, T) each, at most `size` of them at a time.
+        """Yield x, y, new: the windows in order, x and y (B, T), B ≤ size, to score the text.
 
-        `new` counts the targets at the end of each row that no earlier window had: T in window 0,
-        then `stride`; what is left comes as one shorter row. So every id but the first is a new
-        target once, with at least seq_len - stride + 1 ids before it, or all there are.
+        `new`, an int, counts the targets at the end of each row that no earlier window had: T in
+        window 0, then `stride`. No window is shifted, because each target must count once: what is
+        left comes as one row of T - stride + left. Every id but the first is a new target once,
+        with at least T - stride + 1 ids before it, or all there are.
         """
         n, left = divmod(len(self.tokens) - 1 - self.seq_len, self.stride)
         yield *self.windows([0]), self.seq_len
@@ -101,7 +106,7 @@ class TokenDataset:
             yield rest[:, :-1], rest[:, 1:], left
 
     def split(self, val_fraction):
-        """(train, val): the head of the ids and their tail, val_fraction of them (0: val is None).
+        """(train, val): the first 1 - val_fraction of the ids, and the rest (None for 0).
 
         They are divided before windows are cut: no id is in both. val's stride is seq_len.
         """

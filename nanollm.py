@@ -1,4 +1,4 @@
-"""The model: its shape, its parameters, the Llama-style transformer and how it continues a text.
+"""The model: its shape, its parameters, the Llama-style transformer and text generation.
 
     ids (B, T) ─ embedding ─► h (B, T, C)
         n_block times:   h += attention(rmsnorm(h))      tokens look at themselves and earlier ones
@@ -39,7 +39,7 @@ from storage.files import require
 
 # ---------------------------------------------------------------- the shape
 
-_LARGEST = 1 << 20      # of any size in a Config: a file that asks for more is broken
+_LARGEST = 1 << 20      # the limit of every size in a Config: a file that asks for more is broken
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Config:
         for name in ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head",
                      "max_context", "hidden_dim"):
             size = getattr(self, name)
-            require(type(size) is int and 1 <= size <= _LARGEST,
+            require(type(size) is int and 1 <= size <= _LARGEST,        # type: True is no size
                     f"{name} must be a whole number from 1 to {_LARGEST}, not {size!r}")
         for name in ("eps", "rope_theta"):
             value = getattr(self, name)
@@ -86,8 +86,8 @@ class Config:
     def shapes(self):
         """{Hugging Face name: shape} of every parameter, in the order of `Parameters`.
 
-        Matrices come first, because only they decay. q, k, v of a block are neighbours, and so are
-        gate and up, because one product serves each group.
+        Matrices come first, because only they decay (weight decay: train.py). q, k, v of a block
+        are adjacent, and so are gate and up, because one product serves each group.
         """
         C, F, kv = self.embedding_dim, self.hidden_dim, self.n_kv_head * self.head_dim
         matrices, vectors = {"model.embed_tokens.weight": (self.vocab_size, C)}, {}
@@ -120,9 +120,10 @@ class Parameters:
     """All parameters of a model in one flat array, and all their gradients in another.
 
     Whatever treats every parameter alike then needs no loop over their names: Adam is one sweep
-    over memory, the norm of the gradient one reduction, an exchange between processes one call.
-    Parameters that one product serves lie side by side and are one Tensor (`tensor`), so no
-    two Tensors share memory.
+    over memory, the norm of the gradient one reduction, a checkpoint's moments two arrays.
+    Parameters that one product serves lie side by side and are one Tensor (`tensor`), so no two
+    Tensors share memory. Each Tensor's grad is a view of `grad` from the start, so the engine adds
+    to it in place.
 
     shapes {name: shape}, matrices first. Attributes: `flat` and `grad`, 1-D arrays; `n_matrix`, the
     number of elements, at the front, that belong to matrices.
@@ -133,7 +134,7 @@ class Parameters:
         sizes = [math.prod(shape) for shape in shapes.values()]
         ends = list(itertools.accumulate(sizes))
         self.shapes = shapes
-        self.starts = dict(zip(shapes, [0, *ends], strict=False))
+        self.starts = dict(zip(shapes, [0, *ends[:-1]], strict=True))
         self.flat = device.xp.ones(ends[-1], dtype)
         self.grad = device.xp.zeros(ends[-1], dtype)
         self.n_matrix = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
@@ -143,7 +144,7 @@ class Parameters:
         return {name: self._view(array, name, shape) for name, shape in self.shapes.items()}
 
     def tensor(self, *names):
-        """The Tensor over neighbours of one width: their rows below each other."""
+        """One Tensor over adjacent matrices, stacked along their rows (or over one parameter)."""
         rows = sum(self.shapes[name][0] for name in names)
         shape = (rows, *self.shapes[names[0]][1:])
         tensor = Tensor(self._view(self.flat, names[0], shape), requires_grad=True)
@@ -170,12 +171,12 @@ class KVCache:
         self.k, self.v = device.xp.empty(shape, dtype), device.xp.empty(shape, dtype)
         self.length = 0
 
-    def extend(self, block, k, v):
-        """Store k and v (B, K, T, D) of T new positions; return those of all, (B, K, S, D)."""
+    def extend(self, i, k, v):
+        """Store block i's k and v (B, K, T, D) of T new positions; return all, (B, K, S, D)."""
         end = self.length + k.shape[2]
-        self.k[block, :, :, self.length:end] = k.data
-        self.v[block, :, :, self.length:end] = v.data
-        return Tensor(self.k[block, :, :, :end]), Tensor(self.v[block, :, :, :end])
+        self.k[i, :, :, self.length:end] = k.data
+        self.v[i, :, :, self.length:end] = v.data
+        return Tensor(self.k[i, :, :, :end]), Tensor(self.v[i, :, :, :end])
 
 
 # ---------------------------------------------------------------- the transformer
@@ -187,7 +188,7 @@ def rope_table(config, dtype):
     """cos and sin (max_context, D) of the angles by which `rope` rotates.
 
     Pair i turns at position t by t θ^(-2i/D), θ = rope_theta: from one full turn in 2π positions
-    (i = 0) to one in almost 2πθ. Each angle stands twice, for the two halves of a pair.
+    (i = 0) to one in 2πθ^(1-2/D). Each angle appears twice, once for each half of a row.
     """
     D = config.head_dim
     frequencies = config.rope_theta ** (-np.arange(0, D, 2) / D)                # (D/2,)
@@ -196,12 +197,12 @@ def rope_table(config, dtype):
 
 
 class NanoLLM:
-    """The transformer of a Config. Fresh weights depend on the seed alone (None: all are 1).
+    """The transformer of a Config. Fresh weights depend on the seed alone.
 
-    weights: its Parameters. `dtype` float64 exists for gradient checks.
-    compute_dtype: the type of activations and of the products' inputs; set it to half precision
-    for mixed precision. recompute: set it to True, and training keeps only each block's input and
-    computes the rest again in backward.
+    seed None leaves all weights at 1, to be overwritten. weights: Parameters (None: made here) or
+    QuantizedParameters. `dtype` float64 exists for gradient checks. Set compute_dtype, the type of
+    activations and of the products' inputs, to half precision for mixed precision. Set recompute
+    to True, and training keeps only each block's input and computes the rest again in backward.
 
     Weights are drawn from a normal distribution of standard deviation 0.02. The two matrices of a
     block that write into h get 0.02/√(2·n_block), so that the sum of all 2·n_block contributions
@@ -237,38 +238,37 @@ class NanoLLM:
                 drawn = rng.standard_normal(w.size, np.float32).reshape(w.shape) * std
                 w[...] = device.xp.asarray(drawn.astype(w.dtype))
 
-    @property
-    def trainable(self):
-        """Whether there are gradients: a quantised model has none."""
-        return isinstance(self.weights, Parameters)
+    trainable = property(lambda self: isinstance(self.weights, Parameters))     # not: quantised
 
     def parameters(self):
         """{Hugging Face name: Parameter}: views of the weights and of their gradients."""
         data, grad = (self.weights.views(x) for x in (self.weights.flat, self.weights.grad))
         return {name: Parameter(data[name], grad[name]) for name in data}
 
-    def _attend(self, i, h, cache):
-        """Block i's attention on h (B, T, C): one product for q, k and v, and one back to C."""
-        (B, T, C), block, H, K = h.shape, self.blocks[i], self.config.n_head, self.config.n_kv_head
-        heads = linear(h, block.qkv).reshape(B, T, H + 2 * K, C // H).transpose(0, 2, 1, 3)
-        start = cache.length if cache else 0                                # (B, H + 2K, T, D)
+    def _attend(self, i, x, cache):
+        """Block i's attention on x (B, T, C): one product for q, k and v, and one back to C."""
+        weights, (B, T, C) = self.blocks[i], x.shape
+        H, K = self.config.n_head, self.config.n_kv_head
+        heads = linear(x, weights.qkv).reshape(B, T, H + 2 * K, C // H)
+        heads = heads.transpose(0, 2, 1, 3)                                 # (B, H + 2K, T, D)
+        start = 0 if cache is None else cache.length
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
         rotated, v = rope(heads[:, :H + K], cos, sin), heads[:, H + K:]
         q, k = rotated[:, :H], rotated[:, H:]
-        if cache:
+        if cache is not None:
             k, v = cache.extend(i, k, v)                                    # (B, K, S, D)
         out = attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, C)
-        return linear(out, block.o)
+        return linear(out, weights.o)
 
-    def block(self, i, h, cache=None, p=0.0, key=()):
+    def run_block(self, i, h, cache=None, p=0.0, key=()):
         """Block i on h (B, T, C): attention, then the gated linear unit, each added to h."""
-        block, eps = self.blocks[i], self.config.eps
-        x = rmsnorm(h, block.norm1, eps)
+        weights, eps = self.blocks[i], self.config.eps
+        x = rmsnorm(h, weights.norm1, eps)
         h = h + dropout(self._attend(i, x, cache), p, (*key, 2 * i + 1))
-        x = rmsnorm(h, block.norm2, eps)
-        x = linear(x, block.gate_up)                                        # (B, T, 2F)
+        x = rmsnorm(h, weights.norm2, eps)
+        x = linear(x, weights.gate_up)                                      # (B, T, 2F)
         x = glu(x, activation=self.config.activation)                       # (B, T, F)
-        return h + dropout(linear(x, block.down), p, (*key, 2 * i + 2))
+        return h + dropout(linear(x, weights.down), p, (*key, 2 * i + 2))
 
     def hidden(self, ids, cache=None, p=0.0, key=()):
         """The last hidden state (B, T, C), normalised, of ids (B, T) that follow what `cache` read.
@@ -277,41 +277,41 @@ class NanoLLM:
         more positions than max_context.
         """
         h = embedding(self.embed, ids)
-        end = (cache.length if cache else 0) + h.shape[1]
+        end = h.shape[1] + (0 if cache is None else cache.length)
         if end > self.config.max_context:
             raise ValueError(f"{end} positions are more than max_context, "
                              f"{self.config.max_context}")
         h = dropout(cast(h, self.compute_dtype), p, (*key, 0))
         for i in range(self.config.n_block):
-            def block(h, i=i):
-                return self.block(i, h, cache, p, key)
-            h = recompute(block, h) if self.recompute else block(h)
-        if cache:
+            def run(h, i=i):
+                return self.run_block(i, h, cache, p, key)
+            h = recompute(run, h) if self.recompute else run(h)
+        if cache is not None:
             cache.length = end
         return rmsnorm(h, self.norm, self.config.eps)
 
     def __call__(self, ids):
-        """ids (B, T) -> logits (B, T, V): those at t say what follows ids[:, :t + 1]."""
+        """ids (B, T) -> all logits (B, T, V): those at t say what follows ids[:, :t + 1]."""
         return linear(self.hidden(ids), self.lm_head)
 
     def loss(self, ids, targets, p=0.0, key=()):
         """Mean cross-entropy in nats of targets (B, T), the ids that follow; a scalar Tensor.
 
-        p is the share of the embedding, and of what each half of a block adds to it, that is
-        dropped; `key`, whole numbers, decides which elements.
+        p is the probability of dropout, in the embedding and in what each half of a block adds to
+        it; `key`, whole numbers, decides which elements.
         """
         return linear_cross_entropy(self.hidden(ids, p=p, key=key), self.lm_head, targets)
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
                  stop_ids=(), use_cache=True):
-        """Yield up to max_new_tokens ids that continue `ids`: an int for 1-D ids, else (B,).
+        """Yield up to max_new_tokens ids that continue ids (T,), an int each, or (B, T), (B,) each.
 
-        `temperature` 0 is greedy; for top_k and top_p see `probabilities`. A stop id ends its row
-        and is still yielded. A batch ends when all its rows have ended; until then an ended row
-        repeats its stop id.
-        The context holds max_context tokens. When it is full, its older half is dropped and the
-        rest is read again, with or without the cache: all positions change, so no cached key
-        would be right.
+        `temperature` 0 is greedy; for top_k and top_p see hardware/sampling.py. A stop id ends its
+        row and is still yielded. A batch ends when all its rows have ended; until then an ended
+        row repeats its stop id.
+        The context holds max_context tokens. When one more would not fit, its older half is
+        dropped and the rest is read again, with or without the cache: all positions change, so no
+        cached key would be right.
         Raises InputError for settings out of range, IndexError for ids outside the vocabulary.
         """
         ids = np.asarray(ids)
@@ -328,12 +328,10 @@ class NanoLLM:
         require(seed is None or seed >= 0, f"seed must be at least 0, not {seed}")
         device.as_ids(ids, self.config.vocab_size)
         rng = np.random.default_rng(seed)
-
-        def choose(logits):
-            return sample(logits, rng.random(len(logits)), temperature, top_k, top_p)
-        rows = np.atleast_2d(ids).astype(np.int64)              # our own copies: the caller may
-        steps = self._continue(rows, choose, set(stop_ids), use_cache)     # change the originals
-        steps = itertools.islice(steps, max_new_tokens)
+        choose = lambda logits: sample(logits, rng.random(len(logits)), temperature, top_k, top_p)
+        rows = np.atleast_2d(ids).astype(np.int64)      # our own: the caller may change the other
+        steps = itertools.islice(
+            self._continue(rows, choose, set(stop_ids), use_cache), max_new_tokens)
         return steps if ids.ndim == 2 else (int(step[0]) for step in steps)
 
     def _continue(self, rows, choose, stop_ids, use_cache):

@@ -1,14 +1,15 @@
 """Train a language model on a text:  python train.py --text FILE --tokenizer FILE
 
-One step, in its plainest form (`train`, below, adds batches in parts, clipping and half precision):
+One step in its plainest form (`train`, below, adds accumulation, clipping and half precision):
 
     optimizer.zero_grad()
     loss = model.loss(x, y)             # x, y: the next windows of the text
     loss.backward()                     # dLoss/dw for every weight w
     optimizer.step()                    # Adam
 
-In this order: Adam, the learning rate, the loop, the command. The flags are in console/options.py,
-and what happens after a step (reports, evaluations, checkpoints) is in console/observer.py.
+The file has four parts: Adam, the learning rate, the loop, the command. The flags (Settings) are in
+console/options.py; what happens after a step (reports, evaluations, checkpoints) is in
+console/observer.py; how far training is (State) is in storage/checkpoint.py.
 """
 import math
 import shlex
@@ -43,13 +44,11 @@ class Adam:
 
     m and v start at 0 and are too small at first: for a constant g, m after t steps is
     (1-β₁) (1 + β₁ + … + β₁ᵗ⁻¹) g = (1-β₁ᵗ) g, hence the divisors. While g hardly changes,
-    m̂/√v̂ is near ±1, whatever g's scale; where g changes its sign, it is smaller. So a weight
-    moves by about lr in a step. (After a sudden large g it can move by up to
-    lr · (1-β₁)/√(1-β₂), see §2.1.)
+    m̂/√v̂ is near ±1, whatever g's scale; where g keeps changing its sign, it is nearer to 0. So
+    a weight moves by about lr a step (at most lr · (1-β₁)/√(1-β₂), after a sudden large g, §2.1).
 
     Weight decay, p ← p - lr · weight_decay · p, is not added to g, because Adam would rescale it;
-    only matrices decay. (As in PyTorch; the paper's λ is lr · weight_decay.)
-
+    only matrices decay. (As in PyTorch; the paper's λ is lr · weight_decay, with a constant lr.)
     m, v, parameters and gradients are one flat array each: a step is one sweep over memory.
 
     >>> from types import SimpleNamespace
@@ -68,23 +67,24 @@ class Adam:
         self.t = 0
 
     def step(self, lr=None, scale=1.0):
-        """Update the model's weights from scale · its gradients, with this learning rate or the
-        optimizer's own.
+        """Update the weights from scale · their gradients, with this lr or the optimizer's own.
+
+        `scale` is clipping and 1/loss_scale in one factor.
         """
         lr = self.lr if lr is None else lr
         self.t += 1
         beta1, beta2 = self.betas
-        number = self.m.dtype.type      # a typed scalar keeps a fused kernel in float32
-        decay, n_matrix = number(1 - lr * self.weight_decay), self.weights.n_matrix
-        constants = [number(x) for x in (
-            scale, 1 - beta1, 1 - beta2, lr / (1 - beta1 ** self.t), 1 / (1 - beta2 ** self.t),
-            self.eps)]
+        dtype = self.m.dtype.type       # a typed scalar keeps a fused kernel in float32
+        step_size, correction = lr / (1 - beta1 ** self.t), 1 / (1 - beta2 ** self.t)
+        constants = [dtype(constant) for constant in (
+            scale, 1 - beta1, 1 - beta2, step_size, correction, self.eps)]
+        decay, n_matrix = dtype(1 - lr * self.weight_decay), self.weights.n_matrix
         arrays = self.weights.flat, self.weights.grad, self.m, self.v
 
         def update(s):
             p, g, m, v = (array[s] for array in arrays)
             if self.weight_decay and s.start < n_matrix:
-                p[:n_matrix - s.start] *= decay         # matrices come before vectors
+                p[:n_matrix - s.start] *= decay         # the slice's part in matrices, or all of it
             _adam(p, g, m, v, *constants)
         device.sweep(update, self.m.size, 1 << 17)
 
@@ -95,7 +95,7 @@ class Adam:
 
 @device.fuse
 def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, correction, eps):
-    g = g * scale
+    g = g * scale                               # p, m and v change in place
     m += (g - m) * one_minus_beta1              # now β₁ m + (1-β₁) g
     v += (g * g - v) * one_minus_beta2          # now β₂ v + (1-β₂) g²
     v_hat = v * correction
@@ -103,21 +103,21 @@ def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, correc
 
 
 def gradient_norm(model):
-    """√(sum of all squared gradients), a float: one number for how steep the loss is."""
+    """The Euclidean norm of the whole gradient, √(sum of all squares), a float."""
     g = model.weights.grad
     squares = device.sweep(lambda s: g[s] @ g[s], g.size, 1 << 18)
     return math.sqrt(sum(float(square) for square in squares))
 
 
 def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
-    """The rate of step 0 … steps-1: linearly up for `warmup` steps, then constant, or half a
-    cosine down to `low`. In the example, (1 + cos 45°)/2 = 0.8536.
+    """The rate of step 0 … steps-1: linearly up to `peak` in `warmup` steps, then constant, or (the
+    schedule "cosine") down to `low` by half a cosine.  (1 + cos 45°)/2 = 0.8536.
 
     >>> [round(learning_rate(step, 6, 1.0, 0.0, warmup=2), 4) for step in range(6)]
     [0.5, 1.0, 0.8536, 0.5, 0.1464, 0.0]
     """
     if step < warmup:
-        return peak * ((step + 1) / warmup)     # in this order no rounding lifts it above the peak
+        return peak * ((step + 1) / warmup)     # the quotient is at most 1, also when rounded
     if schedule == "constant":
         return peak
     progress = (step + 1 - warmup) / (steps - warmup)       # 1 at the last step
@@ -127,17 +127,19 @@ def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
 # ---------------------------------------------------------------- the loop
 
 def train(model, optimizer, train_set, settings, state, observer, stop):
-    """Train until step settings.max_steps, or until patience ends or stop.signal is set; then save.
+    """Train until settings.max_steps, until patience runs out or stop.signal is set; then save.
 
     Ctrl-C and SIGTERM set stop.signal (console/cli.py, Stop) and interrupt nothing: the running
-    step is finished and a checkpoint is written. `main` then says how to continue.
+    step is finished and a checkpoint is written. `main` then prints the command that continues.
+    A second Ctrl-C ends the process at once; the last checkpoint stays.
 
     A step takes the next grad_accum batches. They are of one size, so the mean of their mean
-    losses is the mean over all tokens. Gradients add up, hence backward(1 / grad_accum).
+    losses is the mean over all tokens. Gradients add up, hence backward(loss_scale / grad_accum).
+    state.windows says which batches are next, so a resumed run takes the same ones.
     """
     if state.step == 0:
         state.loss_scale = 2.0 ** 16 if settings.dtype == "float16" else 1.0
-        observer.save(model, optimizer, state)      # a disk that is too small must show at once
+        observer.save(model, optimizer, state)      # a disk that is too small fails now, not later
     while not is_over(settings, state) and not stop.signal:
         lr = learning_rate(state.step, settings.max_steps, settings.learning_rate,
                            settings.min_lr, settings.warmup_steps, settings.lr_schedule)
@@ -147,19 +149,20 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
             x, y = train_set.batch(state.windows, settings.batch_size, settings.seed)
             part = model.loss(x, y, settings.dropout, (settings.seed, state.windows))
             part.backward(state.loss_scale / settings.grad_accum)
-            loss = loss + part.data / settings.grad_accum
+            loss = loss + part.data / settings.grad_accum       # on the device: nobody waits for it
             state.windows += settings.batch_size
-        loss, norm = float(loss), gradient_norm(model) / state.loss_scale
+        loss = float(loss)
+        norm = gradient_norm(model) / state.loss_scale
         finite = math.isfinite(loss + norm)
         if finite:
             optimizer.step(lr, clipping(norm, settings.clip_norm) / state.loss_scale)
         state.step, state.epoch = state.step + 1, state.windows / len(train_set)
-        count(state, loss, norm, finite)
+        note_loss(state, loss, norm, finite)
         if state.skipped_in_a_row == 10:
             raise InputError(f"10 steps in a row were not finite; the first place is the "
-                             f"{metrics.first_not_finite(model, x)}: the checkpoints in "
-                             f"{observer.run.folder} are as they were, continue from them with "
-                             "--resume and a lower --learning-rate")
+                             f"{metrics.first_not_finite(model, x)}. The checkpoints in "
+                             f"{observer.run.folder} are intact: continue from them with --resume "
+                             "and a lower --learning-rate")
         if settings.dtype == "float16":
             adapt_loss_scale(state, finite)
         observer.after_step(model, optimizer, state, lr, loss, norm)
@@ -168,19 +171,20 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
 
 
 def is_over(settings, state):
-    impatient = settings.patience is not None and state.without_better >= settings.patience
-    return state.step >= settings.max_steps or impatient
+    """Whether all steps are done, or patience has run out."""
+    no_patience = settings.patience is not None and state.without_better >= settings.patience
+    return state.step >= settings.max_steps or no_patience
 
 
 def clipping(norm, limit):
-    """The factor that brings gradients of this norm down to the norm `limit` (0: there is none)."""
+    """The factor that brings gradients of this norm down to the norm `limit` (0: no clipping)."""
     return min(1.0, limit / norm) if limit and norm else 1.0
 
 
-def count(state, loss, norm, finite):
-    """Add up the losses for the next report, or tell that a step changed no weight.
+def note_loss(state, loss, norm, finite):
+    """Add the loss to the next report's mean, or report a skipped step.
 
-    Where the loss scale is above 1, that is no sign of trouble: it is halved for the next step.
+    With a loss scale above 1 a skipped step is expected: the scale is halved for the next one.
     """
     if finite:
         state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
@@ -196,10 +200,11 @@ def count(state, loss, norm, finite):
 def adapt_loss_scale(state, finite):
     """Dynamic loss scaling, for float16.  (Micikevicius et al. 2018, §3.2 and §5)
 
-    Many gradients are below half the smallest positive float16, 3e-8, and would become 0. So
-    backward begins not with 1 but with a large loss_scale, and Adam divides by it. It should be as
-    large as possible without an overflow: it is halved after one (the step is skipped) and doubled
-    after 1,000 steps without. Powers of two change no digit.
+    Many gradients are below 3e-8, half the smallest positive float16, and would round to 0. So
+    backward begins not with 1 but with a large loss_scale, and Adam's step divides by it. It should
+    be as large as possible without an overflow: it starts high, at 2¹⁶, is halved after an overflow
+    (that step is skipped) and doubled after 1,000 finite steps. Multiplying by a power of two is
+    exact. (The fixed 2¹⁵ in linear_cross_entropy is for the logits' gradient alone.)
     """
     state.scale_age += 1
     if not finite:
@@ -211,7 +216,7 @@ def adapt_loss_scale(state, finite):
 # ---------------------------------------------------------------- the command
 
 def make_model(request, tokenizer):
-    """(model, entries of config.json that came with it): read from a folder, or fresh."""
+    """(model, its BOS and EOS ids as config.json has them): read from a folder, or fresh."""
     config, source, entries = options.make_config(request, tokenizer), request.source, {}
     if source:
         model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
@@ -221,7 +226,8 @@ def make_model(request, tokenizer):
                              "from which it was made")
     else:
         model = NanoLLM(config, request.settings.seed)
-    model.compute_dtype, model.recompute = np.dtype(request.settings.dtype), request.settings.recompute
+    model.compute_dtype = np.dtype(request.settings.dtype)
+    model.recompute = request.settings.recompute
     return model, entries
 
 
@@ -245,28 +251,26 @@ def main(argv=None):
     files = tokenizer_files(tokenizer, entries, model.config.max_context)
     run = checkpoint.Run(folder, files, entries, about)
     if resumed and is_over(settings, state) and run.is_finished(resumed):
-        say(f"{folder} has finished, after step {state.step}; more --num-epochs or --max-steps "
-            "would continue it")
+        say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to "
+            "train further")
         return 0
 
-    def validate():
-        return evaluate(model, val_set, settings.batch_size)
-
-    def sample():
-        return sample_text(model, tokenizer, settings.prompt, val_set or train_set, state.step)
-
+    validate = lambda: evaluate(model, val_set, settings.batch_size)
+    text = val_set or train_set
+    sample = lambda: sample_text(model, tokenizer, settings.prompt, text, seed=state.step)
     with checkpoint.held(folder), cli.Stop() as stop, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
         announce(model, train_set, val_set, settings, state, folder)
         metrics.rewind(folder / "metrics.csv", state.step)
         flops = metrics.flops_per_token(model.config, settings.seq_len)
         with Progress(settings.max_steps, flops, state.step, state.seconds) as progress:
-            observer = Observer(run, settings, train_set, progress, val_set and validate, sample)
+            observer = Observer(run, settings, train_set, progress,
+                                validate if val_set else None, sample)
             train(model, optimizer, train_set, settings, state, observer, stop)
         if is_over(settings, state):
             run.write_model(folder, model)
             prompt = shlex.quote(settings.prompt or "Once upon a time")
-            say(f"\n{folder} holds the model, metrics.csv and loss.png; let it write with\n"
+            say(f"\n{folder} holds the model, metrics.csv and loss.png; generate text with\n"
                 f"    python generate.py {shlex.quote(str(folder))} --prompt {prompt}")
             return 0
     say(f"\nstopped after step {state.step}; continue with\n"

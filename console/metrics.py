@@ -104,7 +104,7 @@ def first_not_finite(model, ids):
     with no_grad():
         h = cast(embedding(model.embed, ids), model.compute_dtype)
         for i in range(model.config.n_block):
-            h = model.block(i, h)
+            h = model.run_block(i, h)
             if not finite(h.data).all():
                 return f"activations after block {i}"
     for name, parameter in reversed(parameters.items()):        # the order in which backward runs

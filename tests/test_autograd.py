@@ -944,6 +944,22 @@ def test_gradcheck_rejects_a_softmax_whose_gradient_is_zero():
     assert gradcheck(lambda x: softmax(x).sum(), X)
 
 
+@pytest.mark.parametrize("place", [(0, 0), (1, 1), (-1, -1)])
+def test_gradcheck_rejects_a_gradient_that_is_nan_wherever_it_stands(place):
+    def nan(x, w, dout):
+        dx = dout @ w
+        dx[place] = np.nan
+        return dx, dout.T @ x
+    with pytest.raises(AssertionError, match="backward says nan"):
+        gradcheck(linear_with(nan), X, W)
+
+
+def test_whole_numbers_times_a_fraction_are_no_whole_numbers():
+    whole = Tensor([1, 2, 3])
+    assert (whole * 0.5).data.tolist() == [0.5, 1.0, 1.5] and whole.mean().data.item() == 2
+    assert (whole * 2).dtype == whole.dtype and (Tensor(np.float32([1])) * 0.5).dtype == np.float32
+
+
 def test_gradcheck_rejects_an_input_that_is_never_reached():
     with pytest.raises(AssertionError, match=r"input 1, element \(\d, \d\): backward says 0, "):
         gradcheck(lambda x, w: ag.linear(x, Tensor(w.data)), X, W)

@@ -306,7 +306,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(files, tmp_path):
     tiny.run(*files, "--max-steps", 6, "--artifact-dir", "run")
     before = snapshot(tmp_path / "run")
     code, out, err = command(train.main, "--resume", "--artifact-dir", "run")
-    assert (code, err) == (0, "") and out.startswith("run has finished, after step 6; more --num-epochs")
+    assert (code, err) == (0, "") and out.startswith("run has finished, after step 6; raise --num-epochs")
     assert snapshot(tmp_path / "run") == before
     assert resume("run", "--max-steps", 8) == 0
     tiny.run(*files, "--max-steps", 8, "--lr-schedule", "constant", "--artifact-dir", "whole")
