@@ -1,12 +1,13 @@
 """NumPy or CuPy: the one file that knows which, and how to keep either busy.
 
-Everything above speaks to `device.xp`, which is NumPy or CuPy, and to these helpers:
+All other files use `device.xp`, which is NumPy or CuPy, and these helpers:
 
     matmul(a, b)     the matrix product: cuBLAS on a GPU, BLAS split over our threads on a CPU
     sweep(f, n, b)   f(rows) for slices of rows: everything at once on a GPU, cache-sized blocks on a CPU
     fuse(formula)    an elementwise formula: one compiled kernel on a GPU, itself on a CPU
     row_dot(a, b)    sum(a * b) along the last axis
     add_rows(...)    out[ids[i]] += rows[i]
+    add_scaled(...)  out += x * scale
     as_ids(ids, n)   token ids on the device, checked
     linear(x, w)     x @ wᵀ for a weight that is an array or a matrix in 8 or 4 bits
     to_host(array)   a NumPy array, wherever the data was
@@ -40,9 +41,9 @@ on_gpu = tf32_products = False      # until a device is chosen; xp, reason and t
 def use(name=None, tf32=False):
     """Choose the device: "gpu" is CuPy, "cpu" is NumPy, "auto" is the GPU where one works.
 
-    Call it before a model is made. Without a name, a device that was chosen before stays, and otherwise NANOLLM_DEVICE
-    names it, by default auto. `device.reason` then says what was chosen and why. tf32 lets a GPU round the inputs of
-    float32 products to TF32's 10 bits of mantissa (8 times the rate).
+    Call it before a model is made. Without a name the device that was chosen before is kept; if there is none,
+    NANOLLM_DEVICE decides, by default auto. `device.reason` then says what was chosen and why. tf32 lets a GPU round
+    the inputs of float32 products to TF32's 10 bits of mantissa (8 times the rate).
     Raises Unavailable for another name, for "gpu" where none works (with CuPy's reason), and for a NANOLLM_THREADS that
     is not a number of threads.
     """
@@ -69,9 +70,9 @@ def use(name=None, tf32=False):
         reason = f"gpu (CuPy {xp.__version__}, {card})"
         _blas_threads(None)
     else:
-        reason = f"cpu (NumPy {np.__version__}, {threads} threads){missing}"
+        reason = f"cpu (NumPy {np.__version__}, {threads} thread{'s' if threads > 1 else ''}){missing}"
         _keep_freed_memory()
-        _blas_threads(1)                        # the rows are split here, once, for every kind of work
+        _blas_threads(1)                        # `sweep` splits the work: BLAS must not split it again
 
 
 def _find_gpu():
@@ -98,7 +99,7 @@ def __getattr__(name):
     if name in ("xp", "reason", "threads"):
         use()
         return globals()[name]
-    raise AttributeError(f"module 'device' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def to_host(array):
@@ -107,12 +108,13 @@ def to_host(array):
 
 
 def as_ids(ids, limit):
-    """`ids` as an integer array on the device. A GPU wraps a wrong index around silently: host ids are checked here.
+    """`ids` as an integer array on the device. A GPU wraps a wrong index around silently, so ids are checked here,
+    on the host; an array that is on the GPU already is taken as it is.
 
     Raises TypeError for numbers that are not integers and IndexError for one outside 0 … limit-1.
     """
     if on_gpu and isinstance(ids, xp.ndarray):
-        return ids                              # was checked when it left the host
+        return ids
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu":              # signed or unsigned
         raise TypeError(f"token ids must be integers, not {ids.dtype}")
@@ -155,7 +157,7 @@ def _start_workers(n):
     """Have n worker threads. A forked child inherits none of its parent's: it starts its own."""
     if not _workers and hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget_workers)
-    while len(_workers) < n:                    # the hand-over takes a third of the time of concurrent.futures
+    while len(_workers) < n:                    # a queue hands over in a third of concurrent.futures' time
         _workers.append(threading.Thread(target=_work, args=(_jobs,), name="sweep", daemon=True))
         _workers[-1].start()
 
@@ -172,7 +174,7 @@ def _work(jobs):
         share, ended = jobs.get()
         try:
             ended.put(share())
-        except BaseException as problem:        # for whoever waits to raise
+        except BaseException as problem:        # the thread that waits raises it
             ended.put(problem)
 
 
@@ -182,12 +184,12 @@ def sweep(f, n, block):
     On a GPU there is one slice, all of it. On a CPU slices of at most `block` rows, small enough to stay in
     the cache while f passes over them several times, are shared between the threads (NumPy releases
     Python's lock while it computes). The slices do not depend on the number of threads, and the results are in
-    their order: the arithmetic is the same on every run.
+    their order: the same arguments give the same bits.
     """
     if on_gpu or n <= block:
         return [f(slice(0, n))] if n else []
     count = math.ceil(n / max(int(block), 1))
-    count += count % 2                          # an even number of one size: the threads end together
+    count += count % 2                          # an even number: on two cores both end together
     size = math.ceil(n / count)
     slices = [slice(i, min(i + size, n)) for i in range(0, n, size)]
     results, left = [None] * len(slices), iter(enumerate(slices))
@@ -207,11 +209,12 @@ def sweep(f, n, block):
     _here.busy = True
     try:
         share()
-    finally:                                    # even after an error nobody may still be writing
+    finally:                                    # also after an error: nobody may still be writing then
         _here.busy = False
         problems = [ended.get() for _ in range(helpers)]
-    for problem in filter(None, problems):
-        raise problem
+    for problem in problems:
+        if problem:
+            raise problem
     return results
 
 
@@ -239,7 +242,7 @@ def row_dot(a, b):
 
 
 def fuse(formula):
-    """Decorate an elementwise formula f(..., out) that writes into its last arguments with `out[...] = `.
+    """Decorate an elementwise formula that changes some of its arguments, arrays, in place.
 
     On a GPU CuPy compiles it into one kernel: one pass over memory instead of one for each operator.
     On a CPU it runs as it stands; call it on the rows of a `sweep`, so that its passes stay in the cache.
@@ -262,8 +265,8 @@ def fuse(formula):
 def matmul(a, b, out=None, accumulate=False, dtype=None):
     """a (..., m, k) @ b (..., k, n) -> (..., m, n), written into `out`, or added to it with accumulate=True.
 
-    Transposed views are not copied. Both have the same leading (batch) axes, or at most two axes have none. Half
-    precision is multiplied and summed as float32, and rounded once, unless `out` or `dtype` is float32.
+    Transposed views are not copied. a and b have equal leading axes, or none at all. Half precision is multiplied and
+    summed as float32, and rounded once, unless `out` or `dtype` is float32.
     """
     shape = (*a.shape[:-1], b.shape[-1])
     if out is None:
@@ -286,7 +289,7 @@ def _product(a, b, out, accumulate):
 
 
 _SMALL = 1 << 21        # multiplications below which handing work to a thread costs more than it gains
-_FEW = 3                # rows: a product of fewer counts as one of so many, for it waits for its weights from memory
+_FEW = 3                # rows: fewer take as long as this number, because reading the weights dominates
 _TILE = 1 << 19         # elements of a product that is added to `out`: it must still be in the cache then
 
 
@@ -301,7 +304,8 @@ def _blas(a, b, out, accumulate):
             out[...] = wide
         return
     m, n = out.shape[-2:]
-    if out.size // m * max(m, _FEW) * a.shape[-1] < _SMALL or threads == 1 or getattr(_here, "busy", False):
+    multiplications = out.size // m * max(m, _FEW) * a.shape[-1]
+    if multiplications < _SMALL or threads == 1 or getattr(_here, "busy", False):
         _product(a, b, out, accumulate)
     elif out.ndim > 2:
         sweep(lambda s: _product(a[s], b[s], out[s], accumulate), len(out), math.ceil(len(out) / threads))
@@ -310,7 +314,7 @@ def _blas(a, b, out, accumulate):
         if accumulate:
             block = min(block, max(_TILE // n, 128))
         sweep(lambda s: _product(a[s], b, out[s], accumulate), m, block)
-    else:                               # few rows, as in generation: BLAS's own threads wait awake for the next product
+    else:                               # few rows, as in generation: BLAS's own threads busy-wait for the next product
         _blas_threads(threads)
         _product(a, b, out, accumulate)
         _blas_threads(1)

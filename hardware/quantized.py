@@ -90,7 +90,7 @@ class QuantizedParameters:
     """What a quantised model has instead of nanollm.Parameters: the same `tensor` and `arrays`, but no gradients.
 
     read(name) gives the arrays as they are stored: a matrix's integers, under name + ".scale" its scales, and vectors
-    in float32. `vector` makes what the model computes with out of a vector's array: autograd.Tensor, which this floor
+    in float32. `vector` makes what the model computes with out of a vector's array: autograd.Tensor, which this layer
     cannot import.
     """
     def __init__(self, shapes, bits, read, vector):
