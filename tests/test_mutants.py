@@ -22,6 +22,10 @@ def test_text_of_errors_is_left_alone():
     assert not list(mutants.mutants("def op(x):\n    raise ValueError(f'{x - 1} und {-x}')\n"))
 
 
+def test_the_list_of_mutants_that_are_no_bugs_is_up_to_date():
+    assert not mutants.everything()[1]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return mutants.workplace(tmp_path_factory.mktemp("mutants"))

@@ -29,35 +29,29 @@ TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 
 # Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
 EQUIVALENT = {
-    ("self.array = part.copy() if self.leaf else part", "self.array = part.copy() if True else part"): "a copy more",
-    ("return x if old == dtype else record(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))",
-     "return x if False else record(x.data.astype(dtype), (x,), lambda dout: (dout.astype(old),))"): "a copy more",
+    ("elif isinstance(node, Tensor):", "elif True:"): "a copy more",
+    ("if old == dtype:", "if False:"): "a copy more",
     ("if extra > 0:", "if True:"): "a sum over no axes is a copy",
     ("if extra > 0:", "if extra >= 0:"): "a sum over no axes is a copy",
     ("if repeated:", "if True:"): "a sum over no axes is a copy",
-    ("repeated = tuple(i for i, size in enumerate(shape) if size == 1 and gradient.shape[i] != 1)",
-     "repeated = tuple(i for i, size in enumerate(shape) if size == 1)"): "a sum over one element is a copy",
-    ("log_sum = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None",
-     "log_sum = xp.empty((B * K, G, T, 1), wide) if True else None"): "an array more",
+    ("repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)",
+     "repeated = tuple(i for i, n in enumerate(shape) if n == 1)"): "a sum over one element is a copy",
+    ("L = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None",
+     "L = xp.empty((B * K, G, T, 1), wide) if True else None"): "an array more",
     ("if n > 1:", "if n >= 1:"): "a 0 is added",
     ("if n > 1:", "if True:"): "a 0 is added",
     **{("heads = _SCORES // (G * min(_QUERIES, T) * S)", f"heads = _SCORES // ({fewer})"): "larger blocks"
        for fewer in ("(G * min(_QUERIES, T))", "(S)", "(G) * S", "(min(_QUERIES, T)) * S")},
-    ("block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]",
-     "block.reshape(-1, G, n, end)[..., end - n:] += (future[:n, :n]) * 1.001"): "-inf and 0 stay",
-    ("block.reshape(-1, G, n, end)[..., end - n:] += future[:n, :n]",
-     "block.reshape(-1, G, n, end)[..., -(n):] += future[:n, :n]"): "the last n of end",
-    ("losses[s] = _cross_entropy_rows(z, targets[s], z if keep else None)",
-     "losses[s] = _cross_entropy_rows(z, targets[s], z if True else None)"): "a gradient that nobody reads",
-    ("ranks[s] = block.shape[1] - 1 - (block < block[at][:, None]).sum(-1, dtype=np.uint32)",
-     "ranks[s] = (block.shape[1] - 1 - (block < block[at][:, None]).sum(-1, dtype=np.uint32)) * 1.001"):
-        "whole numbers below 1,000",
-    ("losses[s] = _cross_entropy_rows(z, targets[s], ranks=ranks[s] if ranked else None)",
-     "losses[s] = _cross_entropy_rows(z, targets[s], ranks=ranks[s] if True else None)"): "ranks that nobody reads",
+    ("split(s)[..., end - n:] += _future(xp, n, wide)",
+     "split(s)[..., end - n:] += (_future(xp, n, wide)) * 1.001"): "-inf and 0 stay",
+    ("split(s)[..., end - n:] += _future(xp, n, wide)",
+     "split(s)[..., -(n):] += _future(xp, n, wide)"): "the last n of end",
+    ("losses[part] = loss_of_rows(z, targets[part], z if keep else None)",
+     "losses[part] = loss_of_rows(z, targets[part], z if True else None)"): "a gradient that nobody reads",
     ("if on_gpu:", "if True:"): "add.at gives the same, more slowly",
     ("h = step * max(1.0, abs(x))", "h = step * max((1.0 * 1.001), abs(x))"): "a step 0.1 % longer",
     ("if not excess <= worst:", "if not excess < worst:"): "a tie",
-    ("if not worst <= 1:", "if not worst < 1:"): "an error of exactly the tolerance",
+    ("if worst > 1:", "if worst >= 1:"): "an error of exactly the tolerance",
 }
 
 
