@@ -11,18 +11,18 @@ import numpy as np
 from storage.files import InputError, whole
 from storage.tokens import Decoder, vocab_size
 
-TOKENS = 1000                                   # the most that are shown
+TOKENS = 1000                                   # highest number of tokens shown
 COLUMNS, ROWS = 84, 26                          # of the text
 SIZE = 9                                        # of the letters, in points
 FONTS = ("DejaVu Sans Mono",                    # the first and the last come with Matplotlib
          "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
          "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
          "Noto Emoji", "Segoe UI Symbol", "Symbola", "DejaVu Sans")
-ASIDE = {"\n": "↵", "\t": "⇥", "\r": "←"}       # shown instead of characters without a look
+ASIDE = {"\n": "↵", "\t": "⇥", "\r": "←"}       # shown in place of characters that are invisible
 
 
 def check_path(path):
-    """Raise InputError unless a PNG can be written there; nothing is left."""
+    """Raise InputError unless a PNG can be written there. Tests by making a temporary folder."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"--figure {path}: only a PNG can be drawn, name a file that ends in .png")
@@ -38,10 +38,11 @@ def check_path(path):
 # ---------------------------------------------------------------- the loss by position
 
 def by_position(count, total, squares):
-    """(tokens of context, mean, standard error) of the losses in bins of context, four or more an octave, from the
-    number, the sum and the sum of squares of the losses at each position, (T,) each: position t has t + 1 of context.
+    """(tokens of context, mean, standard error) of the losses in bins of context, four or more per octave.
 
-    Where windows overlap only the first has new targets at its first positions. One sample is noise: they are left out.
+    count, total, squares (T,): the number, the sum and the sum of squares of the losses at each position; position t
+    has t + 1 tokens of context. If windows overlap, only the first has new targets at its first positions. They are
+    left out, because one sample is noise.
     """
     known = np.flatnonzero(2 * count >= count.max())
     first, last = known[0] + 1, known[-1] + 1
@@ -72,8 +73,8 @@ def _draw_positions(axes, scores, mean):
 # ---------------------------------------------------------------- the text
 
 def pieces(tokenizer, ids):
-    """[(text, n), …]: the text of ids, each piece with the number of tokens that it takes: the tokens over which a
-    character is spread make one piece. Characters that are not complete at the end are left out.
+    """[(text, n), …]: the text of ids in pieces, each with its number of tokens. The tokens over which a character is
+    spread make one piece. A character that is not complete at the end is left out.
     """
     decoder, found, n = Decoder(tokenizer), [], 0
     for token in ids:
@@ -92,7 +93,7 @@ def cells(text):
 
 
 def layout(found, losses):
-    """ROWS lines at most of [(column, text, losses of its tokens), …]; after a line feed a new one begins."""
+    """At most ROWS lines [(column, text, losses of its tokens), …]. A line feed begins a new line."""
     lines, column, at = [[]], 0, 0
     for text, n in found:
         ends = "\n" in text
@@ -119,7 +120,7 @@ def families():
 
 
 def _draw_text(axes, lines, most):
-    """Each token's share of its piece coloured by its loss, from 0 to `most` nats, and the text over it."""
+    """Draw a box for each token, coloured by its loss from 0 to `most` nats, and the text over the boxes."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import LinearSegmentedColormap
 

@@ -55,7 +55,7 @@ class Progress:
         return self.tokens / max(time.monotonic() - self.since, 1e-9)
 
     def redraw(self, folder, every=15):
-        """Draw loss.png again, but at most every `every` seconds, because it takes a moment."""
+        """Draw loss.png again, unless that was done in the last `every` seconds, because it takes a moment."""
         if time.monotonic() >= self.drawn + every:
             metrics.draw_loss(folder)
             self.drawn = time.monotonic()

@@ -253,8 +253,8 @@ class TokenFile:
 
         A byte-level token may begin inside a character, a part of which then belongs to the id before.
 
-        The chunk with id n is encoded again, after its context. Its tokens are counted from the end, so that the number
-        of the context's does not matter: if the next chunk begins with id 20,000, id 19,997 is the third from the end.
+        The chunk with id n is encoded again, after its context. Its tokens are counted from the end, so the number of
+        context tokens does not matter: if the next chunk begins with id 20,000, id 19,997 is the third from the end.
         """
         if n in (0, self.n_token):
             return self.n_byte if n else 0
