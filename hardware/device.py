@@ -10,7 +10,7 @@ All other files use `device.xp`, which is NumPy or CuPy, and these helpers:
     add_scaled(...)  out += x * scale
     as_ids(ids, n)   token ids on the device, checked
     linear(x, w)     x @ wᵀ for a weight that is an array or a matrix in 8 or 4 bits
-    to_host(array)   a NumPy array, wherever the data was
+    to_host(array)   the array as NumPy has it, on the host
 
 Always write `device.xp`, never `from hardware.device import xp`: the device is chosen when `xp` is first read, by
 `NANOLLM_DEVICE` (auto, gpu or cpu), unless `use` was called before. Importing this file changes nothing; `use` does:

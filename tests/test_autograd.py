@@ -51,7 +51,7 @@ def case(name, f, torch, *shapes, positive=False):
 
 
 def some_ids(shape, limit):
-    """Random ids in which, wherever there is room, some occur twice."""
+    """Random ids, of which some occur twice if there is room."""
     return np.random.default_rng(2).integers(0, limit, shape)
 
 
@@ -130,7 +130,7 @@ def softmax(about, *shape):
     return case(f"softmax-{about}", ag.softmax, lambda t, x: x.softmax(-1), shape)
 
 
-def rmsnorm(about, *shape, eps=0.3):        # an eps that matters beside mean(x²)
+def rmsnorm(about, *shape, eps=0.3):        # an eps that matters compared with mean(x²)
     return case(f"rmsnorm-{about}", lambda x, w: ag.rmsnorm(x, w, eps),
                 lambda t, x, w: t.nn.functional.rms_norm(x, w.shape, w, eps), shape, shape[-1:])
 
@@ -279,7 +279,7 @@ def assert_close(got, expected, dtype):
 
 
 def blocks_of(monkeypatch, rows):
-    """From here on a sweep goes over blocks of so many rows."""
+    """From here on a sweep goes over blocks of this number of rows."""
     sweep = device.sweep
     monkeypatch.setattr(device, "sweep", lambda f, n, block: sweep(f, n, rows))
 
@@ -986,7 +986,7 @@ def test_gradcheck_leaves_its_inputs_alone_and_takes_any_floats():
 
 
 def test_gradcheck_allows_for_the_size_of_the_numbers():
-    """Finite differences round: relative to a large gradient, and absolutely beside a zero one."""
+    """Finite differences round: in proportion to a large gradient, and by a small amount where it is 0."""
     assert gradcheck(lambda x: x ** 3, 1e4 * X) and gradcheck(lambda x: (x - x) * 1e3 + x[:1].sum() * 0, X)
 
 
