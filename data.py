@@ -116,7 +116,7 @@ class TokenDataset:
             return self, None
         n, T = self.last - self.first, self.seq_len
         n_val = round(n * val_fraction)
-        refuse_short(f"the training part, 1 - {val_fraction} of {n} tokens,", n - n_val, T)
-        refuse_short(f"the validation part, {val_fraction} of {n} tokens,", n_val, T)
+        refuse_short(f"the training part, with --val-fraction {val_fraction},", n - n_val, T)
+        refuse_short(f"the validation part, with --val-fraction {val_fraction},", n_val, T)
         return (TokenDataset(self.file, self.first, self.last - n_val, T, self.stride),
                 TokenDataset(self.file, self.last - n_val, self.last, T, T))

@@ -91,8 +91,8 @@ def test_bad_numbers(make, numbers, message):
 
 @pytest.mark.parametrize("fraction, message", [
     (1, "at least 0 and less than 1"), (-0.1, "at least 0"), (float("nan"), "at least 0"),
-    (0.01, r"the validation part, 0.01 of 100 tokens, has 1 tokens, and one window needs 9 "),
-    (0.99, r"the training part, 1 - 0.99 of 100 tokens, has 1 tokens, and one window needs 9 ")])
+    (0.01, r"the validation part, with --val-fraction 0.01, has 1 tokens, and one window needs 9 "),
+    (0.99, r"the training part, with --val-fraction 0.99, has 1 tokens, and one window needs 9 ")])
 def test_bad_fractions(fraction, message):
     with pytest.raises(InputError, match=message):
         TokenDataset(Ids(100), 0, 100, 8, 4).split(fraction)
