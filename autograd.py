@@ -6,7 +6,7 @@ recorded ops form a graph in which every result points to its inputs; its leaves
 that no op made, such as weights. `backward` walks from the loss to the leaves and applies the chain
 rule at each op. After this engine come the ops, from simple ones to those of the model. softmax and
 glu are a formula and a loop over blocks of rows. rmsnorm, attention and the loss come twice: plain,
-as the derivation reads, and as the model uses them, the same, a block at a time.
+as the derivation reads, and as the model uses them: the same values, a block at a time.
 
 Shapes: B batch, T time, S keys (S > T where a cache holds earlier ones), C width, H heads,
 K key/value heads, D = C/H, F hidden width, V vocabulary, N rows: (..., C) -> (N, C).
@@ -16,7 +16,7 @@ the last two axes. From `device` (hardware/device.py, which you can read later):
     xp                  NumPy or CuPy
     matmul(a, b)        a @ b; out=c writes it into c, accumulate=True adds it to c
     row_dot(a, b)       (a * b).sum(-1, keepdims=True)
-    sweep(f, n, block)  [f(slice), …], slices that cover range(n), each at most `block` long
+    sweep(f, n, block)  [f(slice), …] over range(n): `block` at a time; on a GPU all at once
     fuse                marks a formula that becomes one kernel on a GPU
 
 Two rules give most derivations: a value used in several places receives the sum of what they send
@@ -65,7 +65,7 @@ class Node:
 
     A parent is None for an input that requires no gradient, its Node if an op made it, and the
     Tensor itself for a leaf, where the gradient is kept. `grad` is the sum received so far; if it
-    is `shared`, others may hold that array, so it must not change. No data is kept here.
+    is `shared`, others may hold that array, so it must not change. The result is not kept here.
     """
     __slots__ = ("parents", "backward", "shape", "dtype", "grad", "shared")
 
@@ -79,7 +79,7 @@ class Tensor:
     """
     __slots__ = ("data", "requires_grad", "grad", "_node")
     __array_ufunc__ = None              # array * tensor: NumPy must leave it to the tensor
-    shared = False                      # a leaf's grad is its own place: add to it there
+    shared = False                      # a leaf owns its grad: add to it in place
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
 
@@ -140,7 +140,7 @@ class Tensor:
 
 
 def _topological(root):
-    """All nodes that root depends on, inputs before results; clears their grad. Not recursive."""
+    """All that root depends on, inputs before results; clears the grad of Nodes. Not recursive."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, inputs_done = stack.pop()
@@ -156,7 +156,7 @@ def _topological(root):
 
 
 def _receive(node, gradient):
-    """In effect `node.grad += gradient`; the rest saves copies.
+    """In effect `node.grad += gradient`; the rest avoids copies.
 
     `gradient` is an array, or a function that adds one to node.grad in place: to a weight's
     buffer, to the place of a slice, to the rows of an embedding that were used. An array may have
@@ -409,7 +409,7 @@ def embedding(w, ids):
 
 # ---------------------------------------------------------------- softmax, RMSNorm and RoPE
 
-_CACHE = 1 << 16        # elements of a block: 256 KB fit the cache; few blocks, little Python
+_CACHE = 1 << 16        # elements of a block: 256 KB fits the cache; few blocks, little Python
 
 
 def _sweep_rows(f, *shape):
@@ -438,7 +438,7 @@ def softmax(x):
     """out_i = exp(x_i) / sum_j exp(x_j) over the last axis: the two formulas above, by rows.
 
     Subtracting the row's maximum changes nothing (it cancels) and keeps exp in range; -inf gives
-    an exact 0. With e_i = exp(x_i), 1[i = j] = 1 for i = j, else 0, and the quotient rule,
+    an exact 0. Let e_i = exp(x_i), and 1[i = j] be 1 for i = j, else 0. By the quotient rule
         d out_i / d x_j = e_i 1[i = j] / sum e - e_i e_j / (sum e)² = out_i (1[i = j] - out_j), so
         dx_j = sum_i dout_i out_i (1[i = j] - out_j) = out_j (dout_j - sum_i dout_i out_i)
 
@@ -484,7 +484,7 @@ def rmsnorm_plain(x, w, eps=1e-6):
 def rmsnorm(x, w, eps=1e-6):
     """`rmsnorm_plain`, a block of rows at a time.
 
-    Of the forward pass only r is kept, one number per row: dx in the form with mean(dn * x) needs
+    Besides x only r is kept, one number per row: dx in the form with mean(dn * x) needs
     no n, and dw = rᵀ @ (dout * x) is one matrix product.
     """
     rows, weight, shape, C = _rows(x.data), w.data, x.shape, x.shape[-1]
@@ -544,7 +544,7 @@ def _rotate(x, cos, sin):
     out = xp.empty(x.shape, x.dtype)
 
     def block(t):                                       # a slice of positions
-        xs = xp.ascontiguousarray(x[..., t, :])         # a copy, because it is read three times
+        xs = xp.ascontiguousarray(x[..., t, :])         # contiguous, because it is read twice
         by_90_degrees = xp.concatenate((-xs[..., half:], xs[..., :half]), -1)
         _sum_of_products(xs, cos[t], by_90_degrees, sin[t], out[..., t, :])
     _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
@@ -618,7 +618,7 @@ def glu(gate, up=None, activation="silu"):
     both = gate.data if up is None else device.xp.concatenate((gate.data, up.data), -1)
     forward, backward_formula = _glu_formulas(activation)
     shape, both, F = both.shape, _rows(both), both.shape[-1] // 2
-    half = (*shape[:-1], F)
+    to = (*shape[:-1], F)                       # the shape of out
     g, u, out = both[:, :F], both[:, F:], device.xp.empty((len(both), F), both.dtype)
     _sweep_rows(lambda part: forward(g[part], u[part], out[part]), *g.shape)
 
@@ -627,8 +627,8 @@ def glu(gate, up=None, activation="silu"):
         dg, du = dboth[:, :F], dboth[:, F:]
         _sweep_rows(lambda part: backward_formula(g[part], u[part], dout[part], dg[part], du[part]),
                     *g.shape)
-        return (dboth.reshape(shape),) if up is None else (dg.reshape(half), du.reshape(half))
-    return record(out.reshape(half), (gate,) if up is None else (gate, up), backward)
+        return (dboth.reshape(shape),) if up is None else (dg.reshape(to), du.reshape(to))
+    return record(out.reshape(to), (gate,) if up is None else (gate, up), backward)
 
 
 # ---------------------------------------------------------------- attention
@@ -642,7 +642,7 @@ def attention_plain(q, k, v):
     Backward, from the outside in (matmul, softmax, matmul):
         dv = pᵀ @ dout      dp = dout @ vᵀ
         ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj
-        dq = ds @ k / √D    dk = dsᵀ @ q / √D     dk, dv: summed over the heads that share them
+        dq = ds @ k / √D    dk = dsᵀ @ q / √D     dk, dv: summed over the heads that share k, v
     (Vaswani et al. 2017, §3.2.1; grouped queries: Ainslie et al. 2023)
 
     >>> q, k, v = [[1.0, 1.0], [0.0, np.log(3)], [4.0, 8.0]]            # T = S = 2, D = 1
@@ -689,7 +689,7 @@ def attention(q, k, v):
     from the log-sum-exp of each row, L = log sum_j exp(s_j), as p = exp(s - L). (FlashAttention,
     Dao et al. 2022, §3.1 and appendix B; one L per row: FlashAttention-2, Dao 2023, §3.1.) The
     G = H/K query heads of a key/value head form one matrix of G·n rows, so dsᵀ @ q sums over them.
-    h: a slice of the B·K key/value heads, t: one of n queries. Only inputs of products may be half.
+    h: a slice of the B·K key/value heads, t: a slice of n queries. Sums and scores are never half.
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     if H % K or S < T or k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
@@ -718,7 +718,7 @@ def attention(q, k, v):
             top = s.max(-1, keepdims=True)
             s -= top
             p = xp.exp(s, out=s)                # softmax without the division by its row sums:
-            total = p.sum(-1, keepdims=True)    # dividing p @ v instead takes D numbers, not `end`
+            total = p.sum(-1, keepdims=True)    # p @ v has D numbers a row to divide, p has `end`
             out[h, :, t] = split(product(p, vs[h, :end], dtype=wide) / total)
             if L is not None:
                 L[h, :, t] = split(top + xp.log(total))
@@ -749,7 +749,7 @@ def attention(q, k, v):
 # ---------------------------------------------------------------- dropout and recomputation
 
 def dropout(x, p, key):
-    """out = x * keep / (1 - p): each element becomes 0 with probability p, and the mean stays.
+    """out = x * keep / (1 - p): each element becomes 0 with probability p, and the mean is kept.
 
     dx = dout * keep / (1 - p). The mask `keep` is not saved but computed again from `key`, a tuple
     of whole numbers: a resumed step drops the same elements.  (Srivastava et al. 2014, §4 and §10)
@@ -807,7 +807,7 @@ _LOGITS = 1 << 24       # elements of a block of logits: 64 MB in float32
 
 
 def logit_blocks(rows, weight):
-    """Yield (slice, rows[slice] @ weightᵀ), each valid until the next: at least 64 rows."""
+    """Yield (slice, rows[slice] @ weightᵀ); the next overwrites it. If N allows, 64 rows."""
     N, V = len(rows), len(weight)
     size = max(_LOGITS // V, 64)
     logits = device.xp.empty((min(size, N), V), _wide_dtype(rows))
@@ -817,7 +817,7 @@ def logit_blocks(rows, weight):
 
 
 def loss_of_rows(z, targets, dz=None):
-    """The loss L - z_y of each row of z (N, V). p - onehot goes into dz, if given; it may be z."""
+    """The loss L - z_y of each row of z (N, V). dz, if given, becomes p - onehot; it may be z."""
     losses = device.xp.empty(len(z), _wide_dtype(z))
 
     def block(part):
@@ -839,12 +839,12 @@ def linear_cross_entropy(x, w, targets):
     """cross_entropy(linear(x, w), targets), a block of logits at a time.  x (..., C), w (V, C)
 
     With a large vocabulary the logits, N·V, would be a model's largest array. But a row's logits
-    serve only its own loss and gradient, and backward only scales that by dout/N. So each block of
+    serve only its own loss and gradient, which backward only scales by dout/N. So each block of
     rows (2²⁴ logits, 64 MB) computes its logits z, overwrites them with dz = p - onehot and adds
         dx_block = dz @ w,   dw += dzᵀ @ x_block
     (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
 
-    In half precision logits, dx and dw are float32, and the products' inputs are half. Most of dz
+    In half precision, logits, dx and dw are float32, and the products' inputs are half. Most of dz
     is 1/V or far less; a float16 loses digits below 6e-5 and becomes 0 below 3e-8. But all of dz
     is within ±1, so 2¹⁵ dz, which is rounded instead, still fits (the largest float16 is 65504).
     """

@@ -36,7 +36,7 @@ def permutation(n, seed, epoch):
 
 
 class TokenDataset:
-    """The windows of ids[first:last] of a text's TokenFile: source_bytes of its UTF-8."""
+    """The windows of ids[first:last] of a text's TokenFile, source_bytes bytes of its UTF-8."""
     def __init__(self, file, first, last, seq_len, stride):
         self.file, self.first, self.last = file, first, last
         self.seq_len, self.stride = seq_len, stride
@@ -45,7 +45,7 @@ class TokenDataset:
 
     @classmethod
     def from_text(cls, text, tokenizer, seq_len, stride=None):
-        """The windows of a text file; `tokenizer` is a tokenizer.json; stride: seq_len // 2.
+        """The windows of a text file; `tokenizer` is a tokenizer.json; stride None: seq_len // 2.
 
         Warns if more than 1 % of the tokens are unknown. Raises InputError for what it cannot use.
         """

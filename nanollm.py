@@ -63,14 +63,14 @@ class Config:
         for name in ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head",
                      "max_context", "hidden_dim"):
             size = getattr(self, name)
-            require(type(size) is int and 1 <= size <= _LARGEST,        # type: True is no size
+            require(type(size) is int and 1 <= size <= _LARGEST,        # isinstance takes True
                     f"{name} must be a whole number from 1 to {_LARGEST}, not {size!r}")
         for name in ("eps", "rope_theta"):
             value = getattr(self, name)
             require(type(value) in (int, float) and 1e-30 < value < 1e30,
                     f"{name} must be a number above 0 that a float32 can hold, not {value!r}")
         require(self.embedding_dim % (2 * self.n_head) == 0,
-                f"embedding_dim ({self.embedding_dim}) must be a multiple of 2 * n_head "
+                f"embedding_dim ({self.embedding_dim}) must be a multiple of twice n_head "
                 f"({self.n_head}): all heads have one even size, because RoPE rotates pairs")
         require(self.n_head % self.n_kv_head == 0,
                 f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
@@ -87,7 +87,7 @@ class Config:
         """{Hugging Face name: shape} of every parameter, in the order of `Parameters`.
 
         Matrices come first, because only they decay (weight decay: train.py). q, k, v of a block
-        are adjacent, and so are gate and up, because one product serves each group.
+        are adjacent, and so are gate and up, because each group is computed as one product.
         """
         C, F, kv = self.embedding_dim, self.hidden_dim, self.n_kv_head * self.head_dim
         matrices, vectors = {"model.embed_tokens.weight": (self.vocab_size, C)}, {}
@@ -121,7 +121,7 @@ class Parameters:
 
     Whatever treats every parameter alike then needs no loop over their names: Adam is one sweep
     over memory, the norm of the gradient one reduction, a checkpoint's moments two arrays.
-    Parameters that one product serves lie side by side and are one Tensor (`tensor`), so no two
+    Matrices that are used in one product lie side by side and are one Tensor (`tensor`), so no two
     Tensors share memory. Each Tensor's grad is a view of `grad` from the start, so the engine adds
     to it in place.
 
@@ -206,7 +206,7 @@ class NanoLLM:
 
     Weights are drawn from a normal distribution of standard deviation 0.02. The two matrices of a
     block that write into h get 0.02/√(2·n_block), so that the sum of all 2·n_block contributions
-    has the same size at any depth (GPT-2, Radford et al. 2019, §2.3). Those of rmsnorm start at 1.
+    has the same size at any depth (GPT-2, Radford et al. 2019, §2.3). rmsnorm's weights start at 1.
     Small logits are nearly an even guess: the first loss is near ln V.
     """
     def __init__(self, config, seed=0, dtype=np.float32, weights=None):
@@ -238,7 +238,7 @@ class NanoLLM:
                 drawn = rng.standard_normal(w.size, np.float32).reshape(w.shape) * std
                 w[...] = device.xp.asarray(drawn.astype(w.dtype))
 
-    trainable = property(lambda self: isinstance(self.weights, Parameters))     # not: quantised
+    trainable = property(lambda self: isinstance(self.weights, Parameters))     # False: quantised
 
     def parameters(self):
         """{Hugging Face name: Parameter}: views of the weights and of their gradients."""
@@ -247,9 +247,9 @@ class NanoLLM:
 
     def _attend(self, i, x, cache):
         """Block i's attention on x (B, T, C): one product for q, k and v, and one back to C."""
-        weights, (B, T, C) = self.blocks[i], x.shape
+        block, (B, T, C) = self.blocks[i], x.shape
         H, K = self.config.n_head, self.config.n_kv_head
-        heads = linear(x, weights.qkv).reshape(B, T, H + 2 * K, C // H)
+        heads = linear(x, block.qkv).reshape(B, T, H + 2 * K, C // H)
         heads = heads.transpose(0, 2, 1, 3)                                 # (B, H + 2K, T, D)
         start = 0 if cache is None else cache.length
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
@@ -258,17 +258,17 @@ class NanoLLM:
         if cache is not None:
             k, v = cache.extend(i, k, v)                                    # (B, K, S, D)
         out = attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, C)
-        return linear(out, weights.o)
+        return linear(out, block.o)
 
     def run_block(self, i, h, cache=None, p=0.0, key=()):
         """Block i on h (B, T, C): attention, then the gated linear unit, each added to h."""
-        weights, eps = self.blocks[i], self.config.eps
-        x = rmsnorm(h, weights.norm1, eps)
+        block, eps = self.blocks[i], self.config.eps
+        x = rmsnorm(h, block.norm1, eps)
         h = h + dropout(self._attend(i, x, cache), p, (*key, 2 * i + 1))
-        x = rmsnorm(h, weights.norm2, eps)
-        x = linear(x, weights.gate_up)                                      # (B, T, 2F)
+        x = rmsnorm(h, block.norm2, eps)
+        x = linear(x, block.gate_up)                                      # (B, T, 2F)
         x = glu(x, activation=self.config.activation)                       # (B, T, F)
-        return h + dropout(linear(x, weights.down), p, (*key, 2 * i + 2))
+        return h + dropout(linear(x, block.down), p, (*key, 2 * i + 2))
 
     def hidden(self, ids, cache=None, p=0.0, key=()):
         """The last hidden state (B, T, C), normalised, of ids (B, T) that follow what `cache` read.
@@ -298,13 +298,13 @@ class NanoLLM:
         """Mean cross-entropy in nats of targets (B, T), the ids that follow; a scalar Tensor.
 
         p is the probability of dropout, in the embedding and in what each half of a block adds to
-        it; `key`, whole numbers, decides which elements.
+        h; `key`, whole numbers, decides which elements.
         """
         return linear_cross_entropy(self.hidden(ids, p=p, key=key), self.lm_head, targets)
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
                  stop_ids=(), use_cache=True):
-        """Yield up to max_new_tokens ids that continue ids (T,), an int each, or (B, T), (B,) each.
+        """Yield up to max_new_tokens ids: an int each for ids (T,), an array (B,) each for (B, T).
 
         `temperature` 0 is greedy; for top_k and top_p see hardware/sampling.py. A stop id ends its
         row and is still yielded. A batch ends when all its rows have ended; until then an ended
@@ -329,7 +329,7 @@ class NanoLLM:
         device.as_ids(ids, self.config.vocab_size)
         rng = np.random.default_rng(seed)
         choose = lambda logits: sample(logits, rng.random(len(logits)), temperature, top_k, top_p)
-        rows = np.atleast_2d(ids).astype(np.int64)      # our own: the caller may change the other
+        rows = np.atleast_2d(ids).astype(np.int64)      # a copy: the caller may change ids
         steps = itertools.islice(
             self._continue(rows, choose, set(stop_ids), use_cache), max_new_tokens)
         return steps if ids.ndim == 2 else (int(step[0]) for step in steps)

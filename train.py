@@ -45,7 +45,7 @@ class Adam:
     m and v start at 0 and are too small at first: for a constant g, m after t steps is
     (1-β₁) (1 + β₁ + … + β₁ᵗ⁻¹) g = (1-β₁ᵗ) g, hence the divisors. While g hardly changes,
     m̂/√v̂ is near ±1, whatever g's scale; where g keeps changing its sign, it is nearer to 0. So
-    a weight moves by about lr a step (at most lr · (1-β₁)/√(1-β₂), after a sudden large g, §2.1).
+    a weight moves by about lr a step (but by lr · (1-β₁)/√(1-β₂) after one sudden large g, §2.1).
 
     Weight decay, p ← p - lr · weight_decay · p, is not added to g, because Adam would rescale it;
     only matrices decay. (As in PyTorch; the paper's λ is lr · weight_decay, with a constant lr.)
@@ -127,7 +127,7 @@ def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
 # ---------------------------------------------------------------- the loop
 
 def train(model, optimizer, train_set, settings, state, observer, stop):
-    """Train until settings.max_steps, until patience runs out or stop.signal is set; then save.
+    """Train to settings.max_steps, or until patience runs out or stop.signal is set; then save.
 
     Ctrl-C and SIGTERM set stop.signal (console/cli.py, Stop) and interrupt nothing: the running
     step is finished and a checkpoint is written. `main` then prints the command that continues.
@@ -149,7 +149,7 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
             x, y = train_set.batch(state.windows, settings.batch_size, settings.seed)
             part = model.loss(x, y, settings.dropout, (settings.seed, state.windows))
             part.backward(state.loss_scale / settings.grad_accum)
-            loss = loss + part.data / settings.grad_accum       # on the device: nobody waits for it
+            loss = loss + part.data / settings.grad_accum       # stays on the device: no waiting
             state.windows += settings.batch_size
         loss = float(loss)
         norm = gradient_norm(model) / state.loss_scale
@@ -159,7 +159,7 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
         state.step, state.epoch = state.step + 1, state.windows / len(train_set)
         note_loss(state, loss, norm, finite)
         if state.skipped_in_a_row == 10:
-            raise InputError(f"10 steps in a row were not finite; the first place is the "
+            raise InputError("10 steps in a row were not finite; the first NaN or inf is in the "
                              f"{metrics.first_not_finite(model, x)}. The checkpoints in "
                              f"{observer.run.folder} are intact: continue from them with --resume "
                              "and a lower --learning-rate")
@@ -256,8 +256,8 @@ def main(argv=None):
         return 0
 
     validate = lambda: evaluate(model, val_set, settings.batch_size)
-    text = val_set or train_set
-    sample = lambda: sample_text(model, tokenizer, settings.prompt, text, seed=state.step)
+    shown = val_set or train_set
+    sample = lambda: sample_text(model, tokenizer, settings.prompt, shown, seed=state.step)
     with checkpoint.held(folder), cli.Stop() as stop, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
         announce(model, train_set, val_set, settings, state, folder)

@@ -76,7 +76,7 @@ CASES = {
     "no model to start from": ("--init-from none", "none/config.json", "no such file", "a model's folder"),
     "heads that do not divide": ("--n-head 3 --n-kv-head 3", r"--embedding-dim \(16\)", "multiple of",
                                  r"--n-head \(3\)"),
-    "an odd head size": ("--embedding-dim 6 --n-head 2", r"--embedding-dim \(6\)", r"2 \* --n-head \(2\)", "even"),
+    "an odd head size": ("--embedding-dim 6 --n-head 2", r"--embedding-dim \(6\)", r"twice --n-head \(2\)", "even"),
     "key/value heads that do not divide": ("--n-head 4 --n-kv-head 3", r"--n-kv-head \(3\)",
                                            r"must divide --n-head \(4\)"),
     "stride 0": ("--stride 0", "--stride", "at least 1", "not '0'"),

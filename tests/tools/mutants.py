@@ -36,6 +36,7 @@ EQUIVALENT = {
     ("if repeated:", "if True:"): "a sum over no axes is a copy",
     ("repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, n in enumerate(shape) if n == 1)"): "a sum over one element is a copy",
+    ("if p == 0:", "if False:"): "nothing is dropped",
     ("L = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None",
      "L = xp.empty((B * K, G, T, 1), wide) if True else None"): "an array more",
     ("if n > 1:", "if n >= 1:"): "a 0 is added",
