@@ -858,7 +858,7 @@ def linear_cross_entropy(x, w, targets):
     for part, z in logit_blocks(rows, weight):
         losses[part] = loss_of_rows(z, targets[part], z if keep else None)
         if keep:
-            dz = z if lift == 1 else (z * lift).astype(dtype)
+            dz = z if dtype == wide else (z * lift).astype(dtype)
             device.matmul(dz, weight, out=dx[part])
             device.matmul(_t(dz), rows[part], out=dw, accumulate=True)
 

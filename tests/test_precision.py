@@ -237,6 +237,16 @@ def test_dropout_drops_that_share_and_keeps_the_mean(p):
     assert abs((out == 0).mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
 
 
+@pytest.mark.parametrize("name, unit", [("float64", 2.0 ** -52), ("float32", 2.0 ** -23), *UNIT.items()])
+def test_what_dropout_keeps_is_scaled_in_float32_or_more(rng, name, unit):
+    """A half is rounded once, at the end; a double is not scaled by a number in single precision."""
+    x = device.xp.asarray(rng.standard_normal(1000).astype(np.dtype(name)))
+    out = dropout(Tensor(x), 0.3, (1,)).data
+    kept, exact = to_host(out).astype(np.float64), to_host(x).astype(np.float64) / 0.7
+    assert out.dtype == x.dtype
+    assert (abs(kept - exact) <= 1.01 * unit * abs(exact))[kept != 0].all()
+
+
 def test_the_random_numbers_are_squares():
     """Widynski's function in Python's own integers, which do not wrap around by themselves."""
     def squares(counter, key):
