@@ -556,8 +556,7 @@ def _rotate(x, cos, sin):
 
 def sigmoid(x):
     """σ(x) = 1 / (1 + exp(-x)), slope σ(1-σ): the first GLU's gate (Dauphin et al. 2016, §3)."""
-    with np.errstate(over="ignore"):
-        out = 1 / (1 + device.xp.exp(-x))       # where exp overflows, 1 / infinity is the right 0
+    out = 1 / (1 + device.xp.exp(-x))           # where exp overflows, 1 / infinity is the right 0
     return out, lambda: out * (1 - out)
 
 
@@ -592,13 +591,12 @@ def _glu_formulas(name):
 
     @device.fuse
     def forward(gate, up, out):                 # (n, F) each
-        a, _ = activation(_wide(gate))
-        out[...] = a * up
+        out[...] = activation(_wide(gate))[0] * up          # [0]: the value, not the slope
 
     @device.fuse
     def backward(gate, up, dout, dgate, dup):
         a, slope = activation(_wide(gate))
-        dgate[...] = dout * up * slope()
+        dgate[...] = slope() * up * dout
         dup[...] = dout * a
     return forward, backward
 
@@ -620,13 +618,15 @@ def glu(gate, up=None, activation="silu"):
     shape, both, F = both.shape, _rows(both), both.shape[-1] // 2
     to = (*shape[:-1], F)                       # the shape of out
     g, u, out = both[:, :F], both[:, F:], device.xp.empty((len(both), F), both.dtype)
-    _sweep_rows(lambda part: forward(g[part], u[part], out[part]), *g.shape)
+    with np.errstate(over="ignore"):            # see sigmoid
+        _sweep_rows(lambda part: forward(g[part], u[part], out[part]), *g.shape)
 
     def backward(dout):
         dout, dboth = _rows(dout), device.xp.empty(both.shape, both.dtype)
         dg, du = dboth[:, :F], dboth[:, F:]
-        _sweep_rows(lambda part: backward_formula(g[part], u[part], dout[part], dg[part], du[part]),
-                    *g.shape)
+        block = lambda part: backward_formula(g[part], u[part], dout[part], dg[part], du[part])
+        with np.errstate(over="ignore"):
+            _sweep_rows(block, *g.shape)
         return (dboth.reshape(shape),) if up is None else (dg.reshape(to), du.reshape(to))
     return record(out.reshape(to), (gate,) if up is None else (gate, up), backward)
 

@@ -75,9 +75,9 @@ class Adam:
         self.t += 1
         beta1, beta2 = self.betas
         dtype = self.m.dtype.type       # a typed scalar keeps a fused kernel in float32
-        step_size, correction = lr / (1 - beta1 ** self.t), 1 / (1 - beta2 ** self.t)
+        step_size, root = lr / (1 - beta1 ** self.t), (1 - beta2 ** self.t) ** -0.5
         constants = [dtype(constant) for constant in (
-            scale, 1 - beta1, 1 - beta2, step_size, correction, self.eps)]
+            scale, 1 - beta1, 1 - beta2, step_size, root, self.eps)]
         decay, n_matrix = dtype(1 - lr * self.weight_decay), self.weights.n_matrix
         arrays = self.weights.flat, self.weights.grad, self.m, self.v
 
@@ -94,12 +94,12 @@ class Adam:
 
 
 @device.fuse
-def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, correction, eps):
+def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, eps):
     g = g * scale                               # p, m and v change in place
     m += (g - m) * one_minus_beta1              # now β₁ m + (1-β₁) g
     v += (g * g - v) * one_minus_beta2          # now β₂ v + (1-β₂) g²
-    v_hat = v * correction
-    p -= m * step_size / (device.xp.sqrt(v_hat) + eps)      # m · step_size = lr · m̂
+    # m · step_size = lr · m̂,  √v · root = √v̂
+    p -= m * step_size / (device.xp.sqrt(v) * root + eps)
 
 
 def gradient_norm(model):

@@ -153,7 +153,7 @@ class Text:
         from tokenizers import Tokenizer
 
         import data
-        os.environ["NANOLLM_CACHE"] = cache
+        os.environ["NANOLLM_CACHE"] = os.path.join(cache, str(os.getpid()))      # no side finds the ids of another
         encoder = Tokenizer.from_file(self.tokenizer)
         read = lambda: Path(self.text).read_text("utf-8")
         return timed({"nanollm": lambda: data.TokenDataset.from_text(self.text, self.tokenizer, 128).tokens.tolist(),

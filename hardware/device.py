@@ -169,6 +169,7 @@ def _forget_workers():
 
 
 def _work(jobs):
+    np.seterr(over="ignore")                    # a worker's own setting; NaN still warns
     _here.busy = True
     while True:
         share, ended = jobs.get()
