@@ -170,7 +170,7 @@ def test_a_model_to_start_from_brings_its_shape(tmp_path, quick):
     ([], "--tokenizer FILE is needed"),
     (["--tokenizer", "no/such.json"], "cannot read the tokenizer"),
     (["--tokenizer", "TOKENIZER", "--seq-len", "600"], "longest context"),
-    (["--tokenizer", "TOKENIZER", "--n-head", "3"], "multiple of 2 * --n-head"),
+    (["--tokenizer", "TOKENIZER", "--n-head", "3"], "multiple of twice --n-head"),
     (["--tokenizer", "TOKENIZER", "--batch-size", "0"], "--batch-size"),
     (["--tokenizer", "TOKENIZER", "--optimizer", "sgd"], "see --help"),
     (["--demo", "--tokenizer", "TOKENIZER"], "leave out --tokenizer"),
