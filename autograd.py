@@ -32,7 +32,6 @@ import functools
 import math
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import EllipsisType
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
@@ -195,6 +194,7 @@ def _unbroadcast(gradient, shape):
     return gradient
 
 
+_t = lambda x: x.swapaxes(-1, -2)       # xᵀ
 # Sums, exponentials and normalisations of half precision are computed in float32.
 _wide_dtype = lambda x: np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
 _wide = lambda x: x.astype(np.float32) if x.dtype.itemsize == 2 else x
@@ -258,9 +258,9 @@ def div(a, b):
 
 
 def power(x, p):
-    """out = x**p for a number p;  dx = dout * p * x**(p-1).  The square root is power(x, 0.5)."""
+    """out = x**p for a number p;  dx = dout * p * x**(p-1), and 0 for p = 0.  √x is power(x, 0.5)."""
     data = x.data
-    return record(data ** p, (x,), lambda dout: (dout * (p * data ** (p - 1)),))
+    return record(data ** p, (x,), lambda dout: (dout * (p and p * data ** (p - 1)),))
 
 
 def cast(x, dtype):
@@ -321,9 +321,7 @@ def gradcheck(f, *inputs, step=1e-5, rtol=1e-5, atol=1e-7, seed=0):
 def sum(x, axis=None, keepdims=False):
     """out = sum of x over `axis` (an int, a tuple, or None: all);  dx = dout, repeated."""
     shape = x.shape
-    if axis is None:
-        axis = range(len(shape))
-    axes = normalize_axis_tuple(axis, len(shape))
+    axes = normalize_axis_tuple(range(len(shape)) if axis is None else axis, len(shape))
     kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
     return record(_total(x.data, axes, keepdims), (x,),
                   lambda dout: (device.xp.broadcast_to(dout.reshape(kept), shape),))
@@ -338,8 +336,7 @@ def mean(x, axis=None, keepdims=False):
 def reshape(x, *shape):
     """The same elements in another shape;  dx is dout in x's shape."""
     old = x.shape
-    if isinstance(shape[0], tuple):
-        shape = shape[0]
+    shape = shape[0] if isinstance(shape[0], tuple) else shape
     return record(x.data.reshape(shape), (x,), lambda dout: (dout.reshape(old),))
 
 
@@ -353,7 +350,7 @@ def transpose(x, *axes):
 def getitem(x, index):
     """out = x[index], by ints, slices and …: no element twice.  dx is dout there, 0 elsewhere."""
     for item in index if isinstance(index, tuple) else (index,):
-        if not isinstance(item, (int, slice, EllipsisType)) or isinstance(item, bool):
+        if not isinstance(item, (int, slice, type(...))) or isinstance(item, bool):
             raise TypeError(f"a tensor is indexed by ints and slices, not by {type(item).__name__}")
     def backward(dout):
         def add_in_place(dx):
@@ -364,8 +361,10 @@ def getitem(x, index):
 
 # ---------------------------------------------------------------- products
 
-_rows = lambda x: x.reshape(-1, x.shape[-1])       # (..., C) -> (N, C), without a copy if possible
-_t = lambda x: x.swapaxes(-1, -2)                  # xᵀ
+def _rows(x):                           # (..., C) -> (N, C), without a copy if possible
+    if x.dtype.kind in "biu":
+        raise TypeError(f"this op needs floating-point data, not {x.dtype}")
+    return x.reshape(-1, x.shape[-1])
 
 
 def matmul(a, b):
@@ -374,6 +373,8 @@ def matmul(a, b):
     out_ij = sum_k a_ik b_kj, so da_ik = sum_j dout_ij b_kj and db_kj = sum_i a_ik dout_ij, that is
         da = dout @ bᵀ,   db = aᵀ @ dout
     """
+    if min(a.data.ndim, b.data.ndim) < 2:
+        raise ValueError(f"matmul needs matrices, not arrays of shape {a.shape} and {b.shape}")
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     x, y = (device.xp.broadcast_to(t.data, lead + t.shape[-2:]) for t in (a, b))
     return record(device.matmul(x, y), (a, b),
@@ -412,9 +413,9 @@ def embedding(w, ids):
 _CACHE = 1 << 16        # elements of a block: 256 KB fits the cache; few blocks, little Python
 
 
-def _sweep_rows(f, *shape):
-    """f(slice) over `shape[0]` rows of shape[1:] elements, as many at a time as fit the cache."""
-    return device.sweep(f, shape[0], _CACHE // max(math.prod(shape[1:]), 1))
+def _sweep_rows(f, n, width):
+    """f(slice) over n rows of `width` elements, as many at a time as fit the cache."""
+    return device.sweep(f, n, _CACHE // max(width, 1))
 
 
 def by_rows(f, *arrays):

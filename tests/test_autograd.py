@@ -425,6 +425,26 @@ def test_integers_require_no_gradient():
     assert Tensor([1, 2]).dtype.kind == "i"
 
 
+@pytest.mark.parametrize("op", [
+    ag.softmax, ag.glu, lambda x: ag.rmsnorm(x, tensor(4)), lambda x: ag.linear(x, tensor(3, 4)),
+    lambda x: ag.cross_entropy(x, [0, 1]), lambda x: ag.linear_cross_entropy(x, tensor(3, 4), [0, 1])])
+def test_integers_are_refused_where_the_result_would_be_cut_to_integers(op):
+    with pytest.raises(TypeError, match="this op needs floating-point data, not int64"):
+        op(Tensor(np.arange(8).reshape(2, 4)))
+
+
+def test_matmul_says_that_it_needs_matrices():
+    for a, b in (((3,), (3, 2)), ((2, 3), (3,)), ((), (2, 2))):
+        with pytest.raises(ValueError, match=re.escape(f"matmul needs matrices, not arrays of shape {a} and {b}")):
+            tensor(*a) @ tensor(*b)
+
+
+def test_the_power_0_is_flat_even_at_0():
+    x = Tensor([0.0, 1.0, -2.0], requires_grad=True)
+    (x ** 0).sum().backward()
+    assert x.grad.tolist() == [0, 0, 0]
+
+
 def test_numbers_and_arrays_take_the_dtype_of_the_tensor():
     x = tensor(2, 3, dtype=np.float32)
     for other in (2, 2.5, np.float64(2.5), device.xp.full((2, 3), 2.5)):
