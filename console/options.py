@@ -165,36 +165,9 @@ class Settings:
         """{"text": …, "tokenizer": …}: of the contents of these two files."""
         return {name: file_hash(getattr(self, name)) for name in ("text", "tokenizer")}
 
-    @classmethod
-    def from_json(cls, values):
-        """The Settings that `to_json` gave. Raises InputError naming a value that its flag cannot have."""
-        known = {field.name: field for field in fields(cls)}
-        if unknown := values.keys() - known.keys():
-            raise InputError(f"{flag(min(unknown))} is no flag of train.py")
-        return cls(**{name: checked(known[name], value) for name, value in values.items()})
-
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
-
-
-def checked(field, value):
-    """The value that trainer.json holds for this field, as its flag would give it. Raises InputError if the flag cannot
-    have it.
-    """
-    kind, name = field.metadata["kind"], flag(field.name)
-    if value is None and field.default is None:
-        return None
-    if kind is bool and not isinstance(value, bool):
-        raise InputError(f"{name} must be true or false, not {value!r}")
-    if isinstance(kind, list) and value not in kind:
-        raise InputError(f"{name} must be one of {', '.join(kind)}, not {value!r}")
-    if kind is bool or isinstance(kind, list):
-        return value
-    try:
-        return kind(value)
-    except argparse.ArgumentTypeError as problem:
-        raise InputError(f"{name}: {problem}") from None
 
 
 def command_line():
@@ -217,6 +190,17 @@ def command_line():
         if group == "speed and memory":
             parser.add_device()
     return parser
+
+
+def from_json(values):
+    """The Settings that `to_json` gave, read as a command line is. Raises InputError naming a value that its flag
+    cannot have.
+    """
+    if unknown := values.keys() - {field.name for field in fields(Settings)}:
+        raise InputError(f"{flag(min(unknown))} is no flag of train.py")
+    words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in values.items()
+             if value is not None and value is not False]
+    return Settings(**vars(command_line().parse_args(words)))
 
 
 # ---------------------------------------------------------------- from a command line to a run
@@ -275,7 +259,7 @@ def resumed(folder, typed):
     newest = newest_checkpoint(folder)
     state, about = read_trainer(newest)
     try:
-        before = Settings.from_json(about["command"])
+        before = from_json(about["command"])
     except InputError as problem:
         raise InputError(f"{newest / 'trainer.json'}: command: {problem}") from None
     settings = replace(before, **typed)
@@ -292,8 +276,8 @@ def parse(argv):
     """What train.py does first: `read_flags`, the demo's files, and all checks that need no data. Raises InputError."""
     request = read_flags(argv, command_line())
     settings = request.settings
-    if not settings.demo and not (settings.text and settings.tokenizer):
-        raise InputError("--text FILE and --tokenizer FILE are needed (or --demo, which needs no files)")
+    require(settings.demo or (settings.text and settings.tokenizer),
+            "--text FILE and --tokenizer FILE are needed (or --demo, which needs no files)")
     if not request.checkpoint:
         check_free(request.folder)
     if settings.demo:
@@ -312,15 +296,6 @@ def check_hashes(settings, before):
                              f"give the original with --{name}, or begin a new run")
 
 
-def config_of_flags(size, settings):
-    """The Config that the flags describe. An InputError names the flags, not Config's fields."""
-    try:
-        return Config(size, **settings.shape())
-    except InputError as problem:
-        words = re.sub(r"\b(" + "|".join(SHAPE) + r")\b", lambda found: flag(found[0]), str(problem))
-        raise InputError(words) from None
-
-
 def make_config(request, tokenizer):
     """The Config of the model: that of the folder it comes from, or without one that of the flags.
 
@@ -329,7 +304,11 @@ def make_config(request, tokenizer):
     settings, source = request.settings, request.source
     size = vocab_size(tokenizer) if tokenizer else demo.WORDS
     if not source:
-        return config_of_flags(size, settings)
+        try:
+            return Config(size, **settings.shape())
+        except InputError as problem:           # it names Config's fields: name the flags
+            words = re.sub(r"\b(" + "|".join(SHAPE) + r")\b", lambda found: flag(found[0]), str(problem))
+            raise InputError(words) from None
     config = Config.load(source)
     V, theirs = config.vocab_size, Path(source, "tokenizer.json")
     same = load_tokenizer(theirs).get_vocab() == tokenizer.get_vocab() if theirs.exists() else size == V

@@ -78,6 +78,16 @@ def cheap(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def on_cpu():
+    """On the CPU equal means bit for bit; a GPU adds up the embedding's gradient in any order."""
+    from hardware import device
+    choice = device.xp, device.on_gpu, device.reason
+    device.use("cpu")
+    yield
+    device.xp, device.on_gpu, device.reason = choice
+
+
+@pytest.fixture
 def files(tmp_path):
     import tiny
     return tiny.make_files(tmp_path)

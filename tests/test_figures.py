@@ -17,7 +17,6 @@ from autograd import Tensor
 from console import metrics
 from data import TokenDataset
 from generate import open_model
-from hardware import device
 from nanollm import Config, NanoLLM
 from train import Adam
 
@@ -25,15 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
 import figures
 import probes
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
 CONFIG = Config(30, 16, 2, 4, 2, max_context=12, hidden_dim=24)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    before = device.xp
-    device.use("cpu")
-    yield
-    device.use("cpu" if before is np else "gpu")
 
 
 def test_graph_shows_the_expression_with_its_values_and_gradients():

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 import tiny
-from tiny import GOOD, check, command, snapshot
+from tiny import GOOD, check, command, edit_trainer, snapshot
 
 import evaluate
 import generate
@@ -14,7 +14,7 @@ from console import options
 from console.options import Settings
 from hardware import device
 from nanollm import Config, NanoLLM
-from storage.files import file_hash
+from storage.checkpoint import read_trainer
 from train import Adam
 
 pytestmark = pytest.mark.usefixtures("cheap")
@@ -42,7 +42,6 @@ def test_text_and_tokenizer_are_needed(flags, tmp_path):
     assert snapshot(tmp_path) == {}
 
 
-
 def test_help_tells_every_flag_and_its_default(capsys):
     for main in (train.main, generate.main, evaluate.main):
         with pytest.raises(SystemExit) as end:
@@ -58,16 +57,11 @@ def test_help_tells_every_flag_and_its_default(capsys):
         assert f" {flag} " in text
 
 
-
 def test_a_flag_without_effect_is_refused_only_where_it_is_typed(files, tmp_path):
     """Runs that began before this was refused continue."""
     tiny.run(*files, "--max-steps", 1, "--val-fraction", 0, "--lr-schedule", "constant", "--artifact-dir", "run")
-    path, sums = tmp_path / "run/checkpoint-1/trainer.json", tmp_path / "run/checkpoint-1/SHA256SUMS"
-    content = json.loads(path.read_text())
-    content["command"] |= {"patience": 2, "min_lr": 1e-4}
-    before = file_hash(path)
-    path.write_text(json.dumps(content))
-    sums.write_text(sums.read_text().replace(before, file_hash(path)))
+    command_ = read_trainer(tmp_path / "run/checkpoint-1")[1]["command"]
+    edit_trainer(tmp_path / "run/checkpoint-1", command=command_ | {"patience": 2, "min_lr": 1e-4})
     resume = ["--resume", "--artifact-dir", "run", "--max-steps", 2]
     check(command(train.main, *resume, "--patience", 2), "--patience needs a validation part")
     check(command(train.main, *resume, "--min-lr", 1e-4), "--min-lr has no effect with --lr-schedule constant")

@@ -21,7 +21,7 @@ from console import cli, metrics
 from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
-from storage.files import InputError
+from storage.files import InputError, file_hash
 from train import Adam
 
 SENTENCES = ("the cat sat on the mat. ", "a dog ran to the cat! ", "the mat is red, ", "却说孙悟空一个筋斗云。",
@@ -113,6 +113,20 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert a[name] == b[name], name
+
+
+def with_sums(folder):
+    """Renew the hashes of a checkpoint, so that only the reader of a file can notice what is wrong in it."""
+    (folder / "SHA256SUMS").unlink()
+    sums = [f"{file_hash(path)}  {path.name}\n" for path in folder.iterdir()]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+def edit_trainer(folder, **changes):
+    """Change what a checkpoint's trainer.json holds, and its hash."""
+    path = folder / "trainer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with_sums(folder)
 
 
 def set_gradients(model, seed):
