@@ -20,7 +20,7 @@ from console.metrics import perplexity
 from data import TokenDataset
 from generate import open_model
 from hardware import device
-from storage.files import InputError
+from storage.files import require
 
 COMPARED = 1 << 16      # logits that a thread compares at a time, few enough to stay in its cache
 
@@ -100,10 +100,6 @@ class Scores:
         self.total[positions] += losses.sum(0)
         self.squares[positions] += (losses ** 2).sum(0)
 
-    def accuracies(self):
-        """{"top1_accuracy": the share of targets that the model ranked first, …}"""
-        return {f"top{k}_accuracy": hits / int(self.count.sum()) for k, hits in self.hits.items()}
-
 
 def command_line():
     parser = cli.Parser(usage="python evaluate.py FOLDER --text FILE [options]",
@@ -130,16 +126,16 @@ def main(argv=None):
     longest = model.config.max_context
     seq_len = args.seq_len or longest
     stride = args.stride or seq_len
-    if seq_len > longest:
-        raise InputError(f"--seq-len {seq_len} is more than the model's longest context, {longest}")
-    if stride > seq_len:
-        raise InputError(f"--stride {stride} is more than a window, {seq_len} tokens: some tokens would be skipped")
+    require(seq_len <= longest, f"--seq-len {seq_len} is more than the model's longest context, {longest}")
+    require(stride <= seq_len,
+            f"--stride {stride} is more than a window, {seq_len} tokens: some tokens would be skipped")
     dataset = TokenDataset.from_text(args.text, Path(args.folder) / "tokenizer.json", seq_len, stride)
     scores = Scores(seq_len)
     began = time.perf_counter()
     result = evaluate(model, dataset, args.batch_size, scores)
     speed = round(result["tokens"] / (time.perf_counter() - began), 1)
-    result |= scores.accuracies() | {"seq_len": seq_len, "stride": stride, "tokens_per_second": speed}
+    result |= {f"top{k}_accuracy": hits / result["tokens"] for k, hits in scores.hits.items()}
+    result |= {"seq_len": seq_len, "stride": stride, "tokens_per_second": speed}
     if args.json:
         print(json.dumps(result))
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.files import InputError, whole
+from storage.files import InputError, require, whole
 from storage.tokens import Decoder, vocab_size
 
 TOKENS = 1000                                   # highest number of tokens shown
@@ -24,11 +24,9 @@ ASIDE = {"\n": "↵", "\t": "⇥", "\r": "←"}       # shown in place of charac
 def check_path(path):
     """Raise InputError unless a PNG can be written there. Tests by making a temporary folder."""
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--figure {path}: only a PNG can be drawn, name a file that ends in .png")
+    require(path.suffix.lower() == ".png", f"--figure {path}: only a PNG can be drawn, name a file that ends in .png")
     try:
-        if path.is_dir():
-            raise InputError(f"--figure {path} is a folder: name a file in it")
+        require(not path.is_dir(), f"--figure {path} is a folder: name a file in it")
         with tempfile.TemporaryDirectory(".nanollm", f".{path.name}.", path.parent):    # the name that `whole` takes
             pass
     except OSError as problem:

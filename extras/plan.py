@@ -3,25 +3,11 @@
 Parameters, FLOPs, memory and the largest batch that fits, from the shapes alone: nothing is trained, no text is read.
 
 The memory is found by walking through a step as nanollm.py and autograd.py make it. Forward, every op keeps what its
-backward will need. These are the elements for each token of the batch, in one block of the model:
-
-    rmsnorm              its input h      C       and 1/rms, 1 float32
-    linear q, k, v       its input        C
-    rope                 nothing: the opposite turn undoes it
-    attention            q, k, v          C + 2 K D   (v may be a view, and then holds all that its product made)
-                         log-sum-exp      H, float32
-    linear o             its input        C
-    add, dropout         nothing: dout is passed on; the mask is drawn again
-    rmsnorm              its input h      C       and 1/rms, 1 float32
-    linear gate, up      its input        C
-    glu                  gate, up         2 F
-    linear down          its input        F
-                                          6 C + 2 K D + 3 F  elements of --dtype, and 2 + H float32
-
-With --recompute a block keeps only its input, C, and the table is for one block at a time. Everything that is kept is
-alive when the loss is computed and when backward reaches the last block; from there on it only gets less. So the peak
-is at one of a few moments (`moments`), each of which needs some more arrays: gradients on their way, a product's
-float32 copies (half precision on a CPU), the logits.
+backward will need (`kept_by_a_block`): in a block 6 C + 2 K D + 3 F elements of --dtype and 2 + H float32 for each
+token of the batch. With --recompute a block keeps only its input, C, except while backward works on it. Everything
+that is kept is alive when the loss is computed and when backward reaches the last block; from there on it only gets
+less. So the peak is at one of a few moments (`moments`), each of which needs some more arrays: gradients on their way,
+a product's float32 copies (half precision on a CPU), the logits.
 
 The plan leaves out:
 - attention's mask of 64 KB, Python's own objects and BLAS's buffers;
@@ -44,7 +30,7 @@ import numpy as np
 import autograd
 from console import cli, metrics, options
 from hardware import device
-from storage.files import InputError
+from storage.files import require
 from storage.tokens import load_tokenizer
 
 WIDE = 4                # bytes of a float32
@@ -66,9 +52,12 @@ def parameters(config):
 # ---------------------------------------------------------------- what is kept for backward
 
 def kept_by_a_block(config, B, size):
-    """[(op, what it keeps for its backward, bytes a token)] of one block, for B windows and `size` bytes an element."""
+    """[(op, what it keeps for its backward, bytes a token)] of one block, for B windows and `size` bytes an element.
+
+    Other ops keep nothing: rope is undone by the opposite turn, add passes dout on, dropout draws its mask again.
+    """
     C, F, kv = config.embedding_dim, config.hidden_dim, config.n_kv_head * config.head_dim
-    is_view = B == 1 or config.n_kv_head == 1       # reshaping v, a slice of q, k, v, to (B K, T, D) copies nothing
+    is_view = B == 1 or config.n_kv_head == 1       # v, reshaped to (B K, T, D), still is a slice of all of q, k, v
     return [("rmsnorm", "its input h", size * C), ("rmsnorm", "1/rms", WIDE),
             ("linear q, k, v", "its input", size * C),
             ("attention", "q", size * C), ("attention", "k", size * kv),
@@ -212,11 +201,6 @@ def available():
 
 # ---------------------------------------------------------------- the report
 
-def largest_batch(needed, room):
-    """The largest batch size B for which needed(B), bytes that never fall as B grows, is at most `room`; 0 if none."""
-    return bisect.bisect_right(range(1, LARGEST_BATCH + 1), room, key=needed)
-
-
 def table(*rows):
     """A Markdown table, aligned; the first row is its head, and columns that end with a number are on the right."""
     rows = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
@@ -265,7 +249,7 @@ def report(config, settings):
     if room is None:
         lines.append(where)
     else:
-        most = largest_batch(needed, room)
+        most = bisect.bisect_right(range(1, LARGEST_BATCH + 1), room, key=needed)      # 0: not even 1 fits
         lines.append(f"The largest that fits is {most:,}: it takes {mb(needed(most))} of {mb(room)} MB {where}." if most
                      else f"Not even 1 fits: it takes {mb(needed(1))} MB, and {mb(room)} MB are {where}. Lower "
                      "--seq-len, use --recompute, or make the model smaller.")
@@ -278,9 +262,8 @@ def main(argv=None):
     parser.description = "What training with these flags of train.py would take: parameters, FLOPs, memory."
     request = options.read_flags(argv, parser)
     settings = request.settings
-    if not (settings.tokenizer or settings.demo):
-        raise InputError("--tokenizer FILE is needed because the size of its vocabulary counts (or --demo, which has "
-                         "its own)")
+    require(settings.tokenizer or settings.demo,
+            "--tokenizer FILE is needed because the size of its vocabulary counts (or --demo, which has its own)")
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     config = options.make_config(request, tokenizer)
     print(f"device  {device.reason}\nmodel   {config}\n\n{report(config, settings)}")

@@ -15,7 +15,7 @@ from evaluate import evaluate
 from generate import open_model
 from hardware.quantized import quantize
 from storage import huggingface
-from storage.files import InputError, read_json, refuse_existing, whole
+from storage.files import read_json, refuse_existing, require, whole
 
 OTHERS = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
@@ -54,14 +54,12 @@ def main(argv=None):
     source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
     refuse_existing(out)
     model, *_ = open_model(source)
-    if not model.trainable:
-        raise InputError(f"{source} is quantised already: give the model from which it was made")
+    require(model.trainable, f"{source} is quantised already: give the model from which it was made")
     dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", model.config.max_context,
                                                    model.config.max_context)
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, source, model, bits)
-    found = {"before": model, "after": open_model(out)[0]}
-    for (when, which), folder in zip(found.items(), (source, out), strict=True):
+    for when, which, folder in (("before", model, source), ("after", open_model(out)[0], out)):
         disk = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
         memory = sum(w.nbytes for w in which.weights.arrays().values())
         line = f"{when:<7} {disk / 1e6:10,.2f} MB on disk  {memory / 1e6:10,.2f} MB of weights in memory"

@@ -34,14 +34,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hardware import device
-from storage.files import InputError, file_hash, lock, read_json, recover, remove_folder, sync, whole
+from storage.files import InputError, file_hash, lock, read_json, recover, remove_folder, require, sync, whole
 
 # ---------------------------------------------------------------- the folder of a run
-
-def holds_run(folder):
-    """Whether this folder contains anything that a run writes."""
-    return any(any(folder.glob(name)) for name in ("metrics.csv", "config.json", "model.safetensors", "checkpoint-*"))
-
 
 def checkpoints(folder):
     """The complete checkpoints of a run, oldest first."""
@@ -50,47 +45,41 @@ def checkpoints(folder):
     return [path for _, path in sorted(found)]
 
 
-def check_free(folder=None, default="runs/llm"):
-    """Raise InputError unless a new run can begin in `folder`, or next to the default. Tests by writing a temporary
-    file.
-    """
+WRITTEN = "metrics.csv", "config.json", "model.safetensors", "checkpoint-*"     # what shows that a folder holds a run
+
+
+def check_free(folder=None):
+    """Raise InputError unless a new run can begin in `folder`, or in runs. Tests by writing a temporary file."""
     try:
-        if folder is not None and holds_run(Path(folder)):
-            raise InputError(f"{folder} already holds a run, and no run overwrites another: "
-                             "continue it with --resume, or name another --artifact-dir")
-        folder = Path(default).parent if folder is None else Path(folder)
+        require(folder is None or not any(any(Path(folder).glob(name)) for name in WRITTEN),
+                f"{folder} already holds a run, and no run overwrites another: continue it with --resume, or name "
+                "another --artifact-dir")
+        folder = Path("runs" if folder is None else folder)
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
             pass
     except OSError as problem:
         raise InputError(f"cannot write to {folder} ({problem.strerror}): name another --artifact-dir") from None
 
 
-def new_run(folder=None, default="runs/llm"):
-    """Make the folder of a new run: `folder`, or the first free one of default, default-2, …"""
+def new_run(folder=None):
+    """Make the folder of a new run: `folder`, or the first free one of runs/llm, runs/llm-2, …"""
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         return Path(folder)
-    Path(default).parent.mkdir(parents=True, exist_ok=True)
-    folders = (Path(default if n == 1 else f"{default}-{n}") for n in itertools.count(1))
-    return next(folder for folder in folders if _made(folder))
+    made, numbers = Path("runs/llm"), itertools.count(2)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):      # of two processes that try at once, one makes it
+            made.mkdir()
+            return made
+        made = Path(f"runs/llm-{next(numbers)}")
 
 
-def _made(folder):
-    """Make a folder unless there is one; of two processes that try at once, one makes it."""
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
-
-
-def last_run(default="runs/llm"):
+def last_run():
     """The folder that a run without --artifact-dir made last. Raises InputError where there is none."""
-    pattern = re.compile(re.escape(Path(default).name) + r"(?:-(\d+))?")
-    runs = [(int(match[1] or 1), path) for path in Path(default).parent.glob(Path(default).name + "*")
-            if path.is_dir() and (match := pattern.fullmatch(path.name))]
-    if not runs:
-        raise InputError(f"--resume: there is no run in {default}; name its folder with --artifact-dir")
+    runs = [(int(match[1] or 1), path) for path in Path("runs").glob("llm*")
+            if path.is_dir() and (match := re.fullmatch(r"llm(?:-(\d+))?", path.name))]
+    require(runs, "--resume: there is no run in runs/llm; name its folder with --artifact-dir")
     return max(runs)[1]
 
 
@@ -140,10 +129,6 @@ class State:
     seconds: float = 0.0                # time spent, over all resumptions
 
 
-def _json(value):
-    return json.dumps(value, indent=2) + "\n"       # in ASCII: the name of a file need not be valid Unicode
-
-
 def versions():
     """What computed a run, for people who read its trainer.json."""
     packages = {name: importlib.metadata.version(name) for name in ("numpy", "tokenizers", "safetensors")}
@@ -182,7 +167,8 @@ class Run:
             self.write_model(folder, model)
             moments = {"m": device.to_host(optimizer.m), "v": device.to_host(optimizer.v)}
             save_file(moments, folder / "optimizer.safetensors")
-            (folder / "trainer.json").write_text(_json(asdict(state) | self.about))
+            about = json.dumps(asdict(state) | self.about, indent=2)    # in ASCII: a file's name need not be Unicode
+            (folder / "trainer.json").write_text(about + "\n")
             sums = [f"{file_hash(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
             (folder / "SHA256SUMS").write_text("".join(sums))
         for old in checkpoints(self.folder)[:-keep_last]:
@@ -196,13 +182,12 @@ class Run:
 
 def newest_checkpoint(folder):
     """The newest checkpoint of a run. Raises InputError if there is none, or if it is not as it was written."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--resume: there is no folder {folder}: name the folder of a run with --artifact-dir")
+    require(Path(folder).is_dir(),
+            f"--resume: there is no folder {folder}: name the folder of a run with --artifact-dir")
     recover(Path(folder))
     *older, newest = checkpoints(folder) or [None]
-    if newest is None:
-        raise InputError(f"--resume: there is no checkpoint in {folder}: name the folder of another run, or begin a "
-                         "new run in a new folder, without --resume")
+    require(newest, f"--resume: there is no checkpoint in {folder}: name the folder of another run, or begin a new run "
+            "in a new folder, without --resume")
     try:
         check_sums(newest)
     except InputError as problem:
@@ -233,16 +218,13 @@ def read_trainer(checkpoint):
     path = checkpoint / "trainer.json"
     about, values = read_json(path), {}
     for field in fields(State):
-        if field.name not in about:
-            raise InputError(f"{path}: {field.name} is missing")
+        require(field.name in about, f"{path}: {field.name} is missing")
         value = about.pop(field.name)
         of_its_type = isinstance(value, field.type) and not isinstance(value, bool)     # a bool counts as an int
-        if not of_its_type or not 0 <= (value or 0) < math.inf:
-            raise InputError(f"{path}: {field.name} cannot be {value!r}")
+        require(of_its_type and 0 <= (value or 0) < math.inf, f"{path}: {field.name} cannot be {value!r}")
         values[field.name] = value
     for name in ("command", "hashes"):
-        if not isinstance(about.get(name), dict):
-            raise InputError(f"{path}: {name} is not an object")
+        require(isinstance(about.get(name), dict), f"{path}: {name} is not an object")
     return State(**values), about
 
 
@@ -253,11 +235,11 @@ def read_moments(checkpoint, optimizer):
         with safe_open(path, framework="numpy") as file:
             for name, target in (("m", optimizer.m), ("v", optimizer.v)):
                 header = file.get_slice(name)
-                if tuple(header.get_shape()) != target.shape or header.get_dtype() != "F32":
-                    raise InputError(f"{path}: {name} is not float32 of shape {target.shape}")
+                require(tuple(header.get_shape()) == target.shape and header.get_dtype() == "F32",
+                        f"{path}: {name} is not float32 of shape {target.shape}")
                 values = file.get_tensor(name)
-                if not np.isfinite(values).all() or (name == "v" and (values < 0).any()):
-                    raise InputError(f"{path}: {name} holds values that Adam cannot have made")
+                require(np.isfinite(values).all() and (name == "m" or (values >= 0).all()),
+                        f"{path}: {name} holds values that Adam cannot have made")
                 target[...] = device.xp.asarray(values)
     except (OSError, SafetensorError) as problem:
         raise InputError(f"{path}: not a whole safetensors file ({problem})") from None

@@ -109,11 +109,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(tokenizer, quick):
     assert most > 100
     assert megabytes(takes(most)) <= 60.0 <= megabytes(takes(most + 1))
 
-    def needed(B):
-        return max(sum(parts.values()) for parts in plan.moments(CONFIG, B, 64).values())
-    for B in (1, 2, 3, 100, 12345):
-        assert plan.largest_batch(needed, needed(B)) == B and plan.largest_batch(needed, needed(B) - 1) == B - 1
-
 
 def test_a_machine_that_is_too_small_or_does_not_tell(tokenizer, quick, monkeypatch):
     flags = "--tokenizer", tokenizer, *SHAPE
