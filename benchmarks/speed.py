@@ -19,7 +19,6 @@ import platform
 import runpy
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -121,7 +120,9 @@ def training(name, c, steps, folder, rate, args):
     common = {"c": c, "args": args, "folder": folder}
     others = {"PyTorch": (PyTorch, common)}
     if args.compile:
-        others["torch.compile"] = PyTorch, common | {"compiled": True}
+        others["torch.compile"] = PyTorch, common | {"variant": True}
+    if args.recompute:
+        others["--recompute"] = Nanollm, common | {"variant": True}
     sides = sides_of(args, (Nanollm, common), others)
     with running(**sides) as ask:
         loss = {side: ask[side]("first_loss") for side in sides}
@@ -134,14 +135,12 @@ def training(name, c, steps, folder, rate, args):
         for side in sides:
             os.mkdir(f"{folder}/{side}")
             ask[side]("save", f"{folder}/{side}")
-        launches = {side: ask[side]("launches") if args.device == "gpu" else None for side in sides}
     flops = c["batch_size"] * c["max_context"] * flops_per_token
     for row in rows:
         other = row["against"]
         difference = weight_difference(folder, f"{folder}/nanollm", f"{folder}/{other}")
         row |= {"config": c, "flops": flops, "first_loss": [loss["nanollm"], loss[other]],
                 "weight_difference": difference, "peak_bytes": [facts["nanollm"][1], facts[other][1]],
-                "launches": [launches["nanollm"], launches[other]],
                 "share_of_gemm": [flops / (row[key] / 1000) / rate for key in ("nanollm", "other")]}
         equal = difference["share_of_training"] <= WEIGHT_TOLERANCE[args.dtype]
         check(equal, f"{name}: weights after {steps * (args.rounds + 1)} steps, {other}: {difference}")
@@ -188,14 +187,12 @@ def tokenisation(folder, args):
 
 def header(args):
     """What another run must share with this one to be comparable."""
-    git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], text=True,
-                                        capture_output=True).stdout
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = info.split("model name\t: ")[1].split("\n")[0] if "model name\t: " in info else platform.processor()
+    from docs.results import commit, cpu
+
     packages = ("numpy", "torch", "transformers", "tokenizers")
     return {"date": time.strftime("%Y-%m-%d %H:%M %z"), "command": shlex.join(["python", *sys.argv]), "seed": args.seed,
-            "commit": git("rev-parse", "--short", "HEAD").strip() + (git("status", "--porcelain") and " and changes"),
-            "cpu": cpu, "cores": os.cpu_count(), "threads": args.threads, "device": args.device, "dtype": args.dtype,
+            "commit": commit(), "cpu": cpu(), "cores": os.cpu_count(), "threads": args.threads, "device": args.device,
+            "dtype": args.dtype,
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}}
 
 
@@ -222,6 +219,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=LOSS_TOLERANCE, default="float32")
     parser.add_argument("--compile", action="store_true", help="also compare with torch.compile")
+    parser.add_argument("--recompute", action="store_true", help="also compare with nanollm's own --recompute")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="compare with the nanollm in this folder instead")
     parser.add_argument("--threads", type=int, default=device.threads)
     parser.add_argument("--megabytes", type=float, default=4, help="of text to tokenise (4)")

@@ -21,11 +21,11 @@ def timed(f):
 class Side:
     """One training of the checkpoint in `folder`; a subclass provides load, loss, step and save."""
 
-    def __init__(self, c, args, folder, compiled=False):
+    def __init__(self, c, args, folder, variant=False):
         self.c, self.seed, self.gpu, self.tf32 = c, args.seed, args.device == "gpu", args.dtype == "tf32"
         self.dtype = "float32" if self.tf32 else args.dtype
         self.wait = lambda: None                    # load replaces it on a GPU
-        self.load(folder, args.threads, compiled)
+        self.load(folder, args.threads, variant)
 
     def batch(self, step):
         """ids, targets (B, T) of a step, the same on every side; word n is 1/n as frequent as word 1, as in a text."""
@@ -50,18 +50,10 @@ class Side:
             peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
         return self.threads, self.reserved() if self.gpu else peak
 
-    def launches(self):
-        """Kernels that one step launches on the GPU; PyTorch's profiler sees CuPy's too."""
-        from torch.profiler import profile
-        with profile() as seen:
-            self.steps(0, 1)
-        return sum(event.count for event in seen.key_averages() if "LaunchKernel" in event.key)
-
 
 class Nanollm(Side):
-    def load(self, folder, threads, compiled):
+    def load(self, folder, threads, recompute):
         import train
-        from console import metrics
         from hardware import device
         from nanollm import Config, NanoLLM
         device.use("gpu" if self.gpu else "cpu", self.tf32)
@@ -72,11 +64,12 @@ class Nanollm(Side):
         fields = {name: value for name, value in self.c.items() if name != "batch_size"}
         self.model = NanoLLM.load(folder) if folder else NanoLLM(Config(**fields), seed=self.seed)
         self.adam, self.save = train.Adam(self.model, **ADAM), self.model.save
-        self.flops = metrics.flops_per_token(self.model.config, self.c["max_context"])
+        self.model.recompute = recompute
         self.model.compute_dtype, self.loss_scale = np.dtype(self.dtype), 2.0 ** 16 if self.dtype == "float16" else 1.0
 
     def flops_per_token(self):
-        return self.flops
+        from console import metrics
+        return metrics.flops_per_token(self.model.config, self.c["max_context"])
 
     def loss(self, ids, targets):
         return self.model.loss(ids, targets).data

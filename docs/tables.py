@@ -2,8 +2,7 @@
 
 They are: the lines of each Python file at the root, the line of each op in autograd.py and the number of its tests, and
 the comparison in docs/speed.json, which benchmarks/speed.py writes. README.zh.md gets the parts of README.md that
-docs/results.py and benchmarks/recompute.py wrote, with their captions translated. People write the words, scripts write
-the numbers.
+docs/results.py wrote, with its captions translated. People write the words, scripts write the numbers.
 
 Exit status 1: README's table of the root has no row for a file or folder there, or names something that does not
 exist. With --check nothing is written, and the status is also 1 if a page is out of date.
@@ -26,9 +25,6 @@ CHINESE = {
     "### The demo": "### demo",
     "### Tiny Shakespeare": "### tiny Shakespeare",
     "training and validation loss on tinyshakespeare": "tiny Shakespeare 的训练损失与验证损失",
-    "(4 blocks, 256 wide, batch 16 × 256) | peak of a step's arrays, MB | forward and backward, s | time ratio":
-        "（4 层，宽度 256，batch 16 × 256）| 一步中数组的内存峰值，MB | 前向与反向，秒 | 时间之比",
-    "activations kept": "保留激活值",
     "compared with | its figure | time ratio (range) | peak MB of both | share of the sgemm rate of both":
         "对比对象 | 对方的数值 | 时间之比（范围）| 双方的内存峰值，MB | 双方达到 sgemm 速率的比例",
     ": training step |": "：训练步 |",
@@ -39,12 +35,6 @@ CHINESE = {
     "MB/s |": "MB/秒 |",
     " ms |": " 毫秒 |",
 }
-
-
-@functools.cache
-def tracked():
-    """The paths of all files of the project."""
-    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def lines_of(text):
@@ -59,7 +49,8 @@ def lines_of(text):
 def map_errors(text):
     """What is wrong with the rows about the files and folders of the root."""
     rows = {name: rest for _, name, rest in ROW.findall(text)}
-    there = {re.sub("/.*", "/", path) for path in tracked() if path[0] != "."}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    there = {re.sub("/.*", "/", path) for path in tracked.splitlines() if path[0] != "."}
     named = {name + file for name, rest in rows.items() if name.endswith("/")
              for file in re.findall(r"`(\w+\.py|\w+/)`", rest)}
     return [*(f"has no row for {name}" for name in sorted(there - rows.keys())),
@@ -141,9 +132,8 @@ def filled(page):
                   lambda match: f"{match[1]}{speed()}{match[2]}", ops_of(lines_of(text)))
     if page != PAGES[0]:
         english = PAGES[0].read_text(encoding="utf-8")
-        for name in ("results", "recompute"):
-            text = text.replace(block(name, text), block(name, english))
-        for name in ("results", "recompute", "speed"):
+        text = text.replace(block("results", text), block("results", english))
+        for name in ("results", "speed"):
             text = text.replace(block(name, text), translated(block(name, text)))
     return before, text
 
