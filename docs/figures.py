@@ -333,9 +333,8 @@ def gradient_flow():
             ax.set_xticks(range(model.config.n_block))
         axes[0, column].set(title=when, yscale="log")
         axes[1, column].set_xlabel("block")
-    axes[1, 0].set_ylim(0)
     axes[0, 0].set_ylabel("norm of the gradient")
-    axes[1, 0].set_ylabel("norm of the weights")
+    axes[1, 0].set(ylabel="norm of the weights", ylim=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, (
         "These are the norms of one batch's gradient in each block's matrices. At step 0 a token attends almost "

@@ -36,14 +36,15 @@ def escape(text):
 
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ᵀᵗᵖ", "0123456789+-Ttp", strict=True))
 LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
-SIGNS = {"-": "−", "*": "∗", "'": "′", "'s": "’s", "->": "→", ">=": "≥", "<=": "≤", "sum": "∑"}
+SIGNS = {"-": "−", "*": "∗", "'": "′", "'s": "’s", "->": "→", ">=": "≥", "<=": "≤", "sum": "∑",
+         "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 UPRIGHT = {"sin", "cos", "exp", "log", "sum", "mean", "max"}
 MATH = re.compile(
     r"(?P<word>[a-z]{2,}_[a-z]{3,})"                                            # row_dot, dx_block
     r"|(?:\^|\*\*)(?:\((?P<power>[^()]*)\)|(?P<letter>[^\W_]))"                  # θ^(-2i/D), x**p
     r"|_(?:\{(?P<index>[^}]*)\}|(?P<letters>[A-Za-zα-ω\d]+))"                   # x_{i+D/2}, x_i
     f"|(?P<raised>[{''.join(RAISED)}]+)|(?P<lowered>[{''.join(LOWERED)}]+)"     # x², β₁
-    r"|(?P<number>\d[\d.]*(?:e-?\d+)?)|(?P<sign>->|>=|<=|'s\b|[-*']|sum(?=_\w\b))|(?P<name>[A-Za-zα-ω]+\u0302?)")
+    r"|(?P<number>\d[\d.]*(?:e-?\d+)?)|(?P<sign>->|>=|<=|'s\b|[-*'&<>]|sum(?=_\w\b))|(?P<name>[A-Za-zα-ω]+\u0302?)")
 
 # In prose, these words are always mathematics, and so is a word next to an operator.
 IS_MATH = re.compile(r"-\w.*|[b-zB-HJ-Zα-ω]|d[a-np-z]|d(?:out|L\w+)\b.*|\w'?[(\[].*|.*\b\w[*/]\w\b.*"
@@ -81,11 +82,7 @@ def typeset(text, names):
             return SIGNS[part]
         return f"<i>{part}</i>" if is_variable(part.rstrip("\u0302"), names) else part
 
-    out, at = [], 0
-    for found in MATH.finditer(text):
-        out += [escape(text[at:found.start()]), one(found)]
-        at = found.end()
-    return "".join(out) + escape(text[at:])
+    return MATH.sub(one, text)
 
 
 # ---------------------------------------------------------------- a chapter
