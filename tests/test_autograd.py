@@ -717,15 +717,6 @@ def test_extreme_values_overflow_nowhere(f, inputs, dtype):
     assert all(np.isfinite(array).all() for array in value_and_gradients(f, inputs, dtype))
 
 
-@pytest.mark.parametrize("activation", ag.ACTIVATIONS)
-def test_glu_joint_is_glu_of_the_halves(activation, rng):
-    both = rng.standard_normal((3, 8))
-    value, dboth = value_and_gradients(lambda x: ag.glu(x, activation=activation), [both], np.float64)
-    halves, dgate, dup = value_and_gradients(lambda g, u: ag.glu(g, u, activation), np.split(both, 2, -1), np.float64)
-    np.testing.assert_array_equal(value, halves)
-    np.testing.assert_array_equal(dboth, np.concatenate([dgate, dup], -1))
-
-
 def test_relu_has_slope_0_at_0():
     value, dgate, _ = value_and_gradients(lambda g, u: ag.glu(g, u, "relu"), np.array([[[0.0]], [[2.0]]]), np.float64)
     assert value == 0 and dgate == 0

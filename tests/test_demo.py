@@ -28,7 +28,6 @@ def test_the_demo_s_settings_are_a_valid_command_line(tmp_path, monkeypatch):
     assert vars(options.command_line().parse_args(flags)) == demo.SETTINGS
 
 
-
 def test_the_demo_can_be_resumed_too(tmp_path, monkeypatch):
     """--resume works the same with --demo and without; for a run that is not a demo, --demo is refused."""
     files = make_files(tmp_path)

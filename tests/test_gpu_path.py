@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 reference("cupy")
 
 from strict_cupy import cp, strict_gpu, traced  # noqa: E402  (it needs CuPy)
+from test_autograd import CASES, case, for_all  # noqa: E402
 
 import autograd as ag  # noqa: E402
 import evaluate  # noqa: E402
@@ -44,75 +45,37 @@ def on_both(work, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * abs(b).max(initial=1), err_msg=number)
 
 
-IDS = np.array([[0, 3, 3, 8, 1], [8, 8, 2, 0, 5]])
-
-OPS = {  # op and the shapes of its inputs
-    "add": (ag.add, (2, 3), (3,)),
-    "sub": (ag.sub, (2, 1), (2, 3)),
-    "mul": (ag.mul, (2, 3), (1, 3)),
-    "div": (lambda a, b: ag.div(a, b * b + 1), (2, 3), (2, 3)),
-    "neg": (ag.neg, (2, 3)),
-    "power": (lambda x: ag.power(x * x + 1, 0.5), (2, 3)),
-    "numbers": (lambda x: 1 - (2 * x + 3) / 4, (2, 3)),
-    "cast": (lambda x: ag.cast(x, np.float64) * 3, (2, 3)),
-    "sum": (lambda x: x.sum(axis=1, keepdims=True) + x.sum(axis=(0, -1)) + x.sum(), (2, 3)),
-    "mean": (lambda x: ag.mean(x, axis=-1), (2, 3)),
-    "reshape": (lambda x: x.reshape(3, 2), (2, 3)),
-    "transpose": (lambda x: x.transpose(2, 0, 1).reshape(4, -1), (2, 3, 4)),
-    "getitem": (lambda x: x[1:, ..., ::2] * x[0, :, 1:3], (3, 2, 4)),
-    "matmul": (ag.matmul, (2, 1, 3, 4), (5, 4, 2)),
-    "matmul of views": (lambda a, b: ag.matmul(a.transpose(0, 2, 1), b.transpose(0, 2, 1)), (2, 4, 3), (2, 5, 4)),
-    "linear": (ag.linear, (2, 5, 4), (3, 4)),
-    "embedding": (lambda w: ag.embedding(w, IDS), (9, 4)),
-    "softmax": (ag.softmax, (2, 3, 5)),
-    "rmsnorm": (ag.rmsnorm, (2, 3, 5), (5,)),
-    "rmsnorm_plain": (ag.rmsnorm_plain, (2, 3, 5), (5,)),
-    "attention_plain": (ag.attention_plain, (2, 6, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
-    "glu silu": (lambda g, u: ag.glu(g, u, "silu"), (2, 3, 4), (2, 3, 4)),
-    "glu sigmoid": (lambda g, u: ag.glu(g, u, "sigmoid"), (2, 3, 4), (2, 3, 4)),
-    "glu gelu": (lambda g, u: ag.glu(g, u, "gelu"), (2, 3, 4), (2, 3, 4)),
-    "glu relu": (lambda g, u: ag.glu(g, u, "relu"), (2, 3, 4), (2, 3, 4)),
-    "glu joint": (lambda both: ag.glu(both, activation="silu"), (2, 3, 8)),
-    "attention": (ag.attention, (2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
-    "attention, grouped, S > T": (ag.attention, (2, 6, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
-    "attention in blocks": (ag.attention, (1, 2, 140, 4), (1, 1, 150, 4), (1, 1, 150, 4)),
-    "dropout": (lambda x: ag.dropout(x, 0.4, (1, 2)), (5, 3)),
-    "recompute": (lambda x, w: ag.recompute(lambda h: ag.linear(h, w), x), (2, 5, 4), (3, 4)),
-    "cross_entropy": (lambda z: ag.cross_entropy(z, IDS), (2, 5, 9)),
-    "linear_cross_entropy": (lambda x, w: ag.linear_cross_entropy(x, w, IDS), (2, 5, 4), (9, 4)),
-}
+OPS = [
+    *CASES,
+    case("attention-blocks", ag.attention, None, (1, 2, 140, 4), (1, 1, 150, 4), (1, 1, 150, 4)),
+    case("matmul-views", lambda a, b: a.transpose(0, 2, 1) @ b.transpose(0, 2, 1), None, (2, 4, 3), (2, 5, 4)),
+    case("getitem-twice", lambda x: x[1:, ..., ::2] * x[0, :, 1:3], None, (3, 2, 4)),
+    case("rmsnorm_plain", ag.rmsnorm_plain, None, (2, 3, 5), (5,)),
+    case("attention_plain", ag.attention_plain, None, (2, 6, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)),
+    case("cast", lambda x: ag.cast(x, np.float64) * 3, None, (2, 3)),
+    case("dropout", lambda x: ag.dropout(x, 0.4, (1, 2)), None, (5, 3)),
+    case("recompute", lambda x, w: ag.recompute(lambda h: ag.linear(h, w), x), None, (2, 5, 4), (3, 4)),
+]
 
 
 def test_every_op_of_the_engine_is_here():
     """A new op has to be added to OPS: each makes its result with `record`, or is made of ops that do."""
-    covered = " ".join(OPS) + " rope tensor"
+    covered = " ".join(case.name for case in OPS) + " tensor"
     public = {name for name, f in vars(ag).items() if callable(f) and getattr(f, "__module__", "") == "autograd"
               and "record" in getattr(getattr(f, "__code__", None), "co_names", ())}
     assert {name for name in public if name not in covered} == set()
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_op_equals_numpy(rng, dtype, name):
-    op, *shapes = OPS[name]
-    inputs = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+@for_all(OPS)
+def test_op_equals_numpy(dtype, case):
+    inputs = [x.astype(dtype) for x in case.inputs()]
 
     def work():
         leaves = [Tensor(x.copy(), requires_grad=True) for x in inputs]
-        out = op(*leaves)
+        out = case.f(*leaves)
         cotangent = np.random.default_rng(1).standard_normal(out.shape).astype(dtype)
         out.backward(device.xp.asarray(cotangent))
         return [out.data, *(leaf.grad for leaf in leaves)]
-    on_both(work, TOLERANCE[dtype])
-
-
-def test_rope_equals_numpy(rng, dtype):
-    x, cos, sin = (rng.standard_normal(shape).astype(dtype) for shape in ((2, 3, 5, 8), (5, 8), (5, 8)))
-
-    def work():
-        leaf = Tensor(x.copy(), requires_grad=True)
-        out = ag.rope(leaf, device.xp.asarray(cos), device.xp.asarray(sin))
-        out.backward(device.xp.asarray(x[::-1] + 1))
-        return [out.data, leaf.grad]
     on_both(work, TOLERANCE[dtype])
 
 

@@ -16,83 +16,66 @@ NOISE = np.random.default_rng(0).integers(0, 8, 4000), np.frombuffer(b"abcdefgh"
 SONG = np.tile([0, 1, 2, 3, 0, 2, 1, 3, 3, 1], 200), NOISE[1]      # what comes next depends on several letters before
 
 
-@pytest.fixture(autouse=True)
-def saved(tmp_path, monkeypatch):
-    """Figures are drawn in a folder of the test's, at a low resolution."""
+@pytest.fixture
+def lesson(tmp_path, monkeypatch):
+    """lesson(name, ...): what its main gives for these arguments, once its figure is drawn, at a low resolution."""
     monkeypatch.setattr(common, "FIGURES", tmp_path)
     save = common.Figure.savefig
     monkeypatch.setattr(common.Figure, "savefig", lambda self, path, dpi: save(self, path, dpi=20))
-    return lambda name: (tmp_path / f"{name}.png").stat().st_size > 0
+
+    def run(name, *args, **named):
+        module = importlib.import_module(f"lessons.{name}")
+        found = module.main(*args, **named)
+        module.draw(*found) if isinstance(found, tuple) else module.draw(found)
+        assert (tmp_path / f"{name}.png").stat().st_size > 0
+        return found
+    return run
 
 
-def lesson(name):
-    return importlib.import_module(f"lessons.{name}")
-
-
-def test_ones_accept_what_a_random_dout_rejects(saved, capsys):
-    module = lesson("gradcheck_of_ones")
-    found = module.main()
-    right, *wrong = found.values()
+def test_ones_accept_what_a_random_dout_rejects(lesson, capsys):
+    right, *wrong = lesson("gradcheck_of_ones").values()
     assert max(right) < 1e-9 and all(random > 0.05 for _, random in wrong)
     assert [ones < 1e-9 for ones, _ in wrong] == [True] * 4 + [False] * 2
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.splitlines()[1:-1]
     assert [line.split()[-2:] for line in lines] == (
         [["passes", "passes"]] + [["passes", "fails"]] * 4 + [["fails", "fails"]] * 2)
-    module.draw(found)
-    assert saved("gradcheck_of_ones")
 
 
-def test_without_a_mask_the_loss_is_lower_and_the_model_worse(saved):
+def test_without_a_mask_the_loss_is_lower_and_the_model_worse(lesson):
     """The letters are random; without a mask the model knows them all the same, except the last."""
-    module = lesson("no_causal_mask")
-    found = module.main(NOISE, steps=100, prompt="a", **SMALL)
+    found = lesson("no_causal_mask", NOISE, steps=100, prompt="a", **SMALL)
     (good, good_at, still), (bad, bad_at, moved) = found.values()
     assert np.mean(bad[-10:]) < np.mean(good[-10:]) - 0.5
     assert bad_at[:-1].max() < good_at.min() - 0.5 and bad_at[-1] > good_at[-1] + 0.2
     assert still == 0 and moved > 0.1
-    module.draw(found)
-    assert saved("no_causal_mask")
 
 
-def test_training_text_does_not_show_overfitting(saved):
-    module = lesson("validation_on_training_text")
-    losses, rows = module.main(NOISE, n=160, start=1000, steps=160, every=40, **SMALL)
+def test_training_text_does_not_show_overfitting(lesson):
+    losses, rows = lesson("validation_on_training_text", NOISE, n=160, start=1000, steps=160, every=40, **SMALL)
     _, memory, truth = zip(*rows, strict=True)
     assert list(memory) == sorted(memory, reverse=True) and abs(memory[-1] - np.mean(losses[-10:])) < 0.2
     assert truth[-1] > memory[-1] + 0.5 and truth[-1] > min(truth) + 0.3
-    module.draw(losses, rows)
-    assert saved("validation_on_training_text")
 
 
-def test_parts_weigh_as_much_as_their_tokens(saved):
-    module = lesson("unequal_batches")
-    sizes, (wrong, right) = module.main(SONG, steps=5, B=16, sizes=(8, 4, 1), draws=2, **SMALL)
+def test_parts_weigh_as_much_as_their_tokens(lesson):
+    _, (wrong, right) = lesson("unequal_batches", SONG, steps=5, B=16, sizes=(8, 4, 1), draws=2, **SMALL)
     assert right.max() < 2e-6 and wrong[0] < 2e-6
     assert wrong[2] > 2 * wrong[1] > 0.04
-    module.draw(sizes, (wrong, right), 16)
-    assert saved("unequal_batches")
 
 
-def test_float16_needs_the_scale(saved):
-    module = lesson("float16_without_loss_scaling")
-    found = module.main(SONG, steps=40, B=4, batch_tokens=2 ** 20, **SMALL)
-    unscaled, scaled = found.values()
+def test_float16_needs_the_scale(lesson):
+    unscaled, scaled = lesson("float16_without_loss_scaling", SONG, steps=40, B=4, batch_tokens=2 ** 20,
+                              **SMALL).values()
     assert unscaled["zeros"] > 5 and scaled["zeros"] < 1
     assert unscaled["error"] > 10 and scaled["error"] < 1
     assert unscaled["loss"] > scaled["loss"] + 0.05
-    module.draw(found)
-    assert saved("float16_without_loss_scaling")
 
 
-def test_a_pairing_goes_with_its_weights(saved):
-    module = lesson("rope_pairing")
-    found = module.main(SONG, steps=80, **SMALL)
-    halves, neighbours, sorted_rows = found.values()
+def test_a_pairing_goes_with_its_weights(lesson):
+    halves, neighbours, sorted_rows = lesson("rope_pairing", SONG, steps=80, **SMALL).values()
     assert neighbours[0] == pytest.approx(halves[0], abs=1e-6)
     assert neighbours[1:].mean() > halves[1:].mean() + 0.4
     np.testing.assert_allclose(sorted_rows, halves, atol=1e-5)
-    module.draw(found)
-    assert saved("rope_pairing")
 
 
 def test_the_scale_is_taken_out_again():
@@ -119,7 +102,7 @@ def test_the_page_shows_each_lesson():
         source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
         assert (FOLDER / "figures" / f"{name}.png").exists() and f"(figures/{name}.png)" in page
         assert f"python -m lessons.{name}\n" in source.split("\n\n")[0] + "\n"
-        assert words(lesson(name).QUESTION) in words(page)
+        assert words(importlib.import_module(f"lessons.{name}").QUESTION) in words(page)
         folded = "\n".join(re.findall(r"<details>(.*?)</details>", page, re.DOTALL))
         assert words(source.split("# The answer\n")[1]) in words(folded)
     assert {path.stem for path in FOLDER.glob("[a-z]*.py")} == {*NAMES, "common"}

@@ -14,6 +14,7 @@ from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
 
+pytestmark = pytest.mark.usefixtures("cheap")
 UNIT = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8}       # unit roundoff
 CONFIG = Config(vocab_size=50, embedding_dim=32, n_block=3, n_head=4, n_kv_head=2, hidden_dim=40, max_context=20)
 
@@ -21,17 +22,6 @@ CONFIG = Config(vocab_size=50, embedding_dim=32, n_block=3, n_head=4, n_kv_head=
 @pytest.fixture(params=UNIT)
 def half(request):
     return np.dtype(request.param)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny.make_cheap(monkeypatch)
-
-
-@pytest.fixture
-def files(tmp_path):
-    return tiny.make_files(tmp_path)
 
 
 def model_and_batch(rng, dtype="float32"):

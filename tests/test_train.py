@@ -82,26 +82,6 @@ def test_adam_follows_the_formulas_with_bias_correction_and_decay_of_matrices_on
     assert 0 < model.weights.n_matrix < p.size
 
 
-def test_the_first_step_moves_every_weight_by_the_learning_rate():
-    model = NanoLLM(TINY)
-    before = to_host(model.weights.flat).copy()
-    set_gradients(model, 0)
-    Adam(model, lr=0.01).step()
-    sign = np.sign(to_host(model.weights.grad))
-    np.testing.assert_allclose(before - to_host(model.weights.flat), 0.01 * sign, rtol=1e-3)
-
-
-def test_without_gradients_only_the_decay_moves_weights():
-    model = NanoLLM(TINY)
-    before = to_host(model.weights.flat).copy()
-    adam = Adam(model, lr=0.5, weight_decay=0.1)
-    adam.zero_grad()
-    adam.step()
-    after, n = to_host(model.weights.flat), model.weights.n_matrix
-    np.testing.assert_allclose(after[:n], before[:n] * 0.95, rtol=1e-6)
-    np.testing.assert_array_equal(to_host(model.weights.flat)[model.weights.n_matrix:], before[model.weights.n_matrix:])
-
-
 def test_the_boundary_between_matrices_and_vectors_may_fall_anywhere_in_a_sweep():
     """The sweep has more than one block, and the last matrix ends inside one."""
     model = NanoLLM(Config(2100, 32, 1, 4, 2, 12, 24))
