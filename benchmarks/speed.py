@@ -187,7 +187,7 @@ def tokenisation(folder, args):
 
 def header(args):
     """What another run must share with this one to be comparable."""
-    from docs.results import commit, cpu
+    from results import commit, cpu  # docs/results.py
 
     packages = ("numpy", "torch", "transformers", "tokenizers")
     return {"date": time.strftime("%Y-%m-%d %H:%M %z"), "command": shlex.join(["python", *sys.argv]), "seed": args.seed,
@@ -196,18 +196,9 @@ def header(args):
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}}
 
 
-def line(row):
-    """A row of the Markdown table, with memory and the share of the product's rate if they were measured."""
-    cells = [row["what"], row["unit"], f"{row['nanollm']:.4g}", row["against"], f"{row['other']:.4g}",
-             "{:.2f} ({:.2f}–{:.2f})".format(*row["ratio"])]
-    if "peak_bytes" in row:
-        ours, theirs = row["peak_bytes"]
-        cells += [f"{ours / 1e6:.0f} / {theirs / 1e6:.0f}", f"{ours / theirs:.2f}",
-                  "{:.0%} / {:.0%}".format(*row["share_of_gemm"])]
-    return "| " + " | ".join(cells + [""] * (9 - len(cells))) + " |"
-
-
 def main():
+    import tables  # docs/tables.py
+
     from hardware import device  # only here, because each process below imports that of its own checkout
 
     device.use("cpu")           # this process needs only the number of threads
@@ -234,11 +225,10 @@ def main():
         rates = result["header"]["gemm_flops_per_second"] = ask["gemm"]("rates")
     for key, value in result["header"].items():
         print(f"- {key}: {value}")
-    print("\n| what | unit | nanollm | compared with | its figure | time ratio (range) | peak MB | ratio | of gemm |"
-          "\n|---|---|---|---|---|---|---|---|---|")
+    print(f"\n{tables.SPEED}")
 
     def show(rows):
-        print(*map(line, rows), sep="\n", flush=True)
+        print(*map(tables.comparison, rows), sep="\n", flush=True)
         result["rows"] += rows
 
     with tempfile.TemporaryDirectory() as folder:

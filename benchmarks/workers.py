@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # nanollm is run from its folder
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = str(ROOT), str(ROOT / "docs")        # nanollm is run from its folder
 ADAM = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
 CLIP_NORM = 1.0
 

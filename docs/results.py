@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import characters
+
 ROOT = Path(__file__).resolve().parent.parent
 YARDSTICK = ("--n-block 4 --n-head 4 --embedding-dim 128 --hidden-dim 344 --max-context 64 --tie-embeddings "
              "--batch-size 12 --max-steps 2000 --learning-rate 1e-3 --min-lr 1e-4 --warmup-steps 100 --beta2 0.99 "
@@ -64,8 +66,6 @@ def cpu():
 
 
 def main():
-    import characters  # here, because benchmarks/speed.py imports this file from another folder
-
     commit()
     text = Path(sys.argv[1]).resolve()
     lines = run("demo", "The demo", "python train.py --demo", ["--demo"],

@@ -88,6 +88,19 @@ def ops_of(text):
     return re.sub(r"(?m)^(\| ((?:`\w+`(?:, )?)+) \|[^|\n]*\|[^|\n]*\|)[^|\n]*\|[^|\n]*\|$", fill, text)
 
 
+SPEED = ("| | nanollm | compared with | its figure | time ratio (range) | peak MB of both "
+         "| share of the sgemm rate of both |\n|---|---|---|---|---|---|---|")
+
+
+def comparison(row):
+    """The row of a table below SPEED for one of the comparisons that benchmarks/speed.py makes."""
+    memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
+    share = " / ".join(f"{share:.0%}" for share in row.get("share_of_gemm", ()))
+    median, low, high = row["ratio"]
+    return (f"| {row['what']} | {shown(row['nanollm'])} {row['unit']} | {row['against']} | {shown(row['other'])} "
+            f"| **{median:.2f}** ({low:.2f}–{high:.2f}) | {memory} | {share} |")
+
+
 def speed():
     """The runs in docs/speed.json: a table for each, below its command and machine."""
     rows = []
@@ -97,16 +110,7 @@ def speed():
         rows += [f"`{about['command']}`  ",
                  f"{about['cpu']}, {about['threads']} threads, {about['device']}, {about['dtype']}; "
                  f"seed {about['seed']}; commit {about['commit']}; {versions}", "",
-                 "| | nanollm | compared with | its figure | time ratio (range) | peak MB of both "
-                 "| share of the sgemm rate of both |",
-                 "|---|---|---|---|---|---|---|"]
-        for row in run["rows"]:
-            memory = " / ".join(f"{size / 1e6:,.0f}" for size in row.get("peak_bytes", ()))
-            share = " / ".join(f"{share:.0%}" for share in row.get("share_of_gemm", ()))
-            median, low, high = row["ratio"]
-            rows.append(f"| {row['what']} | {shown(row['nanollm'])} {row['unit']} | {row['against']} "
-                        f"| {shown(row['other'])} | **{median:.2f}** ({low:.2f}–{high:.2f}) | {memory} | {share} |")
-        rows.append("")
+                 SPEED, *map(comparison, run["rows"]), ""]
     return "\n".join(rows)
 
 

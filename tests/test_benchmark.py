@@ -36,7 +36,7 @@ def test_both_sides_agree_and_everything_is_reported(tmp_path):
     for row in rows:
         median, low, high = row["ratio"]
         assert 0 < low <= median <= high and row["nanollm"] > 0 and row["other"] > 0
-        assert done.stdout.count(f"| {row['what']} | {row['unit']} |") >= 1
+        assert f"| {row['what']} | " in done.stdout and f" {row['unit']} | {row['against']} | " in done.stdout
 
     step = rows[0]
     ours, theirs = step["first_loss"]
