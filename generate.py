@@ -15,7 +15,7 @@ from console import cli
 from console.cli import number
 from nanollm import NanoLLM
 from storage.checkpoint import checkpoints, resume_command
-from storage.files import InputError, read_json
+from storage.files import InputError, dangling, read_json
 from storage.tokens import Decoder, load_tokenizer, vocab_size
 
 
@@ -23,7 +23,8 @@ def open_model(folder):
     """(model, tokenizer, BOS id or None, EOS ids) of a Hugging Face folder. Raises InputError naming what is wrong."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give one that training or transformers has written")
+        raise InputError(dangling(folder) or
+                         f"{folder} is not a folder: give one that training or transformers has written")
     if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
         ready = [path for path in (folder / "best", *reversed(checkpoints(folder))) if path.exists()]
         remedy = f"use {ready[0]}" if ready else f"continue it with {resume_command(folder)}"

@@ -311,7 +311,7 @@ def make_config(request, tokenizer):
             raise InputError(words) from None
     config = Config.load(source)
     V, theirs = config.vocab_size, Path(source, "tokenizer.json")
-    same = load_tokenizer(theirs).get_vocab() == tokenizer.get_vocab() if theirs.exists() else size == V
+    same = load_tokenizer(theirs).get_vocab() == tokenizer.get_vocab() if os.path.lexists(theirs) else size == V
     if not same or size > V:
         raise InputError(f"{settings.tokenizer} ({size} tokens) does not have the vocabulary with which the model in "
                          f"{source} ({V}) was trained: use its own tokenizer")

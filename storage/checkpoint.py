@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hardware import device
-from storage.files import InputError, file_hash, lock, read_json, recover, remove_folder, require, sync, whole
+from storage.files import InputError, file_hash, lock, read_json, readable, recover, remove_folder, require, sync, whole
 
 # ---------------------------------------------------------------- the folder of a run
 
@@ -200,7 +200,7 @@ def newest_checkpoint(folder):
 
 def check_sums(checkpoint):
     """Raise InputError that names the file unless all of a checkpoint's files are as they were written."""
-    path = checkpoint / "SHA256SUMS"
+    path = readable(checkpoint / "SHA256SUMS")
     try:
         lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
         sums = {name: value for value, name in lines}
@@ -209,7 +209,7 @@ def check_sums(checkpoint):
     except ValueError:
         raise InputError(f"{path} is damaged") from None
     for name in sorted({"trainer.json", "optimizer.safetensors", "model.safetensors", "config.json"} | sums.keys()):
-        if (checkpoint / name).is_symlink() or file_hash(checkpoint / name) != sums.get(name):
+        if file_hash(checkpoint / name) != sums.get(name):
             raise InputError(f"{checkpoint / name} is damaged: it is not what was written (see {path.name})")
 
 

@@ -26,25 +26,61 @@ def require(valid, message):
         raise InputError(message)
 
 
-def read_json(path):
-    """The JSON object in a file. Raises InputError that names the file."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"      # begins the small file that stands for a large one
+
+
+def readable(path, remedy="", others=None):
+    """The path of a regular file that can be opened; links are followed. Raises InputError that says what is wrong.
+
+    `remedy` ends the message, with its punctuation. Where nothing is, a file of the same folder may be named instead:
+    the first that a pattern in `others` fits, {pattern of the name: what such a file is, and what to do}.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder, not a file{remedy}")
+    if os.path.exists(path) and not os.path.isfile(path):       # opening a pipe would wait for its other end
+        raise InputError(f"{path} is a pipe or a device, not a regular file: save its content to a file first")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            start = file.read(1024)
+    except FileNotFoundError:
+        names = sorted(beside.name for beside in path.parent.glob("*"))
+        instead = (f"; {name} {what}" for pattern, what in (others or {}).items()
+                   for name in names if re.fullmatch(pattern, name))
+        raise InputError(dangling(path) or f"{path}: there is no such file{next(instead, remedy)}") from None
+    except (OSError, ValueError) as problem:                    # ValueError: no file can have this name
+        raise InputError(f"{path}: {getattr(problem, 'strerror', None) or problem}{remedy}") from None
+    if len(start) < 1024 and start.startswith(_LFS_POINTER):
+        raise InputError(f"{path} is only Git LFS's pointer to a file: get the file itself with git lfs pull")
+    return path
+
+
+def dangling(path):
+    """A message if nothing is there because the path, or a folder above it, is a link to nothing; otherwise None."""
+    for part in (path, *path.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            return f"{part} is a link to {os.path.realpath(part)}, which does not exist: restore that, or copy it here"
+    return None
+
+
+def read_json(path, remedy="", others=None):
+    """The JSON object in a file, which a byte-order mark may begin. Raises InputError that names the file."""
+    path = readable(path, remedy, others)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as problem:
         raise InputError(f"{path}: {problem.strerror}") from None
     except (ValueError, RecursionError) as problem:     # not UTF-8, not JSON, or brackets nested too deeply
-        raise InputError(f"{path}: not valid JSON ({problem})") from None
+        raise InputError(f"{path}: not valid JSON ({problem}){remedy}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
+        raise InputError(f"{path}: not a JSON object{remedy}")
     return value
 
 
 def file_hash(path):
     """SHA-256 of a file's bytes, in hexadecimal. Raises InputError if there is no such file."""
     try:
-        if not Path(path).is_file():    # opening a pipe would block forever
-            raise InputError(f"{path}: there is no such file")
-        with open(path, "rb") as file:
+        with open(readable(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as problem:
         raise InputError(f"{path}: {problem.strerror}") from None

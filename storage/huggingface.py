@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hardware.quantized import LEVELS, packed_shapes
-from storage.files import InputError, read_json, whole
+from storage.files import InputError, read_json, readable, whole
 
 # ---------------------------------------------------------------- config.json
 
@@ -95,12 +95,27 @@ def quantization(bits):
     return {"quant_method": "nanollm", "bits": bits}
 
 
+# What may lie in a folder in place of a model's files, and what to do. Keys: see `readable`.
+QUESTION = "; is this a model's folder?"
+PARTS = {r".+-of-\d+\.safetensors": "is a part of the model, but model.safetensors.index.json, which lists all parts, "
+         "is missing: get it, too"}
+FOREIGN = {
+    r"adapter_.+": "belongs to a LoRA adapter: merge it into its model (merge_and_unload in PEFT) and save that",
+    r"consolidated\..+": "is in Meta's or Mistral's own format: get the Hugging Face version of this model",
+    r".+\.gguf": "is for llama.cpp: give the folder from which it was made, or let transformers convert it "
+    "(from_pretrained with gguf_file, then save_pretrained)",
+    r".+\.(bin|pt|pth|ckpt)": "is a pickle, which may run any program when it is opened: save the model as safetensors "
+    "(in transformers: from_pretrained, then save_pretrained)",
+    r".+\.(h5|msgpack|onnx|npz|ot)": "is in the format of another library: save the model as safetensors",
+    r"snapshots": "holds the versions of this model in the cache: give the folder of one, snapshots/NAME",
+}
+OTHERS = {r".+\.safetensors": "is there: if it is the whole model, rename it model.safetensors"}
+
+
 def read_config(folder):
     """(path, settings) of a folder's config.json. Raises InputError that names the file."""
-    path = file_in(Path(folder), "config.json")
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file; is this a model's folder?")
-    return path, read_json(path)
+    path = Path(folder, "config.json")
+    return path, read_json(path, QUESTION, FOREIGN)
 
 
 def load_config(folder, Config):
@@ -119,14 +134,6 @@ def config_of(settings, path, Config):
     except InputError as problem:
         words = re.sub(r"\b(" + "|".join(NAMES) + r")\b", lambda found: NAMES[found[0]], str(problem))
         raise InputError(f"{path}: {words}") from None
-
-
-def file_in(folder, name):
-    """The path of a file in the folder. Raises InputError if it leads out of there, as "../x" or a link may."""
-    path = folder / name
-    if not name.isprintable() or os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
-        raise InputError(f"{folder}: {name!r} leads out of the model's folder; copy the file itself there")
-    return path
 
 
 # ---------------------------------------------------------------- tensors
@@ -172,15 +179,8 @@ def find_tensors(folder, config, bits=None):
     Only headers are read: a file that claims more than it holds, or a config that asks for more, allocates nothing.
     Raises InputError that names the file.
     """
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not os.path.lexists(folder / names[0]) and os.path.lexists(index):
-        file_in(folder, index.name)
-        weight_map = read_json(index).get("weight_map")
-        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(x, str) for x in weight_map.values())):
-            raise InputError(f"{index}: weight_map must name a file for every tensor")
-        names = sorted(set(weight_map.values()))
-    headers = {}
-    for path in [file_in(folder, name) for name in names]:
+    files, headers = weight_files(folder), {}
+    for path in files:
         headers |= read_headers(path)
     if config.n_block > len(headers):       # before `shapes` lists the parameters of a billion blocks
         raise InputError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_block}, "
@@ -199,23 +199,37 @@ def find_tensors(folder, config, bits=None):
         found[name] = path
     missing = next((name for name in expected if name not in found), None)
     if missing:
-        raise InputError(f"{folder / names[0]}: tensor {missing} is missing")
+        raise InputError(f"{files[0]}: tensor {missing} is missing")
     return found
+
+
+def weight_files(folder):
+    """The .safetensors files of a model: one, or those that an index names. Raises InputError that names the file.
+
+    An index can name only files that are in the folder, though they may be links to others.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if os.path.lexists(single) or not os.path.lexists(index):
+        return [readable(single, QUESTION, PARTS | FOREIGN | OTHERS)]
+    weight_map = read_json(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(x, str) for x in weight_map.values())):
+        raise InputError(f"{index}: weight_map must name a file for every tensor")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not name.isprintable() or name in ("", "..") or Path(name).name != name:
+            raise InputError(f"{index}: {name!r} is not the name of a file in the model's folder")
+    return [readable(folder / name, f": {index.name} names it, so get it, too") for name in names]
 
 
 def read_headers(path):
     """{name: (path, shape, type)} of the tensors in a .safetensors file. Raises InputError that names the file."""
     headers = {}
     try:
-        if not path.is_file():
-            raise InputError(f"{path}: there is no such file; is this a model's folder?")
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():        # noqa: SIM118 (it is no dict)
                 header = file.get_slice(name)
                 headers[name] = path, tuple(header.get_shape()), header.get_dtype()
-    except OSError as problem:
-        raise InputError(f"{path}: {problem.strerror or problem}; is this a model's folder?") from None
-    except SafetensorError as problem:
+    except (OSError, SafetensorError) as problem:
         raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
     return headers
 

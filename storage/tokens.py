@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import shlex
-import stat
 import sys
 import time
 import warnings
@@ -24,7 +23,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from storage.files import InputError, whole
+from storage.files import InputError, read_json, readable, whole
 
 BLOCK = 1 << 18         # bytes read at once
 CHUNK = 1 << 16         # characters encoded by one call of the tokenizer
@@ -35,23 +34,23 @@ PARALLEL = 16           # chunks given to the tokenizers library together, so th
 
 # ---------------------------------------------------------------- tokenizer
 
+# What may lie in a folder in place of tokenizer.json, and what to do. Keys: see `readable`.
+OTHER_TOKENIZERS = {r".+\.model|.+\.tiktoken|vocab\..+|merges\.txt": "is a tokenizer in another format: transformers "
+                    "writes tokenizer.json (AutoTokenizer.from_pretrained, then save_pretrained)"}
+
+
 def load_tokenizer(path):
     """The tokenizers.Tokenizer of a Hugging Face tokenizer.json. Raises InputError.
 
     It will encode whole texts, always in the same way: truncation, padding and BPE dropout are switched off.
     """
-    remedy = "give a Hugging Face tokenizer.json (the file, not a model's name)"
+    remedy = ": give a Hugging Face tokenizer.json (the file, not a model's name)"
+    path = readable(path, remedy, OTHER_TOKENIZERS)
     try:
-        content = Path(path).read_bytes()
-        json.loads(content)
-    except OSError as error:
-        raise InputError(f"cannot read the tokenizer {path} ({error.strerror}): {remedy}") from None
-    except ValueError:
-        raise InputError(f"the tokenizer {path} is not JSON: {remedy}") from None
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:                      # the library raises nothing more precise
-        raise InputError(f"{path} is JSON but not a tokenizer ({error}): {remedy}") from None
+        read_json(path, remedy)                     # says what is wrong if it is not even JSON
+        raise InputError(f"{path} is JSON but not a tokenizer ({error}){remedy}") from None
     if not tokenizer.get_vocab():
         raise InputError(f"the tokenizer {path} has no tokens: train it first")
     tokenizer.no_truncation()
@@ -125,9 +124,7 @@ def read_text(path, digest):
     """
     offset, rest = 0, b""
     try:
-        with open(path, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"the text {path} is not a regular file: it is read twice, so save it first")
+        with open(readable(path, ": give a UTF-8 text file"), "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
                 characters, used = codecs.utf_8_decode(rest + block)
@@ -225,11 +222,11 @@ class TokenFile:
     after a byte-order mark. Raises OSError, ValueError, KeyError or TypeError if one of the files is damaged.
     """
     def __init__(self, path, text, tokenizer):
-        about = json.loads(path.with_suffix(".json").read_bytes())
+        about = read_json(path.with_suffix(".json"))
         self.text, self.tokenizer = text, tokenizer
         self.n_token, self.n_byte, self.n_unknown = about["tokens"], about["bytes"], about["unknown"]
         self.dtype, self.chunks = np.dtype(about["dtype"]), np.array(about["chunks"])
-        self.file = open(path, "rb")  # noqa: SIM115
+        self.file = open(readable(path), "rb")  # noqa: SIM115
         weakref.finalize(self, self.file.close)
         crc = 0
         while block := self.file.read(BLOCK):

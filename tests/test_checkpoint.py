@@ -655,7 +655,7 @@ def test_a_damaged_file_is_named_and_the_way_back_too(halfway, name, how):
     damage(halfway / "checkpoint-10" / name, how)
     before = snapshot(halfway)
     code, out, err = command(train.main, "--resume", "--artifact-dir", halfway)
-    if (name, how) == ("SHA256SUMS", "link"):
+    if how == "link":
         assert code == 0            # the hashes are right, even behind a link
         return
     assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("train.py: --resume: ")

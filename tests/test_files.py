@@ -1,6 +1,9 @@
-"""Files and folders get their name when they are complete and on the disk, whoever dies or refuses in between."""
+"""What is opened is a regular file; what is written gets its name when it is complete and on the disk, whoever dies or
+refuses in between.
+"""
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +15,17 @@ import pytest
 import tiny
 
 import storage.files as module
-from storage.files import InputError, lock, recover, refuse_existing, remove_folder, whole
+from storage.files import (
+    InputError,
+    file_hash,
+    lock,
+    read_json,
+    readable,
+    recover,
+    refuse_existing,
+    remove_folder,
+    whole,
+)
 
 ROOT = Path(module.__file__).parent.parent
 
@@ -39,6 +52,83 @@ def content(path):
 
 both = pytest.mark.parametrize("kind", ["file", "folder"])
 
+
+# ---------------------------------------------------------------- reading
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def put(path, kind):
+    """Make something that cannot be read as a file, and return the words that say what it is."""
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+            return f"{path} is a pipe or a device, not a regular file: save"
+        case "folder":
+            path.mkdir()
+            return f"{path} is a folder, not a file"
+        case "dangling link":
+            path.symlink_to("between")
+            (path.parent / "between").symlink_to("sub/gone")
+            return f"{path} is a link to {path.parent}/sub/gone, which does not exist"
+        case "loop":
+            path.symlink_to(path.name)
+            return f"{path}: Too many levels"
+        case "pointer":
+            path.write_text(POINTER)
+            return f"{path} is only Git LFS's pointer .*git lfs pull"
+    return f"{path}: there is no such file"
+
+
+@pytest.mark.parametrize("kind", ["nothing", "pipe", "folder", "dangling link", "loop", "pointer"])
+def test_what_cannot_be_read_is_named_for_what_it_is(tmp_path, kind):
+    words = put(tmp_path / "name", kind)
+    for read in (readable, read_json, file_hash):
+        with pytest.raises(InputError, match=words):
+            read(tmp_path / "name")
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "far/away/blob").write_text('{"a": 1}')
+    (tmp_path / "one").symlink_to("far/away/blob")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    (tmp_path / "folder").symlink_to("far/away")
+    for name in ("one", "two", "folder/blob"):
+        assert read_json(tmp_path / name) == {"a": 1}
+    shutil.rmtree(tmp_path / "far")
+    with pytest.raises(InputError, match=f"^{tmp_path}/folder is a link to {tmp_path}/far/away, which does not exist"):
+        read_json(tmp_path / "folder/blob")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 300])
+def test_what_no_file_can_be_called_is_refused(tmp_path, name):
+    for read in (readable, file_hash):
+        with pytest.raises(InputError):
+            read(tmp_path / name)
+
+
+def test_a_text_that_begins_like_a_pointer_is_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text(POINTER + "That is what a pointer looks like. " * 50)
+    assert readable(tmp_path / "a.txt") == tmp_path / "a.txt"
+
+
+def test_a_byte_order_mark_in_json_is_skipped(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_what_lies_there_instead_is_named(tmp_path):
+    others = {r"a\..+": "is a", r".+\.b": "is b"}
+    for name, words in (("x.c", "try again"), ("y.b", "y.b is b"), ("x.b", "x.b is b"), ("a.b", "a.b is a")):
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match=f"there is no such file; {words}$"):
+            readable(tmp_path / "name", "; try again", others)
+    (tmp_path / "name").touch()
+    assert readable(tmp_path / "name", "; try again", others)
+
+
+# ---------------------------------------------------------------- writing
 
 @both
 def test_the_name_appears_at_the_end_and_nothing_else_stays(tmp_path, kind):

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from conftest import reference
 from safetensors.numpy import load_file, save_file
-from tiny import edit_config, every_shape, lively, logits_of, random_ids, refused, small
+from tiny import QUICK, command, edit_config, every_shape, lively, logits_of, random_ids, refused, small
 from tokenizers import Tokenizer, models, processors
 
+import evaluate
+import generate
+import train
+from extras import export_gguf, quantize
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
 from storage import huggingface
@@ -291,25 +295,96 @@ def test_a_config_that_asks_for_terabytes_is_refused_before_anything_is_allocate
     assert allocated(lambda: refused(lambda: NanoLLM.load(folder), str(folder))) < 10e6
 
 
-def test_nothing_outside_the_folder_is_opened(folder, tmp_path):
-    outside = tmp_path / "outside.safetensors"
-    (folder / "model.safetensors").rename(outside)
-    (folder / "model.safetensors").symlink_to(outside)
-    refused(lambda: NanoLLM.load(folder), "model.safetensors", "out of")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(folder / "weights")
-    refused(lambda: NanoLLM.load(folder), "model.safetensors")
-    outside.rename(folder / "weights")
-    NanoLLM.load(folder)                                            # a link within the folder is fine,
-    (tmp_path / "link").symlink_to(folder)
-    NanoLLM.load(tmp_path / "link")                                 # and so is a link to the folder
-    (folder / "config.json").rename(tmp_path / "config.json")
-    (folder / "config.json").symlink_to(tmp_path / "config.json")
-    refused(lambda: NanoLLM.load(folder), "config.json", "out of")
+def in_the_cache(folder, root):
+    """The layout of the Hugging Face cache: every file of a snapshot is a link to a blob. Returns the snapshot."""
+    snapshot, blobs = root / "models--some--one/snapshots/0123abcd", root / "models--some--one/blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        if path.is_file():
+            shutil.copy(path, blobs / f"blob{number}")
+            (snapshot / path.name).symlink_to(f"../../blobs/blob{number}")
+    return snapshot
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_files_may_be_links(folder, tmp_path, shards):
+    whole = to_host(NanoLLM.load(folder).weights.flat)
+    if shards:
+        shard(folder)
+    snapshot = in_the_cache(folder, tmp_path)
+    assert (to_host(NanoLLM.load(snapshot).weights.flat) == whole).all()
+    for path in (snapshot.parent.parent / "blobs").iterdir():
+        away = path.rename(tmp_path / "away")
+        named, = (link for link in snapshot.iterdir() if not link.exists())
+        refused(lambda: NanoLLM.load(snapshot), f"{named} is a link to {path}, which does not exist")
+        away.rename(path)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_every_command_takes_a_folder_of_the_cache(finished, tmp_path):
+    reference("gguf")
+    run, (_, text, *_), _ = finished
+    snapshot = in_the_cache(run, tmp_path)
+    new = ["--init-from", snapshot, *QUICK, "--max-steps", 1, "--text", text, "--artifact-dir"]
+    for main, *flags in (
+            (generate.main, snapshot, "--prompt", "the", "--max-new-tokens", 1),
+            (evaluate.main, snapshot, "--text", text),
+            (train.main, *new, "run1"), (train.main, "--tokenizer", snapshot / "tokenizer.json", *new, "run2"),
+            (quantize.main, snapshot, "small"), (export_gguf.main, snapshot, "model.gguf")):
+        code, _, err = command(main, *flags)
+        assert code == 0, err
+    assert not any(path.is_symlink() for path in (tmp_path / "small").iterdir())
+
+
+INSTEAD = {
+    "config.json": {
+        "adapter_config.json": "adapter_config.json belongs to a LoRA adapter", "stories.gguf": "is for llama.cpp",
+        "params.json consolidated.00.pth": "consolidated.00.pth is in Meta's or Mistral's own format",
+        "ckpt.pt": "ckpt.pt is a pickle",
+        "blobs refs snapshots": "snapshots holds the versions", "README.md": "is this a model's folder?"},
+    "model.safetensors": {
+        "pytorch_model.bin": "pytorch_model.bin is a pickle", "model.gguf": "model.gguf is for llama.cpp",
+        "pytorch_model-00001-of-00002.bin pytorch_model.bin.index.json": "pytorch_model-00001-of-00002.bin is a pickle",
+        "consolidated.safetensors": "consolidated.safetensors is in Meta's or Mistral's own format",
+        "model.fp16.safetensors": "model.fp16.safetensors is there: if it is the whole model, rename it",
+        "model-00001-of-00002.safetensors": "model-00001-of-00002.safetensors is a part of the model, but model.safe",
+        "adapter_model.safetensors adapter_config.json": "adapter_config.json belongs to a LoRA adapter",
+        "tf_model.h5": "tf_model.h5 is in the format of another library", "README.md": "is this a model's folder?"},
+}
+
+
+@pytest.mark.parametrize("missing, there, words", [
+    (missing, there, words) for missing, cases in INSTEAD.items() for there, words in cases.items()])
+def test_what_lies_in_the_folder_instead_is_named(folder, missing, there, words):
+    (folder / missing).unlink()
+    for name in there.split():
+        (folder / name).touch()
+    refused(lambda: NanoLLM.load(folder), f"{folder / missing}: there is no such file", words)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "shard"])
+def test_what_stands_for_a_file_is_told_from_it(folder, name):
+    weight_map = shard(folder) if name not in ("config.json", "model.safetensors") else {NORM: None}
+    path = folder / (weight_map[NORM] if name == "shard" else name)
+    path.unlink()
+    os.mkfifo(path)
+    refused(lambda: NanoLLM.load(folder), f"{path} is a pipe or a device, not a regular file")
+    path.unlink()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(lambda: NanoLLM.load(folder), f"{path} is only Git LFS's pointer to a file: get the file itself")
+
+
+def test_json_may_begin_with_a_byte_order_mark(folder):
+    whole = to_host(NanoLLM.load(folder).weights.flat)
+    shard(folder)
+    for name in ("config.json", "model.safetensors.index.json"):
+        (folder / name).write_text((folder / name).read_text(), encoding="utf-8-sig")
+    assert (to_host(NanoLLM.load(folder).weights.flat) == whole).all()
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", ".", "", "sub/x.safetensors", "a\0b",
-                                  "\ud800", "a\nb", "x" * 5000, "gone.safetensors"])
+                                  "\ud800", "a\nb", "x" * 5000, "gone.safetensors", "./model.safetensors",
+                                  "model.safetensors/"])
 def test_an_index_names_files_in_the_folder_only(folder, name):
     shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
     weight_map = shard(folder)

@@ -191,11 +191,11 @@ def test_bad_texts(make, cache_folder, text, message):
 
 def test_texts_that_cannot_be_opened(make, tmp_path):
     make(CORPUS[0])
-    for path, why in ((tmp_path / "none.txt", "No such file"), (tmp_path, "directory")):
-        with pytest.raises(InputError, match=f"cannot read the text .*{why}"):
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path / "none.txt", "there is no such file: give a"), (tmp_path, "is a folder, .*: give a"),
+                      (os.devnull, "is a pipe or a device"), (tmp_path / "pipe", "is not a regular file")):
+        with pytest.raises(InputError, match=f"^{path}:? {why}"):
             TokenDataset.from_text(path, tmp_path / "tokenizer.json", 4)
-    with pytest.raises(InputError, match="not a regular file"):
-        TokenDataset.from_text(os.devnull, tmp_path / "tokenizer.json", 4)
 
 
 def test_a_text_that_changes_while_it_is_read(make, monkeypatch, cache_folder, tmp_path):
@@ -211,9 +211,10 @@ def test_a_text_that_changes_while_it_is_read(make, monkeypatch, cache_folder, t
 
 
 @pytest.mark.parametrize("content, message", [
-    ("not json", "is not JSON"), ("", "is not JSON"), (b"\xff\xfe\0", "is not JSON"),
+    ("not json", "not valid JSON"), ("", "not valid JSON"), (b"\xff\xfe\0", "not valid JSON"),
+    ("{}".encode("utf-16"), "not valid JSON"), ("[" * 200_000, r"not valid JSON.*: give a"),
     ("{}", "JSON but not a tokenizer"),
-    ('{"model_type": "llama"}', "JSON but not a tokenizer"), ("[1, 2]", "JSON but not a tokenizer"),
+    ('{"model_type": "llama"}', "JSON but not a tokenizer"), ("[1, 2]", "not a JSON object: give a"),
     (Tokenizer(models.BPE()).to_str(), "has no tokens")])
 def test_bad_tokenizers(tmp_path, content, message):
     path = tmp_path / "tokenizer.json"
@@ -224,9 +225,27 @@ def test_bad_tokenizers(tmp_path, content, message):
 
 
 def test_tokenizers_that_cannot_be_opened(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(InputError, match=r"cannot read the tokenizer .*Hugging Face tokenizer\.json"):
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path / "none.json", "there is no such file.*Hugging Face tokenizer"),
+                      (tmp_path, "is a folder, .*Hugging Face tokenizer"),
+                      (tmp_path / "pipe", "is a pipe or a device")):
+        with pytest.raises(InputError, match=f"^{path}:? {why}"):
             load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "qwen.tiktoken"])
+def test_a_tokenizer_in_another_format_is_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"tokenizer.json: there is no such file; {name} is a tokenizer in another"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_may_begin_with_a_byte_order_mark(make, tmp_path):
+    make(CORPUS[0])
+    path = tmp_path / "tokenizer.json"
+    before = load_tokenizer(path).to_str()
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert load_tokenizer(path).to_str() == before
 
 
 def test_a_tokenizer_without_its_unknown_token_cannot_encode_everything(make, cache_folder):
