@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from storage.files import whole
+from storage.files import InputError, whole
 from storage.tokens import cache_folder
 
 SETTINGS = {"embedding_dim": 192, "n_block": 4, "n_head": 6, "hidden_dim": 512, "max_context": 128,
@@ -43,7 +43,11 @@ def files():
     folder = cache_folder()
     text, tokenizer = folder / "demo.txt", folder / "demo.tokenizer.json"
     if not (text.exists() and tokenizer.exists()):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InputError(f"cannot make the cache folder {folder} ({problem.strerror}): set NANOLLM_CACHE to a "
+                             "folder that can be written") from None
         topics = pydoc_data.topics.topics
         parts, length = [topics[name].strip() for name in sorted(topics)], 0
         for part in docstrings():

@@ -23,6 +23,7 @@ import math
 import os
 import queue
 import threading
+from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
@@ -51,9 +52,10 @@ def use(name=None, tf32=False):
     if name is None and "xp" in globals():
         tf32_products = tf32
         return
+    source = "device" if name else "NANOLLM_DEVICE"
     name = name or os.environ.get("NANOLLM_DEVICE") or "auto"
     if name not in ("auto", "gpu", "cpu"):
-        raise Unavailable(f"device {name!r}: must be auto, gpu or cpu")
+        raise Unavailable(f"{source} {name!r}: must be auto, gpu or cpu")
     count = _thread_count()
     library, card, missing = np, None, ""
     if name != "cpu":
@@ -86,13 +88,47 @@ def _find_gpu():
 
 
 def _thread_count():
-    """How many threads share the work on a CPU: NANOLLM_THREADS, by default one for each core of this process."""
+    """How many threads share the work on a CPU: NANOLLM_THREADS, or one for each core that this process may use."""
     wanted = os.environ.get("NANOLLM_THREADS")
     if not wanted:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return math.ceil(min(cores, _quota()))
     if not wanted.isdecimal() or not 1 <= int(wanted) <= 1024:
         raise Unavailable(f"NANOLLM_THREADS must be a whole number from 1 to 1024, not {wanted!r}")
     return int(wanted)
+
+
+def _quota(root=Path("/")):
+    """How many cores' time this process may take, 1.5 after `docker run --cpus 1.5`; infinity if there is no limit.
+
+    On Linux each process is in a control group, which has a limit or has it from a group above. /proc/self/cgroup names
+    the group: in version 1 that of the controller "cpu", in version 2 of no controller. Its folder is below the place
+    where its kind of groups is mounted; a container may see only the lower part of the tree.
+    """
+    groups, limits = {}, [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            groups |= dict.fromkeys(controllers.split(","), group)
+        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+            place, kind = line.split(" - ", 1)
+            top, mount = place.split()[3:5]
+            group = groups.get({"cgroup": "cpu", "cgroup2": ""}.get(kind.split()[0]))
+            if group is None:
+                continue
+            folder = root / mount[1:]
+            for part in ["", *Path(os.path.relpath(group, top)).parts]:
+                folder = folder / part
+                limits += _limit(folder, "cpu.max") + _limit(folder, "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    return min(limits)
+
+
+def _limit(folder, *names):
+    """[how many cores' time a control group may take, by these files]; [] if there is none, or no limit."""
+    with contextlib.suppress(OSError, ValueError):      # ValueError: "max"
+        quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+        return [quota / period] if quota > 0 else []
+    return []
 
 
 def __getattr__(name):

@@ -268,7 +268,7 @@ class TokenFile:
 def cache_folder():
     """NANOLLM_CACHE if it is set, otherwise `nanollm` in the platform's folder for caches."""
     if folder := os.environ.get("NANOLLM_CACHE"):
-        return Path(folder)
+        return Path(os.path.expanduser(folder))
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local", "nanollm")
     if sys.platform == "darwin":

@@ -35,7 +35,7 @@ def test_a_number_of_threads_that_is_none_is_one_line(threads, monkeypatch):
 def test_a_device_of_another_name_is_one_line():
     code = "from console import cli; from hardware import device; cli.run(lambda: print(device.xp))"
     code, out, err = python(code, NANOLLM_DEVICE="tpu")
-    assert (code, out, err) == (2, "", "-c: device 'tpu': must be auto, gpu or cpu")
+    assert (code, out, err) == (2, "", "-c: NANOLLM_DEVICE 'tpu': must be auto, gpu or cpu")
 
 
 def test_the_threads_are_those_asked_for():
