@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from autograd import logit_blocks, loss_of_rows, no_grad
-from console import cli, figure
+from console import cli, drawing, figure
 from console.cli import number
 from console.metrics import perplexity
 from data import TokenDataset
@@ -53,17 +53,18 @@ def ranks_of(z, targets):
     return ranks
 
 
-def evaluate(model, dataset, batch_size=8, scores=None):
+def evaluate(model, dataset, batch_size=8, scores=None, watch=iter):
     """The loss on a text: {loss, perplexity, bits_per_byte, tokens, bytes}; every token but the first is a target once.
 
     loss is the mean cross-entropy in nats per token. perplexity is its exponential: as unsure as when choosing evenly
     among this number of tokens. bits_per_byte, total nats / ln 2 / source bytes, is comparable between tokenizers.
     A dataset whose stride is below its seq_len gives each target more context, at more cost: its windows overlap.
-    `scores`, if given, gets the losses and ranks of all targets, batch by batch (see Scores.add).
+    `scores`, if given, gets the losses and ranks of all targets, batch by batch (see Scores.add). `watch` is given the
+    batches and yields them; it may raise to end the evaluation (see Stop.watch in console/cli.py).
     """
     nats, count, ranked = 0.0, 0, scores is not None
     with no_grad():
-        for x, y, new in dataset.in_order(batch_size):
+        for x, y, new in watch(dataset.in_order(batch_size)):
             start = x.shape[1] - new            # the targets before it counted in an earlier window
             hidden = model.hidden(x)[:, start:]
             losses, ranks = token_losses(hidden, model.lm_head, y[:, start:], ranked)
@@ -106,7 +107,8 @@ def command_line():
                         description="Measure how well a model predicts a text: loss, perplexity, bits per byte and "
                         "accuracy. Every token except the first is predicted once.")
     parser.add_model()
-    parser.add_argument("--text", metavar="FILE", required=True, help="a UTF-8 text that the model was not trained on")
+    parser.add_argument("--text", metavar="FILE", type=cli.path, required=True,
+                        help="a UTF-8 text that the model was not trained on")
     parser.add("--seq-len", None, number(int, 1), "tokens in a window; default: the model's longest context")
     parser.add("--stride", None, number(int, 1), "tokens between the starts of two windows, of which only the last N "
                "count: smaller values give each token more context and take longer; default: --seq-len, no overlap")
@@ -148,7 +150,9 @@ def main(argv=None):
               f"tokens, stride {stride}\n"
               f"speed          {result['tokens_per_second']:,.0f} tokens/s")
     if args.figure is not None:
-        figure.draw(Path(args.figure), scores, tokenizer, dataset.tokens[:figure.TOKENS + 1].tolist(), result)
+        ids = dataset.tokens[:figure.TOKENS + 1].tolist()
+        with drawing.optional(args.figure):
+            figure.draw(Path(args.figure), scores, tokenizer, ids, result)
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from console import cli
 from console.cli import number
 from nanollm import NanoLLM
-from storage.checkpoint import checkpoints, resume_command
+from storage.checkpoint import check_ended
 from storage.files import InputError, dangling, read_json
 from storage.tokens import Decoder, load_tokenizer, vocab_size
 
@@ -25,10 +25,7 @@ def open_model(folder):
     if not folder.is_dir():
         raise InputError(dangling(folder) or
                          f"{folder} is not a folder: give one that training or transformers has written")
-    if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
-        ready = [path for path in (folder / "best", *reversed(checkpoints(folder))) if path.exists()]
-        remedy = f"use {ready[0]}" if ready else f"continue it with {resume_command(folder)}"
-        raise InputError(f"{folder} has no model yet because its training has not ended: {remedy}")
+    check_ended(folder)
     model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
     if vocab_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, but the model has "

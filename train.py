@@ -124,14 +124,20 @@ def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def rate(settings, step):
+    """The learning rate of this step in a run with these settings."""
+    return learning_rate(step, settings.max_steps, settings.learning_rate, settings.min_lr,
+                         settings.warmup_steps, settings.lr_schedule)
+
+
 # ---------------------------------------------------------------- the loop
 
 def train(model, optimizer, train_set, settings, state, observer, stop):
     """Train to settings.max_steps, or until patience runs out or stop.signal is set; then save.
 
-    Ctrl-C and SIGTERM set stop.signal (console/cli.py, Stop) and interrupt nothing: the running
-    step is finished and a checkpoint is written. `main` then prints the command that continues.
-    A second Ctrl-C ends the process at once; the last checkpoint stays.
+    Ctrl-C, SIGTERM and the like set stop.signal (console/cli.py, Stop): the running step is
+    finished, an evaluation is left to the resumed run, and a checkpoint is written. `main` then
+    prints the command that continues. A second Ctrl-C ends the process at once.
 
     A step takes the next grad_accum batches. They are of one size, so the mean of their mean
     losses is the mean over all tokens. Gradients add up, hence backward(loss_scale / grad_accum).
@@ -140,9 +146,10 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
     if state.step == 0:
         state.loss_scale = 2.0 ** 16 if settings.dtype == "float16" else 1.0
         observer.save(model, optimizer, state)      # a disk that is too small fails now, not later
+    elif state.cut is not None:
+        observer.report_if_due(model, state, rate(settings, state.step - 1), state.cut)
     while not is_over(settings, state) and not stop.signal:
-        lr = learning_rate(state.step, settings.max_steps, settings.learning_rate,
-                           settings.min_lr, settings.warmup_steps, settings.lr_schedule)
+        lr = rate(settings, state.step)
         optimizer.zero_grad()
         loss = 0.0
         for _ in range(settings.grad_accum):
@@ -167,13 +174,12 @@ def train(model, optimizer, train_set, settings, state, observer, stop):
             adapt_loss_scale(state, finite)
         observer.after_step(model, optimizer, state, lr, loss, norm)
     observer.save(model, optimizer, state)
-    metrics.draw_loss(observer.run.folder)
 
 
 def is_over(settings, state):
-    """Whether all steps are done, or patience has run out."""
+    """Whether all steps are done and evaluated, or patience has run out."""
     no_patience = settings.patience is not None and state.without_better >= settings.patience
-    return state.step >= settings.max_steps or no_patience
+    return (state.step >= settings.max_steps and state.cut is None) or no_patience
 
 
 def clipping(norm, limit):
@@ -234,14 +240,16 @@ def make_model(request, tokenizer):
 def main(argv=None):
     request = options.parse(argv)
     settings, state, resumed = request.settings, request.state, request.checkpoint
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(request.tokenizer)
     model, entries = make_model(request, tokenizer)
-    dataset = TokenDataset.from_text(settings.text, settings.tokenizer, settings.seq_len,
+    dataset = TokenDataset.from_text(settings.text, request.tokenizer, settings.seq_len,
                                      settings.stride)
     train_set, val_set = dataset.split(settings.val_fraction)
     about = {"command": settings.to_json(), "hashes": request.hashes or settings.hashes(),
              "versions": checkpoint.versions()}
     settings = settings.resolved(state, len(train_set))
+    if resumed:
+        options.note_horizon(request, settings, len(train_set), rate)
     optimizer = Adam(model, settings.learning_rate, (settings.beta1, settings.beta2),
                      weight_decay=settings.weight_decay)
     if resumed:
@@ -255,7 +263,7 @@ def main(argv=None):
             "train further")
         return 0
 
-    validate = lambda: evaluate(model, val_set, settings.batch_size)
+    validate = lambda: evaluate(model, val_set, settings.batch_size, watch=stop.watch)
     shown = val_set or train_set
     sample = lambda: sample_text(model, tokenizer, settings.prompt, shown, seed=state.step)
     with checkpoint.held(folder), cli.Stop() as stop, warnings.catch_warnings():
@@ -267,12 +275,15 @@ def main(argv=None):
             observer = Observer(run, settings, train_set, progress,
                                 validate if val_set else None, sample)
             train(model, optimizer, train_set, settings, state, observer, stop)
-        if is_over(settings, state):
+        ended = is_over(settings, state)
+        if ended:
             run.write_model(folder, model)
-            prompt = shlex.quote(settings.prompt or "Once upon a time")
-            say(f"\n{folder} holds the model, metrics.csv and loss.png; generate text with\n"
-                f"    python generate.py {shlex.quote(str(folder))} --prompt {prompt}")
-            return 0
+        progress.redraw(folder, every=0)            # last, because nothing depends on it
+    if ended:
+        prompt = shlex.quote(settings.prompt or "Once upon a time")
+        say(f"\n{folder} holds the model, metrics.csv and loss.png; generate text with\n"
+            f"    python generate.py {shlex.quote(str(folder))} --prompt {prompt}")
+        return 0
     say(f"\nstopped after step {state.step}; continue with\n"
         f"    {checkpoint.resume_command(folder)}")
     return 128 + stop.signal

@@ -1,5 +1,6 @@
 """What the commands share: one clear line for bad input, numbers checked as they are read, an orderly end."""
 import argparse
+import contextlib
 import operator
 import os
 import signal
@@ -35,7 +36,8 @@ class Parser(argparse.ArgumentParser):
         self.group.add_argument(flag, help=shown, default=self.argument_default or default, **rule)
 
     def add_model(self):
-        self.add_argument("folder", metavar="FOLDER", help="folder of a run, or of any Hugging Face Llama model")
+        self.add_argument("folder", metavar="FOLDER", type=path,
+                          help="folder of a run, or of any Hugging Face Llama model")
 
     def add_device(self):
         self.add("--device", None, ["auto", "gpu", "cpu"],
@@ -76,21 +78,55 @@ def text(value):
     return value
 
 
+def path(value):
+    """An argparse type: the name of a file or a folder."""
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return str(value)
+
+
+# Ctrl-C; `kill` and schedulers; a terminal that has gone; what batch systems send before they kill
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+           if hasattr(signal, name)]            # Windows has only the first two
+
+
+def handle(numbers, handler):
+    """Let this handler answer these signals, except those that are ignored on purpose, as SIGHUP is under nohup. (A
+    shell lets its background jobs ignore SIGINT, which nobody wants.) Return {signal: its handler before}.
+    """
+    return {number: signal.signal(number, handler) for number in numbers
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN}
+
+
+class Stopped(Exception):
+    """A signal has cut short what can be done again later."""
+
+
 class Stop:
-    """Ctrl-C or SIGTERM asks for an orderly end and sets `signal` to its number. A second one ends the process at once.
+    """A signal asks for an orderly end: `signal` is the number of the first. Ctrl-C after it ends the process at once,
+    but no other signal does, because several may say the same: when a session ends, a process gets SIGHUP and SIGTERM.
     """
     signal = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = handle(SIGNALS, self.ask)
         return self
 
     def ask(self, number, frame):
+        if self.signal:
+            return
         self.signal = number
-        for which in self.before:
-            signal.signal(which, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         # os.write, because this may interrupt a print, and a second one inside it would fail
-        os.write(2, b"\nstopping after this step; press Ctrl-C again to quit at once\n")
+        with contextlib.suppress(OSError):      # the terminal may have gone
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to quit at once\n")
+
+    def watch(self, items):
+        """Yield these items. Raise Stopped as soon as a signal has come."""
+        for item in items:
+            if self.signal:
+                raise Stopped
+            yield item
 
     def __exit__(self, *_):
         for which, handler in self.before.items():
@@ -98,7 +134,8 @@ class Stop:
 
 
 def fail(name, problem, code=2):
-    print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):          # the terminal may have gone
+        print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
     return code
 
 
@@ -108,8 +145,13 @@ def run(main, name=None):
     `name` is the command as it is typed, by default the file's name.
     """
     name = name or os.path.basename(sys.argv[0])
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:        # closed, as in a service; no other file may get its number
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+    if any(action == "error" for action, *_ in warnings.filters):
+        warnings.simplefilter("default")        # -W error: a warning is shown, but ends nothing
     warnings.showwarning = lambda message, *_: fail(name, f"warning: {message}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # so half-written files are removed
+    handle(SIGNALS[1:], lambda number, frame: sys.exit(128 + number))       # so half-written files are removed
     sys.stdout.reconfigure(errors="backslashreplace")       # a terminal without Chinese is no reason to stop
     try:
         code = main()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from console import drawing
 from storage.files import InputError, require, whole
 from storage.tokens import Decoder, vocab_size
 
@@ -141,9 +142,10 @@ def _draw_text(axes, lines, most):
 
 # ---------------------------------------------------------------- both
 
+@drawing.defaults()
 def draw(path, scores, tokenizer, ids, result):
     """Write the PNG `path`: scores as evaluate.py's Scores, ids the first tokens of the text, result `evaluate`'s."""
-    from matplotlib.figure import Figure  # here, because importing it takes long
+    from matplotlib.figure import Figure
 
     lines = layout(pieces(tokenizer, ids), np.append(np.nan, scores.first))
     cell, line = 0.602 * SIZE / 72, 1.75 * SIZE / 72        # inches; 0.602: the width of a letter

@@ -1,10 +1,13 @@
 """What a run measures: metrics.csv, loss.png, and two numbers that say whether a loss is sane."""
 import csv
+import itertools
 import math
+import warnings
 
 import numpy as np
 
 from autograd import cast, embedding, no_grad
+from console import drawing
 from hardware import device
 from storage.files import whole
 
@@ -15,20 +18,53 @@ COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity"
 # ---------------------------------------------------------------- metrics.csv
 
 def read(path):
-    """The rows of metrics.csv, a dict of strings each. A line that a crash cut short does not count, nor does a column
-    that older versions wrote.
+    """The rows of metrics.csv, a dict of strings each."""
+    return parse(path)[0]
+
+
+def parse(path):
+    """(rows, intact): the rows of metrics.csv, and whether there is nothing else in it, except for a last line that a
+    crash cut short.
+
+    A column that this version does not have is left out, and one that the file does not have is empty. A spreadsheet
+    may have saved the file, with a byte-order mark, with semicolons or tabs, and with decimal commas.
     """
     if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
-    return [{name: row[name] for name in COLUMNS} for row in rows
-            if row.keys() >= set(COLUMNS) and row["step"].isdecimal()]
+        return [], True
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    header = text.partition("\n")[0]
+    try:
+        names, *lines = csv.reader(text.split("\n"), delimiter=max(",;\t", key=header.count))
+    except csv.Error:                   # so many characters without a comma are no table
+        return [], False
+    found = [_row(names, line) for line in lines if line]
+    if found and not found[-1] and "step" in names:
+        found.pop()
+    return list(filter(None, found)), None not in found
+
+
+def _row(names, cells):
+    """{column: text} of a line of metrics.csv, None where it is no row of numbers."""
+    given = dict(zip(names, (cell.replace(",", ".") for cell in cells), strict=False))
+    row = {name: given.get(name, "") for name in COLUMNS}
+    try:
+        finite = all(math.isfinite(float(value)) for value in row.values() if value)
+    except ValueError:
+        return None
+    return row if finite and len(cells) == len(names) and row["step"].isdecimal() else None
 
 
 def rewind(path, step):
-    """Begin the file, or drop its rows after `step`, from which the run continues."""
-    rows = [row for row in read(path) if int(row["step"]) <= step]
+    """Begin the file, or drop its rows after `step`, from which the run continues. A file that holds anything else is
+    kept under another name.
+    """
+    rows, intact = parse(path)
+    if not intact:
+        names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+        kept = path.rename(next(name for name in names if not name.exists()))
+        warnings.warn(f"{path} does not look as this program writes it, perhaps because a spreadsheet has saved it: it "
+                      f"is kept as {kept.name}, and {len(rows)} of its rows were read", stacklevel=2)
+    rows = [row for row in rows if int(row["step"]) <= step]
     with whole(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -46,9 +82,10 @@ def append(path, row):
 
 # ---------------------------------------------------------------- loss.png
 
+@drawing.defaults()
 def draw_loss(folder):
     """Draw loss.png from metrics.csv: training and validation loss, in nats, by step."""
-    from matplotlib.figure import Figure  # here, because importing it takes as long as a small model's start
+    from matplotlib.figure import Figure
 
     rows = read(folder / "metrics.csv")
     figure = Figure(figsize=(8, 4.5), layout="constrained")

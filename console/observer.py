@@ -2,6 +2,7 @@
 import math
 
 from console import metrics
+from console.cli import Stopped
 from console.metrics import perplexity
 from console.progress import say
 from hardware import device
@@ -36,27 +37,36 @@ class Observer:
 
     def after_step(self, model, optimizer, state, lr, loss, norm):
         """Do what is due after a step that had this learning rate, loss and gradient norm."""
-        settings = self.settings
-        self.progress.advance(settings.windows_per_step() * self.train_set.seq_len)
+        self.progress.advance(self.settings.windows_per_step() * self.train_set.seq_len)
         if state.step == 1:
             V, entropy = self.train_set.vocab_size, metrics.unigram_entropy(self.train_set)
             say(f"step 0: loss {loss:.3f} before training; guessing evenly among {V} tokens gives ln V = "
                 f"{math.log(V):.3f}, guessing from token frequencies gives {entropy:.3f}")
+        self.report_if_due(model, state, lr, norm)
+        if due(state.step, self.settings.save_every):
+            self.save(model, optimizer, state)
+
+    def report_if_due(self, model, state, lr, norm):
+        """Report, evaluate and sample if that is due after the last step. If a signal cuts the evaluation short,
+        state.cut is the norm, and a resumed run calls this again.
+        """
+        settings, state.cut = self.settings, None
         # This step crossed the end of an epoch if the windows taken in the new one are fewer than a step takes.
         ended_epoch = state.windows % len(self.train_set) < settings.windows_per_step()
         milestone = ended_epoch or state.step >= settings.max_steps or due(state.step, settings.eval_every)
         if milestone or state.step == 1 or due(state.step, settings.log_every):     # 1: the plot begins before training
-            self.report(model, state, lr, norm, milestone)
+            try:
+                self.report(model, state, lr, norm, milestone)
+            except Stopped:
+                state.cut = norm if math.isfinite(norm) else 0.0
+                return
         if due(state.step, settings.sample_every) or (milestone and settings.sample_every is None):
             say(f"sample: {self.sample()!r}")
             self.progress.restart()
-        if due(state.step, settings.save_every):
-            self.save(model, optimizer, state)
 
     def report(self, model, state, lr, norm, milestone):
         """Show the mean loss since the last report and add a row to metrics.csv; evaluate at a milestone."""
         loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
-        state.loss_sum, state.loss_count = 0.0, 0
         folder, progress, speed = self.run.folder, self.progress, self.progress.speed
         row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * self.train_set.seq_len,
                "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "loss_scale": state.loss_scale,
@@ -65,6 +75,7 @@ class Observer:
         progress.show(state.step, loss, lr, norm)
         if milestone:
             row |= self.evaluate(model, state, loss)
+        state.loss_sum, state.loss_count = 0.0, 0
         metrics.append(folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
         progress.redraw(folder)
         progress.restart()

@@ -4,8 +4,10 @@
     data --resolved--> Settings that know the last step, once the text is read
 """
 import argparse
+import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import os
 import re
@@ -19,7 +21,7 @@ from console.cli import number
 from console.progress import say
 from hardware.device import use
 from nanollm import Config
-from storage.checkpoint import State, check_free, last_run, newest_checkpoint, read_trainer
+from storage.checkpoint import State, check_ended, check_free, last_run, newest_checkpoint, read_trainer
 from storage.files import InputError, file_hash, require
 from storage.tokens import load_tokenizer, vocab_size
 
@@ -45,11 +47,11 @@ in_training, in_reports = partial(setting, "the training"), partial(setting, "re
 @dataclass(frozen=True)
 class Settings:
     """What a training is: the flags of train.py, and what "command" in a checkpoint's trainer.json holds."""
-    text: str | None = in_run(None, str, "the text to learn from, in UTF-8", "FILE")
-    tokenizer: str | None = in_run(None, str, "a Hugging Face tokenizer.json", "FILE")
+    text: str | None = in_run(None, cli.path, "the text to learn from, in UTF-8", "FILE")
+    tokenizer: str | None = in_run(None, cli.path, "a Hugging Face tokenizer.json", "FILE")
     demo: bool = in_run(False, bool, "train a small model on Python's own documentation: no files needed", fixed=True)
     init_from: str | None = in_run(
-        None, str, "start from this model's weights, shape and tokenizer (fine-tuning)", "FOLDER", fixed=True)
+        None, cli.path, "start from this model's weights, shape and tokenizer (fine-tuning)", "FOLDER", fixed=True)
 
     embedding_dim: int = in_model(Config.embedding_dim, SIZE, "C, the width of the model")
     n_block: int = in_model(Config.n_block, number(int, 1, 1000), "number of transformer blocks")
@@ -118,7 +120,7 @@ class Settings:
         """The first stage, before any file is read: fill in what follows from other flags. Raises InputError if two
         contradict each other.
         """
-        require(self.min_lr is None or self.min_lr <= self.learning_rate,
+        require(self.min_lr is None or self.min_lr <= self.learning_rate or self.lr_schedule == "constant",
                 f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}, from which the rate falls: "
                 "give a lower --min-lr")
         seq_len = self.seq_len or self.max_context
@@ -183,7 +185,7 @@ def command_line():
             parser.add(flag(field.name), field.default, field.metadata["kind"], field.metadata["help"],
                        field.metadata["metavar"])
         if group == "the run":
-            parser.add("--artifact-dir", help="folder of the run; default: runs/llm, then runs/llm-2, …",
+            parser.add("--artifact-dir", kind=cli.path, help="folder of the run; default: runs/llm, then runs/llm-2, …",
                        metavar="FOLDER")
             parser.add("--resume", False, bool,
                        "continue from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
@@ -213,11 +215,18 @@ class Request:
     checkpoint: Path | None = None      # from which --resume continues; its State, the hashes of its text and tokenizer
     state: State = dataclasses.field(default_factory=State)
     hashes: dict = dataclasses.field(default_factory=dict)
+    before: Settings | None = None      # the Settings in that checkpoint
+    own_tokenizer: Path | None = None   # the checkpoint's, if the original has gone or changed
 
     @property
     def source(self):
         """The folder from which the model comes, None for a fresh one."""
         return self.checkpoint or self.settings.init_from
+
+    @property
+    def tokenizer(self):
+        """The tokenizer.json to read."""
+        return self.own_tokenizer or self.settings.tokenizer
 
 
 def read_flags(argv, parser):
@@ -247,6 +256,7 @@ def defaults(typed):
             raise InputError(f"--demo brings its own text and tokenizer: leave out {flag(given[0])}")
         return demo.SETTINGS
     if source := typed.get("init_from"):
+        check_ended(Path(source))
         shape = asdict(Config.load(source))
         return {name: shape[name] for name in SHAPE} | {"tokenizer": str(Path(source, "tokenizer.json"))}
     return {}
@@ -269,7 +279,27 @@ def resumed(folder, typed):
             raise InputError(f"--resume: {flag(name)} was {old[name]} in this run and cannot become {typed[name]}")
     if settings.windows_per_step() != before.windows_per_step():
         say("the batch size has changed: training continues with the next windows, but not as it would have")
-    return Request(settings.complete(), str(folder), newest, state, about["hashes"])
+    own = newest / "tokenizer.json"
+    if is_tokenizer(settings.tokenizer or "", about["hashes"].get("tokenizer"), own):
+        own = None
+    elif "tokenizer" in typed:
+        load_tokenizer(settings.tokenizer)      # a file that cannot be read is another mistake
+        raise InputError(f"--resume: {settings.tokenizer} is not the tokenizer that this run began with: leave out "
+                         "--tokenizer, because the run has a copy of its own, or begin a new run")
+    return Request(settings.complete(), str(folder), newest, state, about["hashes"], before, own)
+
+
+def is_tokenizer(path, expected, own):
+    """Whether the file has the hash `expected`, or is the same tokenizer as the file `own`, written in another way.
+
+    What inserts special tokens does not count, because training inserts none.
+    """
+    with contextlib.suppress(InputError):
+        if file_hash(path) == expected:
+            return True
+        theirs, ours = (json.loads(load_tokenizer(file).to_str()) | {"post_processor": None} for file in (path, own))
+        return theirs == ours
+    return False
 
 
 def parse(argv):
@@ -280,20 +310,33 @@ def parse(argv):
             "--text FILE and --tokenizer FILE are needed (or --demo, which needs no files)")
     if not request.checkpoint:
         check_free(request.folder)
-    if settings.demo:
+    if settings.demo and not os.path.isfile(settings.text or ""):
         text, tokenizer = demo.files()
         settings = replace(settings, text=text, tokenizer=tokenizer)
     if request.checkpoint:
-        check_hashes(settings, request.hashes)
+        check_text(settings.text, request.hashes.get("text"))
     return replace(request, settings=settings)
 
 
-def check_hashes(settings, before):
-    """Raise InputError unless a resumed run has the text and the tokenizer that it began with."""
-    for name, value in settings.hashes().items():
-        if before.get(name) != value:
-            raise InputError(f"--resume: {getattr(settings, name)} is not the {name} that this run began with: "
-                             f"give the original with --{name}, or begin a new run")
+def check_text(path, expected):
+    """Raise InputError unless a resumed run has the text that it began with, the one with this hash."""
+    try:
+        found = file_hash(path)
+    except InputError as problem:
+        raise InputError(f"--resume: {problem}: say with --text where this run's text is now") from None
+    if found != expected:
+        raise InputError(f"--resume: {path} is not the text that this run began with: give the original with --text, "
+                         "or begin a new run")
+
+
+def note_horizon(request, settings, n_window, rate):
+    """Say so if a resumed run's end has moved and its learning rate therefore rises. `rate` is train.py's."""
+    before, step = request.before.resolved(request.state, n_window), request.state.step
+    last, now = rate(before, max(step - 1, 0)), rate(settings, step)
+    if step and settings.max_steps > before.max_steps and now > rate(before, min(step, before.max_steps - 1)):
+        say(f"training ends after step {settings.max_steps} now, not {before.max_steps}, which stretches the cosine: "
+            f"the learning rate rises from {last:.3g} to {now:.3g}; to stay at {last:.3g}, add --lr-schedule constant "
+            f"--learning-rate {last:.3g} --warmup-steps 0")
 
 
 def make_config(request, tokenizer):

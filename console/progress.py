@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from console import metrics
+from console import drawing, metrics
 
 
 def say(text):
@@ -57,7 +57,8 @@ class Progress:
     def redraw(self, folder, every=15):
         """Draw loss.png again, unless that was done in the last `every` seconds, because it takes a moment."""
         if time.monotonic() >= self.drawn + every:
-            metrics.draw_loss(folder)
+            with drawing.optional(folder / "loss.png"):
+                metrics.draw_loss(folder)
             self.drawn = time.monotonic()
 
     def show(self, step, loss, lr, norm):

@@ -15,18 +15,15 @@ from collections import Counter, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
+from cycler import cycler
 from results import ROOT, commit, cpu
 
 sys.path.insert(0, str(ROOT))
 from probes import attention_maps, hooked, training_step
 
 from autograd import Tensor, no_grad, rmsnorm, rope
-from console import demo, metrics
+from console import demo, drawing, metrics
 from data import TokenDataset
 from generate import open_model
 from hardware import device
@@ -48,12 +45,20 @@ STYLE = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.colo
          "axes.titlesize": 11, "axes.titlelocation": "left", "axes.edgecolor": GREY, "axes.spines.top": False,
          "axes.spines.right": False, "axes.facecolor": PAPER, "figure.facecolor": PAPER, "axes.axisbelow": True,
          "axes.grid": True, "grid.color": PALE, "legend.frameon": False, "lines.linewidth": 1.8,
-         "axes.prop_cycle": matplotlib.cycler(color=[BLUE, RED, GREEN, PINK]), "svg.hashsalt": "nanollm"}
-SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#9ecae1", BLUE, "#00294a"])
+         "axes.prop_cycle": cycler(color=[BLUE, RED, GREEN, PINK]), "svg.hashsalt": "nanollm"}
+
+
+def shades():
+    """The colours from the paper's to a dark blue."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("shades", [PAPER, "#9ecae1", BLUE, "#00294a"])
 
 
 def canvas(title, height, layout="constrained"):
     """A figure of the common width and this height, in inches, with its finding as the title."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, height), layout=layout)
     figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold")
     return figure
@@ -231,6 +236,8 @@ def rope_products(q, k, cos, sin):
 
 def rotation():
     """Pairs turn like the hands of clocks; the product of two vectors depends only on their distance."""
+    from matplotlib.patches import Circle
+
     model = NanoLLM(Config(8, 64, 1, 2, max_context=64, hidden_dim=8), dtype=np.float64)
     D, T, shown = model.config.head_dim, model.config.max_context, 13
     ones = np.tile(np.repeat([1.0, 0.0], D // 2), (T, 1))                   # each pair is (1, 0), a hand at 3 o'clock
@@ -255,7 +262,7 @@ def rotation():
     dials.set(xlim=(-0.6, shown - 0.4), ylim=(-3.6, 0.6), aspect="equal", yticks=[], xticks=range(shown),
               xlabel="position t")
     bare(dials)
-    image = heat.imshow(products, cmap=SHADES)
+    image = heat.imshow(products, cmap=shades())
     bare(heat)
     heat.set(xlabel="key's position s", ylabel="query's position t", title="q · k at (t, s)")
     below.colorbar(image, ax=heat, shrink=0.8).outline.set_visible(False)
@@ -285,7 +292,7 @@ def attention():
     axes = figure.subplots(*maps.shape[:2], squeeze=False, sharex=True, sharey=True)
     future = np.triu(np.ones(maps.shape[2:], bool), 1)
     for (block, head), ax in np.ndenumerate(axes):
-        image = ax.imshow(np.ma.array(maps[block, head], mask=future), cmap=SHADES, vmin=0, vmax=1)
+        image = ax.imshow(np.ma.array(maps[block, head], mask=future), cmap=shades(), vmin=0, vmax=1)
         bare(ax)
         ax.set_title(f"head {block}.{head}", fontsize=10, y=0.86, loc="right")
         ax.set_xticks(range(len(ids)), labels, rotation=90, fontsize=8.5)
@@ -502,7 +509,7 @@ def main(names):
     sections = dict(section.split("\n\n", 1) for section in old)
     for name in names or FIGURES:
         path = FOLDER / f"{name}.svg"
-        with matplotlib.rc_context(STYLE):
+        with drawing.defaults(STYLE):
             figure, caption = FIGURES[name]()
             if isinstance(figure, str):
                 path.write_text(figure, encoding="utf-8")

@@ -10,9 +10,13 @@ Hyperparameters and tokenizer are collected in dicts {name of a method of gguf.G
 {"add_block_count": 6}. At the end `export` calls these methods.
 """
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
 
 from console import cli
 from generate import open_model

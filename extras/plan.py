@@ -27,6 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
+
 import autograd
 from console import cli, metrics, options
 from hardware import device
@@ -264,7 +267,7 @@ def main(argv=None):
     settings = request.settings
     require(settings.tokenizer or settings.demo,
             "--tokenizer FILE is needed because the size of its vocabulary counts (or --demo, which has its own)")
-    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    tokenizer = load_tokenizer(request.tokenizer) if request.tokenizer else None
     config = options.make_config(request, tokenizer)
     print(f"device  {device.reason}\nmodel   {config}\n\n{report(config, settings)}")
     return 0

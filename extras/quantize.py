@@ -5,9 +5,13 @@ float32 (see hardware/quantized.py). generate.py and evaluate.py take the folder
 With --text, a text that the model has not seen, the perplexity of both models on it is printed.
 """
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
 
 from console import cli
 from data import TokenDataset

@@ -3,9 +3,9 @@ import pydoc_data.topics
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from autograd import no_grad
+from console.drawing import defaults  # noqa: F401  (each lesson's `draw` is decorated with it)
 from hardware import device
 from nanollm import Config, NanoLLM
 from train import Adam, learning_rate
@@ -71,6 +71,8 @@ def loss_by_position(model, x, y):
 
 def figure(title, *labels):
     """(figure, axes, …): a figure whose title says what it shows, and an Axes for each (xlabel, ylabel)."""
+    from matplotlib.figure import Figure
+
     drawing = Figure(figsize=(8.4, 4.5), layout="constrained")
     drawing.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", linespacing=1.35)
     panels = drawing.subplots(1, len(labels), squeeze=False)[0]

@@ -16,9 +16,13 @@ A power of two changes the exponent and no digit, and Adam divides by it in floa
 How nanollm avoids it. train.py begins backward with loss_scale / grad_accum, and `adapt_loss_scale` halves the scale
 after an overflow and doubles it after 1,000 steps without one. Weights and their gradients stay float32.
 """
+import sys
 from unittest import mock
 
 import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
 
 from autograd import Tensor
 from hardware import device
@@ -63,6 +67,7 @@ def main(text=None, steps=160, B=8, batch_tokens=2 ** 19, scale=2.0 ** 16, **sha
     return found
 
 
+@common.defaults()
 def draw(found):
     drawing, axes = common.figure(
         "Without loss scaling, float16 cannot hold the gradients",

@@ -15,7 +15,12 @@ check compares 0 with 0. Layer normalisation has the same hole, because its outp
 How nanollm avoids it. `gradcheck` in autograd.py draws a random dout, and tests/test_autograd.py plants wrong backward
 functions, including one that returns zeros, which the check must reject.
 """
+import sys
+
 import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
 
 from autograd import Tensor, gradcheck, record, softmax
 from hardware import device
@@ -73,6 +78,7 @@ def main():
     return found
 
 
+@common.defaults()
 def draw(found):
     drawing, axes = common.figure("Checked with ones, four of six wrong backward functions of softmax look right",
                                   ("largest |backward - finite differences| (no unit)", "what backward returns"))

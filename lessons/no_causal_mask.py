@@ -14,9 +14,13 @@ Only the last position has no answer to its right, and it is the one from which 
 How nanollm avoids it. `attention` in autograd.py adds -inf to the score of every later key, and tests/test_nanollm.py
 changes one token and demands that no logit before it changes, not even in its last bit.
 """
+import sys
 from unittest.mock import patch
 
 import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
 
 import autograd
 from autograd import no_grad, softmax
@@ -59,6 +63,7 @@ def main(text=None, steps=400, prompt="The function ", **shape):
     return found
 
 
+@common.defaults()
 def draw(found):
     drawing, left, right = common.figure(
         "Without the causal mask the loss falls to nothing, except where it counts",

@@ -17,10 +17,14 @@ agree to 5e-08. Converters between Meta's files (neighbours) and Hugging Face's 
 How nanollm avoids it. `rope` in autograd.py rotates halves, as Hugging Face's Llama does, so no row is ever moved, and
 tests/test_huggingface.py compares the logits of the same folder with those of transformers.
 """
+import sys
 import tempfile
 from unittest.mock import patch
 
 import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
 
 import autograd
 from autograd import Tensor
@@ -67,6 +71,7 @@ def main(text=None, steps=600, **shape):
     return found
 
 
+@common.defaults()
 def draw(found):
     drawing, axes = common.figure("Same weights, wrong pairs: RoPE's two conventions do not mix",
                                   ("position in the window", "loss (nats per byte)"))

@@ -18,7 +18,12 @@ How nanollm avoids it. All its windows have T tokens and its stream of batches n
 size, and train.py may give each of them the weight 1 / grad_accum. `evaluate`, whose last window is shorter, sums the
 losses of all tokens and divides once, by their number.
 """
+import sys
+
 import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
 
 from hardware.device import to_host
 from lessons import common
@@ -61,6 +66,7 @@ def main(text=None, steps=100, B=64, sizes=(32, 31, 28, 24, 16, 8, 4, 2, 1), dra
     return sizes, errors
 
 
+@common.defaults()
 def draw(sizes, errors, B=64):
     drawing, axes = common.figure("Two unequal parts: the mean of their means is another gradient",
                                   ("windows in the larger part : in the smaller part",

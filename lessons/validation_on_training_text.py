@@ -15,8 +15,12 @@ How nanollm avoids it. `TokenDataset.split` in data.py cuts off the end of the t
 token is in both parts. `--patience` in train.py ends training when the loss on that part no longer falls.
 """
 import math
+import sys
 
 import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
 
 from autograd import no_grad
 from lessons import common
@@ -52,6 +56,7 @@ def main(text=None, n=8000, start=100_000, steps=600, every=25, **shape):
     return losses, rows
 
 
+@common.defaults()
 def draw(losses, rows):
     drawing, axes = common.figure("“Validation” on the training text keeps falling; on unseen text the loss turns",
                                   ("step", "loss (nats per byte)"))

@@ -87,6 +87,14 @@ def resume_command(folder):
     return f"python train.py --resume --artifact-dir {shlex.quote(str(folder))}"
 
 
+def check_ended(folder):
+    """Raise InputError if a run in this folder has not ended, because the model is written then."""
+    if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
+        ready = [path for path in (folder / "best", *reversed(checkpoints(folder))) if path.exists()]
+        remedy = f"use {ready[0]}" if ready else f"continue it with {resume_command(folder)}"
+        raise InputError(f"{folder} has no model yet because its training has not ended: {remedy}")
+
+
 @contextlib.contextmanager
 def held(folder):
     """Keep a run's folder for this process while it trains. Raises InputError if another process has it.
@@ -127,6 +135,7 @@ class State:
     loss_scale: float = 1.0             # float16: what the loss is multiplied by
     scale_age: int = 0                  # steps since the loss scale changed
     seconds: float = 0.0                # time spent, over all resumptions
+    cut: float | None = None            # the last step's gradient norm, if a signal cut its evaluation short
 
 
 def versions():
@@ -216,7 +225,7 @@ def check_sums(checkpoint):
 def read_trainer(checkpoint):
     """(State, about) of a checkpoint's trainer.json. Raises InputError that names the file and what is wrong in it."""
     path = checkpoint / "trainer.json"
-    about, values = read_json(path), {}
+    about, values = {"cut": None} | read_json(path), {}        # checkpoints of before lack it
     for field in fields(State):
         require(field.name in about, f"{path}: {field.name} is missing")
         value = about.pop(field.name)

@@ -35,12 +35,12 @@ from tiny import (
     stop_at,
     with_sums,
 )
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 
 import data
 import generate
 import train
-from console import metrics
+from console import cli, metrics
 from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
@@ -146,7 +146,7 @@ def test_without_a_folder_the_last_run_continues(files, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- signals
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(number, 128 + number) for number in cli.SIGNALS], ids=str)
 def test_a_signal_ends_training_after_the_running_step(files, tmp_path, monkeypatch, number, code):
     before = signal.getsignal(number)
     stop_at(monkeypatch, 7, number)
@@ -157,15 +157,29 @@ def test_a_signal_ends_training_after_the_running_step(files, tmp_path, monkeypa
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_during_an_evaluation_waits_for_it(on_cpu, files, tmp_path, monkeypatch):
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
-    assert tiny.run(*files, "--max-steps", 9, "--eval-every", 4, "--artifact-dir", "run") == 143
-    assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "3", "4"] and rows(tmp_path / "run")[-1]["val_loss"]
-    monkeypatch.setattr(train, "evaluate", evaluate)
+@pytest.mark.parametrize("steps", [9, 4])           # it is the last thing that the shorter run does
+def test_a_signal_cuts_an_evaluation_short_and_the_resumed_run_makes_it(on_cpu, files, tmp_path, monkeypatch, steps):
+    flags = [*SHAPE, *QUICK, *files, "--max-steps", steps, "--eval-every", 4, "--save-every", 3, "--artifact-dir"]
+    assert command(train.main, *flags, "whole")[0] == 0
+    in_order, taken = data.TokenDataset.in_order, []
+
+    def and_a_signal(self, batch_size):
+        for batch in in_order(self, batch_size):
+            taken.append(batch)
+            if len(taken) in (2, 4):
+                os.kill(os.getpid(), signal.SIGHUP)
+            yield batch
+    monkeypatch.setattr(data.TokenDataset, "in_order", and_a_signal)
+    code, out, _ = command(train.main, *flags, "run")
+    assert code == 129 and out.endswith("stopped after step 4; continue with\n"
+                                        "    python train.py --resume --artifact-dir run\n")
+    assert len(taken) == 2 and [row["step"] for row in rows(tmp_path / "run")] == ["1", "3"]
+    assert checkpoints("run")[-1].name == "checkpoint-4" and not (tmp_path / "run/best").exists()
+    assert resume("run") == 129 and len(taken) == 4         # again
     assert resume("run") == 0
-    tiny.run(*files, "--max-steps", 9, "--eval-every", 4, "--artifact-dir", "whole")
     assert rows(tmp_path / "run", TIMINGS) == rows(tmp_path / "whole", TIMINGS)
+    for name in ("model.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_signal_before_the_first_step_or_after_the_last(files, tmp_path, monkeypatch):
@@ -185,7 +199,8 @@ def test_a_signal_before_the_first_step_or_after_the_last(files, tmp_path, monke
 
 
 def test_a_signal_while_the_text_is_encoded(files, tmp_path, monkeypatch, cache_folder):
-    for number, code, line in ((signal.SIGINT, 130, "train.py: interrupted\n"), (signal.SIGTERM, 143, "")):
+    for number, code, line in ((signal.SIGINT, 130, "train.py: interrupted\n"), (signal.SIGTERM, 143, ""),
+                               (signal.SIGHUP, 129, "")):
         encode = tokens.encode_text
 
         def interrupted(*args, number=number, encode=encode):
@@ -231,6 +246,49 @@ def test_another_text_or_tokenizer_is_refused(stopped, tmp_path, name, cache_fol
     assert snapshot(stopped) == before and not cache_folder.exists()
 
 
+def test_the_tokenizer_is_what_it_is_however_it_was_written(halfway, tmp_path):
+    """Truncation, padding and what inserts special tokens do not count, because training does not use them."""
+    original = Path(json.loads((halfway / "checkpoint-10/trainer.json").read_text())["command"]["tokenizer"])
+    other = Tokenizer.from_file(str(original))
+    other.enable_truncation(3)
+    other.enable_padding()
+    other.post_processor = processors.TemplateProcessing("a $A", special_tokens=[("a", 1)])
+    other.save(str(tmp_path / "other.json"))
+    for flags in (["--tokenizer", "other.json"], ["--tokenizer", halfway / "checkpoint-10/tokenizer.json"], []):
+        assert resume(halfway, *flags, "--max-steps", 11) == 0
+        shutil.rmtree(halfway / "checkpoint-11")
+    with pytest.raises(InputError, match=r"^cannot read the tokenizer gone\.json"):
+        resume(halfway, "--tokenizer", "gone.json")
+
+
+@pytest.mark.parametrize("change", ["gone", "another", "broken"])
+def test_without_its_original_a_run_uses_its_own_copy_of_the_tokenizer(on_cpu, files, tmp_path, monkeypatch, change):
+    """So does a run that was moved to another machine, where the text is in another place."""
+    flags = [*files, "--max-steps", 7, "--artifact-dir"]
+    tiny.run(*flags, "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert tiny.run(*flags, "run") == 143
+    text, tokenizer = Path(files[1]), Path(files[3])
+    if change == "gone":
+        tokenizer.unlink()
+    elif change == "another":
+        make_tokenizer(tokenizer, 280)
+    else:
+        tokenizer.write_text("{")
+    text.rename(tmp_path / "moved.txt")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    code, out, err = command(train.main, "--resume", "--artifact-dir", "elsewhere")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert re.search(r"--resume: .*text\.txt: there is no such file: say with --text where", err)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert resume("elsewhere", "--text", "moved.txt", "--keep-last", 1) == 143      # checkpoint-4 goes, too
+    assert resume("elsewhere") == 0
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_the_text_may_have_moved_but_must_be_there(halfway, stopped, tmp_path):
     about = json.loads((halfway / "checkpoint-10/trainer.json").read_text())
     shutil.copy(about["command"]["text"], tmp_path / "moved.txt")
@@ -255,6 +313,23 @@ def test_what_may_change(halfway):
     assert {float(row["learning_rate"]) for row in rows(halfway) if int(row["step"]) > 10} == {0.02}
     assert resume(halfway, "--max-steps", 16, "--lr-schedule", "cosine", "--min-lr", 0.003) == 0
     assert float(rows(halfway)[-1]["learning_rate"]) == pytest.approx(0.003)        # where the cosine ends
+
+
+def test_a_later_end_that_raises_the_rate_is_told_with_the_way_to_keep_it(files, tmp_path, monkeypatch):
+    tiny.run(*files, "--max-steps", 6, "--min-lr", 0.0012345, "--log-every", 1, "--artifact-dir", "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    later = ["--resume", "--max-steps", 1000, "--artifact-dir"]         # of them 10 warm up
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        _, out, err = command(train.main, *later, "run")
+        line, = (line for line in out.splitlines() if "the cosine" in line)
+        _, again, _ = command(train.main, *later, "copy", *line.partition("add ")[2].split())
+    rates = [row["learning_rate"] for row in rows(tmp_path / "run")]
+    assert err == "" and float(rates[5]) == 0.0012345 and "ends after step 1000 now, not 6" in line
+    assert f"rises from 0.00123 to {float(rates[6]):.3g};" in line
+    assert [row["learning_rate"] for row in rows(tmp_path / "copy")[6:]] == ["0.00123"] * 2 and "cosine" not in again
+    for steps in (8, 9):
+        assert "cosine" not in command(train.main, "--resume", "--max-steps", steps, "--artifact-dir", "run")[1]
 
 
 def test_another_batch_size_continues_with_the_next_windows_and_a_note(halfway, monkeypatch):
@@ -356,7 +431,7 @@ def test_the_last_checkpoints_are_kept(files, keep, expected):
 
 def fake_evaluations(patch, losses):
     values = iter(losses)
-    patch.setattr(train, "evaluate", lambda *_: {"loss": next(values), "perplexity": 1.0, "bits_per_byte": 1.0})
+    patch.setattr(train, "evaluate", lambda *_, **__: {"loss": next(values), "perplexity": 1.0, "bits_per_byte": 1.0})
 
 
 def test_best_is_the_lowest_validation_loss_across_resumptions(files, tmp_path, monkeypatch):
@@ -712,7 +787,7 @@ def test_a_wrong_value_in_its_command_is_named(halfway, change):
 def test_missing_values_and_other_json_are_refused(halfway):
     path = halfway / "checkpoint-10/trainer.json"
     about = json.loads(path.read_text())
-    for field in fields(State):
+    for field in fields(State)[:-1]:                # older checkpoints lack the last
         path.write_text(json.dumps({name: value for name, value in about.items() if name != field.name}))
         assert field.name in refused(halfway, "trainer.json")
     for content in (b"", b"[]", b"{", b"\xff", b"null", b"[" * 100_000):

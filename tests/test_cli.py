@@ -359,6 +359,26 @@ def test_a_second_signal_quits_at_once(files, first, second):
         assert process.stderr.read() == ""
 
 
+def test_only_ctrl_c_quits_a_run_that_was_told_to_stop(monkeypatch):
+    """Several signals may say the same: the end of a session sends SIGHUP and SIGTERM, a limit of CPU time sends one a
+    second. nohup lets a process ignore SIGHUP, and the terminal on which to answer may have gone.
+    """
+    def gone(handle, text):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(os, "write", gone)
+    with cli.Stop() as stop:
+        for number in (signal.SIGXCPU, signal.SIGXCPU, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.signal == signal.SIGXCPU and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_may_interrupt_a_print(capfd):
     """Python refuses to enter a buffered stream that is being written to: the answer to a signal must not need one."""
     class Interrupted(io.RawIOBase):

@@ -110,7 +110,7 @@ import matplotlib.figure, ml_dtypes, numpy, safetensors.numpy, threadpoolctl, to
 
 def state():
     blas = {{library["filepath"]: library["num_threads"] for library in threadpoolctl.threadpool_info()}}
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     return dict(errors=numpy.geterr(), blas=blas, threads=threading.enumerate(), handlers=handlers,
                 environment=dict(os.environ), warnings=list(warnings.filters), path=list(sys.path))
 

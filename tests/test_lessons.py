@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from lessons import common
 
@@ -20,8 +21,8 @@ SONG = np.tile([0, 1, 2, 3, 0, 2, 1, 3, 3, 1], 200), NOISE[1]      # what comes 
 def lesson(tmp_path, monkeypatch):
     """lesson(name, ...): what its main gives for these arguments, once its figure is drawn, at a low resolution."""
     monkeypatch.setattr(common, "FIGURES", tmp_path)
-    save = common.Figure.savefig
-    monkeypatch.setattr(common.Figure, "savefig", lambda self, path, dpi: save(self, path, dpi=20))
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: save(self, path, dpi=20))
 
     def run(name, *args, **named):
         module = importlib.import_module(f"lessons.{name}")

@@ -147,8 +147,44 @@ def test_columns_of_older_versions_are_dropped_and_their_rows_are_kept(halfway):
                                          for line in lines)]) + "\n")
     metrics.rewind(path, 10)
     assert path.read_text() == before
-    path.write_text("step,train_loss\n3,0.5\n")        # one that lacks columns holds no row that can be read
-    assert metrics.read(path) == []
+    path.write_text("step,train_loss\n3,0.5\n")        # a column that a later version adds is empty
+    assert metrics.read(path) == [dict.fromkeys(metrics.COLUMNS, "") | {"step": "3", "train_loss": "0.5"}]
+
+
+FORMS = {"a mark and other line ends": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+         "semicolons and commas": lambda text: text.replace(",", ";").replace(".", ","),
+         "tabs and old line ends": lambda text: text.replace(",", "\t").replace("\n", "\r"),
+         "quoted": lambda text: "".join(f'"{line}"\n'.replace(",", '","') for line in text.splitlines())}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_a_spreadsheet_saved_keeps_its_rows(form, tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics.rewind(path, 0)
+    for step in (3, 6, 9):
+        metrics.append(path, ROW | {"step": step})
+    whole = path.read_text()
+    path.write_text(FORMS[form](whole), encoding="utf-8", newline="")
+    metrics.rewind(path, 9)
+    assert path.read_text() == whole and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", [
+    lambda whole: whole.replace("6,0.5", "6,Jan 05"), lambda whole: whole.encode("utf-16"),
+    lambda whole: whole.replace("step", "Schritt"), lambda whole: f"x{'y' * 200_000}\n{whole}"])
+def test_rows_that_cannot_be_read_are_kept_elsewhere(damage, tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics.rewind(path, 0)
+    for step in (3, 6, 9):
+        metrics.append(path, ROW | {"step": step})
+    content = damage(path.read_text())
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    (tmp_path / "metrics-1.csv").touch()
+    with pytest.warns(UserWarning, match=r"kept as metrics-2\.csv, and [02] of its rows were read"):
+        metrics.rewind(path, 9)
+    assert (tmp_path / "metrics-2.csv").read_bytes() == before
+    assert [row["step"] for row in metrics.read(path)] in ([], ["3", "9"])
 
 
 def test_cells_with_nothing_to_say_are_empty(tmp_path):

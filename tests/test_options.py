@@ -36,9 +36,16 @@ def test_numbers_out_of_range(name, tmp_path):
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.parametrize("flags", [[], ["--text", "text.txt"], ["--tokenizer", "tokenizer.json"], ["--text", ""]])
+@pytest.mark.parametrize("flags", [[], ["--text", "text.txt"], ["--tokenizer", "tokenizer.json"]])
 def test_text_and_tokenizer_are_needed(flags, tmp_path):
     check(command(train.main, *flags), "--text FILE and --tokenizer FILE are needed", "--demo")
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["text", "tokenizer", "init-from", "artifact-dir"])
+def test_a_name_that_is_empty_is_none(name, tmp_path):
+    """A script's variable that was not set must not be read as the current folder, or as no flag at all."""
+    check(command(train.main, *GOOD, f"--{name}", ""), f"--{name}: must not be empty")
     assert snapshot(tmp_path) == {}
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kinds import CORPUS, KINDS, Ids, decoding, every_kind, streamed, whole
 from test_checkpoint import FILES
 from test_generate import cut_at, expected_distribution
-from tiny import GOOD, command, lively, logits_of, make_text, make_tokenizer
+from tiny import GOOD, command, lively, logits_of, make_cheap, make_text, make_tokenizer
 
 import data
 import generate
@@ -436,6 +436,7 @@ def test_any_flags_train_or_say_why_not(place, flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("NANOLLM_CACHE", str(place / "cache"))
+        make_cheap(patch)
         patch.setattr(train, "train", begin)
         patch.setattr(options.demo, "files", lambda: ("text.txt", "tokenizer.json"))
         words = [f"--{name}={value}" if joined else f"--{name}" for name, value, joined in flags]

@@ -61,7 +61,7 @@ def make_cheap(monkeypatch):
 def command(main, *argv, name="train.py"):
     """(exit code, stdout, stderr) of a command, run in this process."""
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
-    before = sys.argv, signal.getsignal(signal.SIGTERM)
+    before = sys.argv, {number: signal.getsignal(number) for number in cli.SIGNALS}
     sys.argv = [name]
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -72,7 +72,8 @@ def command(main, *argv, name="train.py"):
         return end.code, out.buffer.getvalue().decode(), err.getvalue()
     finally:
         sys.argv = before[0]
-        signal.signal(signal.SIGTERM, before[1])
+        for number, handler in before[1].items():
+            signal.signal(number, handler)
 
 
 def run(*flags):

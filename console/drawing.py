@@ -1,0 +1,53 @@
+"""Matplotlib as it comes: a picture does not depend on the user's settings for it, and is no reason to lose a run.
+
+All pictures are drawn inside `defaults`; those of train.py and evaluate.py inside `optional`, too. Matplotlib is
+imported only then, because that takes as long as a small model's start.
+"""
+import contextlib
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+_failed = set()         # pictures of which `optional` has warned
+
+
+def load():
+    """The package matplotlib, imported as anyone in this process would import it: it may be the user's notebook.
+
+    If that fails because of MPLBACKEND or a matplotlibrc, it is imported from the folder with its own matplotlibrc,
+    because one in the current folder counts before all others.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise
+    except Exception:
+        for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+            del sys.modules[name]               # parts of it refer to the one that has failed
+        folder = Path(importlib.util.find_spec("matplotlib").origin).with_name("mpl-data")
+        with contextlib.chdir(folder), mock.patch.dict(os.environ, MPLBACKEND="agg"):
+            import matplotlib
+    return matplotlib
+
+
+@contextlib.contextmanager
+def defaults(style=()):
+    """In this block, or in a function decorated with this, Matplotlib has its own defaults, and those in `style`."""
+    matplotlib = load()
+    own = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context(own | dict(style)):
+        yield
+
+
+@contextlib.contextmanager
+def optional(path):
+    """Continue if this block fails to draw the picture `path`, with one warning for each picture."""
+    try:
+        yield
+    except Exception as problem:        # whatever Matplotlib raises, or the lack of it
+        if path not in _failed:
+            _failed.add(path)
+            warnings.warn(f"{path} was not drawn: {problem or type(problem).__name__}", stacklevel=3)
