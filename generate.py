@@ -15,12 +15,13 @@ from console import cli
 from console.cli import number
 from nanollm import NanoLLM
 from storage.checkpoint import check_ended
-from storage.files import InputError, dangling, read_json
+from storage.files import InputError, dangling
+from storage.huggingface import text_ends
 from storage.tokens import Decoder, load_tokenizer, vocab_size
 
 
 def open_model(folder):
-    """(model, tokenizer, BOS id or None, EOS ids) of a Hugging Face folder. Raises InputError naming what is wrong."""
+    """(model, tokenizer, its Ends) of a Hugging Face folder. Raises InputError that names what is wrong."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(dangling(folder) or
@@ -30,13 +31,7 @@ def open_model(folder):
     if vocab_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, but the model has "
                          f"only {model.config.vocab_size}")
-    config = read_json(folder / "config.json")
-    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    eos = [token for token in (eos if isinstance(eos, list) else [eos]) if token is not None]
-    for token in eos if bos is None else [bos, *eos]:
-        if type(token) is not int or not 0 <= token < model.config.vocab_size:
-            raise InputError(f"{folder / 'config.json'}: {token!r} is not a token id of this model")
-    return model, tokenizer, bos, eos
+    return model, tokenizer, text_ends(folder, tokenizer, model.config.vocab_size)
 
 
 class Text:
@@ -135,15 +130,15 @@ def main(argv=None):
     args = command_line().read(argv)
     if "" in args.stop:
         raise InputError("--stop: an empty text would end every text at once; give at least one character")
-    model, tokenizer, bos, eos = open_model(args.folder)
-    prompt = ([] if bos is None else [bos]) + tokenizer.encode(args.prompt, add_special_tokens=False).ids
+    model, tokenizer, ends = open_model(args.folder)
+    prompt = ends.front + tokenizer.encode(args.prompt, add_special_tokens=False).ids or ends.bos
     if not prompt:
         raise InputError("this model has no BOS token: give a --prompt")
     sys.stdout.reconfigure(encoding="utf-8")
-    texts = [Text(Decoder(tokenizer), prompt, args.stop, eos) for _ in range(args.num_samples)]
+    texts = [Text(Decoder(tokenizer), prompt, args.stop, ends.eos) for _ in range(args.num_samples)]
     times, turn = [time.perf_counter()], show(texts, 0)
     for tokens in model.generate(np.tile(prompt, (args.num_samples, 1)), args.max_new_tokens, args.temperature,
-                                 args.top_k, args.top_p, args.seed, eos):
+                                 args.top_k, args.top_p, args.seed, ends.eos):
         times.append(time.perf_counter())
         for text, token in zip(texts, tokens.tolist(), strict=True):
             text.add(token)

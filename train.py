@@ -256,7 +256,7 @@ def main(argv=None):
         checkpoint.read_moments(resumed, optimizer)
         optimizer.t = state.updates
     folder = Path(request.folder) if resumed else checkpoint.new_run(request.folder)
-    files = tokenizer_files(tokenizer, entries, model.config.max_context)
+    files = tokenizer_files(tokenizer, entries, model.config.max_context, request.source)
     run = checkpoint.Run(folder, files, entries, about)
     if resumed and is_over(settings, state) and run.is_finished(resumed):
         say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to "

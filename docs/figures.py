@@ -100,7 +100,7 @@ def trained():
         folder = Path(temporary) / "run"
         subprocess.run([sys.executable, "train.py", *FLAGS.replace("\\", "").split(), "--seed", str(SEED),
                         "--artifact-dir", folder], cwd=ROOT, check=True)
-        model, tokenizer, _, _ = open_model(folder)
+        model, tokenizer, _ = open_model(folder)
         rows = metrics.read(folder / "metrics.csv")
     train_set, _ = TokenDataset.from_text(*demo.files(), model.config.max_context).split(0.1)
     return Trained(model, tokenizer, train_set, rows)

@@ -7,13 +7,16 @@ q · k does not depend on the order of its D terms, as long as q and k have the 
 q and k get the order 0, D/2, 1, D/2 + 1, …: then llama.cpp rotates the pairs that the model was trained with.
 
 Hyperparameters and tokenizer are collected in dicts {name of a method of gguf.GGUFWriter: its argument}, such as
-{"add_block_count": 6}. At the end `export` calls these methods.
+{"add_block_count": 6}. At the end `export` calls these methods. A name with dots is a key for which gguf has no method.
 """
+import itertools
 import json
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+from tokenizers import pre_tokenizers
 
 if not __package__:             # run by its path, as editors do
     sys.path[0] += "/.."
@@ -21,7 +24,7 @@ if not __package__:             # run by its path, as editors do
 from console import cli
 from generate import open_model
 from hardware import device
-from storage.files import InputError, refuse_existing, whole
+from storage.files import InputError, refuse_existing, require, whole
 
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -54,47 +57,132 @@ def tensors(model):
     return result
 
 
+# ---------------------------------------------------------------- the tokenizer
+
+# What a tokenizer.json says, and what `vocabulary` then has to say.
+Form = namedtuple("Form", "normalizer pre_tokenizer decoder ignore_merges says")
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace("{1,3}", "")
+
+
+def forms(kind):
+    """Yield the forms of a kind of tokenizer that llama.cpp computes. It knows the regular expressions by a name."""
+    if kind == "gpt2":
+        def split(regex):
+            return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        as_it_is = as_gpt2 | {"use_regex": False}
+        for name, before, ignore_merges in (
+                ("gpt-2", [as_gpt2], False), ("gpt-2", [split(GPT2), as_it_is], False),
+                ("smollm", [{"type": "Digits", "individual_digits": True}, as_gpt2], False),
+                ("qwen2", [split(QWEN2), as_it_is], False), ("dbrx", [split(LLAMA3), as_it_is], False),
+                ("llama-bpe", [split(LLAMA3), as_it_is], True)):
+            yield Form([], before, ["ByteLevel"], ignore_merges, {"add_tokenizer_pre": name})
+    elif kind == "llama":
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        text = ["Replace", "ByteFallback", "Fuse"]
+        yield Form([space], [], text, False, {"add_add_space_prefix": False})
+        yield Form([{"type": "Prepend", "prepend": "▁"}, space], [], [*text, "Strip"], False,
+                   {"add_add_space_prefix": True})
+        for scheme, whole_text in itertools.product(("first", "always", "never"), (True, False)):
+            before = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": not whole_text}
+            yield Form([], [before], text if scheme == "never" else [*text, "Strip"], False,
+                       {"add_add_space_prefix": scheme != "never"})
+    else:
+        for lowercase, accents in itertools.product((True, False), (True, False, None)):
+            normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                          "strip_accents": accents, "lowercase": lowercase}
+            yield Form([normalizer], [{"type": "BertPreTokenizer"}], ["WordPiece"], False,
+                       {"tokenizer.ggml.normalizer.lowercase": lowercase,
+                        "tokenizer.ggml.normalizer.strip_accents": lowercase if accents is None else accents})
+
+
+def steps(part):
+    """The steps of a normalizer, pre-tokenizer or decoder of a tokenizer.json, without what changes no token."""
+    if part is None:
+        return []
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if name in part:
+            return [step for inner in part[name] for step in steps(inner)]
+    return [{name: value for name, value in part.items() if name != "trim_offsets"}]
+
+
+def find_form(kind, content):
+    """The Form of a tokenizer of this kind. Raises InputError that names what llama.cpp has nothing like."""
+    decoder = [step["type"] for step in steps(content["decoder"])]
+    found, left = Form(steps(content["normalizer"]), steps(content["pre_tokenizer"]), decoder,
+                       content["model"].get("ignore_merges", False), {}), list(forms(kind))
+    for name in ("normalizer", "pre_tokenizer", "decoder", "ignore_merges"):
+        part = getattr(found, name)
+        left = [form for form in left if part == getattr(form, name) or (name, part) == ("decoder", [])]
+        if not left:
+            raise InputError(f"llama.cpp has nothing like this tokenizer's {name}: "
+                             f"{json.dumps(part, ensure_ascii=False)}; other forms can be exported")
+    return left[0]
+
+
 def vocabulary(tokenizer, size):
-    """{name of a method of GGUFWriter: its argument}, which describes the tokenizer. Raises InputError for kinds other
-    than these.
+    """{name of a method of GGUFWriter, or a key: its argument}, which describes the tokenizer.
 
     Byte-level BPE ("gpt2" in llama.cpp), Llama's BPE over characters that falls back to bytes ("llama", where a token's
-    score decides which merge comes first), and WordPiece ("bert").
+    score decides which merge comes first), and WordPiece ("bert"). Raises InputError that names what llama.cpp would
+    compute in another way. What remains: before a text that begins with a space, and after a special token inside a
+    text, llama.cpp puts the space that Metaspace leaves out.
     """
     from gguf import TokenType
 
     content = json.loads(tokenizer.to_str())
-    kind, before, model = content["model"]["type"], json.dumps(content["pre_tokenizer"]), content["model"]
+    model = content["model"]
+    require(model["type"] in ("BPE", "WordPiece"), f"llama.cpp has no tokenizer like this one ({model['type']}): "
+            "byte-level BPE, Llama's BPE and WordPiece can be exported")
+    kind = "bert" if model["type"] == "WordPiece" else "llama" if model["byte_fallback"] else "gpt2"
     words = [f"[unused {i}]" for i in range(size)]
     types = [TokenType.UNUSED] * size
+    bytes_ = {"gpt2": pre_tokenizers.ByteLevel.alphabet(), "llama": [f"<0x{i:02X}>" for i in range(256)]}.get(kind, [])
     for word, i in tokenizer.get_vocab().items():
-        is_byte = len(word) == 6 and word.startswith("<0x") and word.endswith(">")
-        words[i], types[i] = word, TokenType.BYTE if is_byte and model.get("byte_fallback") else TokenType.NORMAL
+        words[i], types[i] = word, TokenType.BYTE if kind == "llama" and word in bytes_ else TokenType.NORMAL
     for token in content["added_tokens"]:
         if types[token["id"]] != TokenType.BYTE:
             types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     unknown = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+    about = {"add_tokenizer_model": kind, "add_add_bos_token": False, "add_add_eos_token": False}
     if unknown is not None:
         types[unknown] = TokenType.UNKNOWN
-    about = {"add_tokenizer_model": "gpt2", "add_token_list": words, "add_token_types": types,
-             "add_add_bos_token": False, "add_add_eos_token": False}
+        about["add_unk_token_id"] = unknown
+    check(kind, content, tokenizer, bytes_)
+    about |= find_form(kind, content).says
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges", [])]
-    if kind == "BPE" and model.get("byte_fallback"):
+    if kind == "gpt2":
+        about["add_token_merges"] = [" ".join(pair) for pair in merges]
+    elif kind == "llama":
         rank = {"".join(pair): i for i, pair in reversed(list(enumerate(merges)))}
-        prepends = "Prepend" in json.dumps(content["normalizer"])
-        about |= {"add_tokenizer_model": "llama", "add_token_scores": [-float(rank.get(w, len(rank))) for w in words],
-                  "add_add_space_prefix": prepends}
-    elif kind == "BPE" and before.count('"ByteLevel"') == 1 and '"Split"' not in before:
-        about |= {"add_tokenizer_pre": "gpt-2", "add_token_merges": [" ".join(pair) for pair in merges]}
-    elif kind == "WordPiece" and model["continuing_subword_prefix"] == "##":
-        words = [_as_bert(word) if of == TokenType.NORMAL else word for word, of in zip(words, types, strict=True)]
-        about |= {"add_tokenizer_model": "bert", "add_token_list": words, "add_add_sep_token": False,
-                  **{f"add_{name}_token_id": tokenizer.token_to_id(f"[{name.upper()}]")
-                     for name in ("sep", "pad", "mask") if tokenizer.token_to_id(f"[{name.upper()}]") is not None}}
+        about["add_token_scores"] = [-float(rank.get(word, len(rank))) for word in words]
     else:
-        raise InputError(f"llama.cpp has no tokenizer like this one ({kind} after {before}): byte-level BPE, "
-                         "Llama's BPE and WordPiece can be exported")
-    return about | ({} if unknown is None else {"add_unk_token_id": unknown})
+        words = [_as_bert(word) if of == TokenType.NORMAL else word for word, of in zip(words, types, strict=True)]
+        about |= {"add_add_sep_token": False, **{
+            f"add_{name}_token_id": tokenizer.token_to_id(f"[{name.upper()}]")
+            for name in ("sep", "pad", "mask") if tokenizer.token_to_id(f"[{name.upper()}]") is not None}}
+    if bytes_:      # without an EOS llama.cpp takes token 11 or 2 for it; the byte 255 is in no text
+        about["add_eos_token_id"] = tokenizer.token_to_id("ÿ" if kind == "gpt2" else "<0xFF>")
+    return about | {"add_token_list": words, "add_token_types": types}
+
+
+def check(kind, content, tokenizer, bytes_):
+    """Raise InputError if llama.cpp would read the vocabulary of a tokenizer of a known form in another way."""
+    model = content["model"]
+    for token in content["added_tokens"]:
+        for name in ("lstrip", "rstrip", "single_word"):
+            require(not token[name], f"llama.cpp has nothing like {name} of this tokenizer's {token['content']!r}")
+    prefix = model.get("continuing_subword_prefix") or ""
+    require(prefix == ("##" if kind == "bert" else ""),
+            f"llama.cpp has nothing like this tokenizer's continuing_subword_prefix {prefix!r}")
+    require(not model.get("end_of_word_suffix"),
+            f"llama.cpp has nothing like this tokenizer's end_of_word_suffix {model.get('end_of_word_suffix')!r}")
+    missing = [letter for letter in bytes_ if tokenizer.token_to_id(letter) is None]
+    require(not missing, f"llama.cpp needs a token for each of the 256 bytes; this tokenizer lacks {len(missing)}")
 
 
 def _as_bert(word):
@@ -106,10 +194,12 @@ def export(folder, path):
     """Write the model in `folder` as the GGUF file `path`. Raises InputError if llama.cpp cannot run this model."""
     from gguf import GGUFWriter, LlamaFileType
 
-    model, tokenizer, bos, eos = open_model(folder)
+    model, tokenizer, ends = open_model(folder)
     config, path = model.config, Path(path)
     if config.activation != "silu":
         raise InputError(f"{folder}: llama.cpp's Llama has no activation {config.activation!r}, only silu")
+    require(len(ends.front) < 2, f"{folder}: llama.cpp puts one token in front of a text, not {len(ends.front)}")
+    require(len(ends.eos) < 4, f"{folder}: llama.cpp ends a text at three tokens at most, not {len(ends.eos)}")
     with whole(path) as draft:
         writer = GGUFWriter(draft, "llama")
         about = {
@@ -120,12 +210,11 @@ def export(folder, path):
             "add_rope_freq_base": config.rope_theta, "add_rope_dimension_count": config.head_dim,
             "add_vocab_size": config.vocab_size, "add_file_type": LlamaFileType.ALL_F32,
         } | vocabulary(tokenizer, config.vocab_size)
-        if bos is not None:
-            about |= {"add_bos_token_id": bos, "add_add_bos_token": True}
-        if eos:
-            about |= {"add_eos_token_id": eos[0]}
-        for method, value in about.items():
-            getattr(writer, method)(value)
+        if bos := ends.front or ends.bos:
+            about |= {"add_bos_token_id": bos[0], "add_add_bos_token": bool(ends.front)}
+        about |= dict(zip(("add_eos_token_id", "add_eot_token_id", "add_eom_token_id"), ends.eos, strict=False))
+        for name, value in about.items():
+            writer.add_bool(name, value) if "." in name else getattr(writer, name)(value)
         for name, array in tensors(model).items():
             writer.add_tensor(name, array)
         writer.write_header_to_file()

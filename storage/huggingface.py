@@ -1,15 +1,19 @@
 """A Hugging Face model folder: what config.json calls things, and the tensors, checked before any is read."""
+import itertools
 import json
 import os
 import re
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models
 
 from hardware.quantized import LEVELS, packed_shapes
 from storage.files import InputError, read_json, readable, whole
+from storage.tokens import load_tokenizer
 
 # ---------------------------------------------------------------- config.json
 
@@ -21,6 +25,8 @@ NAMES = {"vocab_size": "vocab_size", "embedding_dim": "hidden_size", "n_block": 
 REQUIRED = "vocab_size", "embedding_dim", "n_block", "n_head", "hidden_dim"
 NO_IDS = {"bos_token_id": None, "eos_token_id": None}       # if absent, transformers takes 1 and 2
 TANH_GELU = "gelu_pytorch_tanh"         # is our "gelu"; their "gelu" is the exact one
+ACTIVATIONS = {"swish": "silu", TANH_GELU: "gelu", "gelu_new": "gelu", "gelu_fast": "gelu"}     # three spellings of it
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096}      # its defaults
 
 
 def to_config(config, bits=None):
@@ -39,10 +45,15 @@ def to_config(config, bits=None):
 def to_fields(hf):
     """{field of nanollm.Config: value} of the settings in a Llama-type config.json; Config checks the values.
 
+    A Mistral without a sliding window is a Llama.
     Raises InputError that names any setting that is not implemented here.
     """
-    if hf.get("model_type") != "llama":
-        raise InputError(f"model_type {hf.get('model_type')!r} is not implemented, only 'llama'")
+    if hf.get("model_type") == "mistral":
+        hf = MISTRAL | hf
+        if hf["sliding_window"] is not None:
+            raise InputError(f"sliding_window {hf['sliding_window']!r} is not implemented, only null")
+    elif hf.get("model_type") != "llama":
+        raise InputError(f"model_type {hf.get('model_type')!r} is not implemented, only 'llama' and 'mistral'")
     ropes = {name: hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
     for name, rope_settings in ropes.items():
         if not isinstance(rope_settings, dict):
@@ -56,8 +67,6 @@ def to_fields(hf):
             raise InputError(f"{name} is not implemented")
     if hf.get("quantization_config") and hf["quantization_config"] not in [quantization(bits) for bits in LEVELS]:
         raise InputError("quantization_config: only what extras.quantize writes is implemented")
-    if hf.get("pretraining_tp") not in (None, 1):
-        raise InputError("pretraining_tp other than 1 is not implemented")
     for field in REQUIRED:
         if NAMES[field] not in hf:
             raise InputError(f"{NAMES[field]} is missing")
@@ -66,17 +75,16 @@ def to_fields(hf):
     match fields.get("activation"):
         case "gelu":
             raise InputError(f"hidden_act 'gelu' is not implemented, {TANH_GELU!r} is")
-        case "swish":
-            fields["activation"] = "silu"
-        case name if name == TANH_GELU:
-            fields["activation"] = "gelu"
+        case str(name):
+            fields["activation"] = ACTIVATIONS.get(name, name)
     return fields
 
 
-def tokenizer_files(tokenizer, settings, max_context):
+def tokenizer_files(tokenizer, settings, max_context, source=None):
     """{name: text} of the files next to a language model; `settings` may hold bos_token_id and eos_token_id.
 
-    The tokenizer inserts no special tokens, as in training, unless the model has a BOS.
+    The tokenizer inserts no special tokens, as in training, unless the model has a BOS. But where the model comes from
+    the folder `source`, what that says about the beginning and the end of a text is kept, file by file.
     """
     content = json.loads(tokenizer.to_str())
     if settings.get("bos_token_id") is None:
@@ -85,9 +93,15 @@ def tokenizer_files(tokenizer, settings, max_context):
                if isinstance(value, int)}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "eos_token": None, **special, "model_max_length": max_context}
-    return {"tokenizer.json": json.dumps(content, ensure_ascii=False) + "\n",
-            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-            "generation_config.json": json.dumps(NO_IDS | settings, indent=2) + "\n"}
+    files = {"tokenizer.json": json.dumps(content, ensure_ascii=False) + "\n",
+             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+             "generation_config.json": json.dumps(NO_IDS | settings, indent=2) + "\n"}
+    if source is None:
+        return files
+    there = {name: Path(source, name) for name in files if os.path.lexists(Path(source, name))}
+    if "tokenizer.json" not in there or load_tokenizer(there["tokenizer.json"]).to_str() != tokenizer.to_str():
+        there = {name: path for name, path in there.items() if name == "generation_config.json"}
+    return files | {name: readable(path).read_text("utf-8") for name, path in there.items()}
 
 
 def quantization(bits):
@@ -136,6 +150,40 @@ def config_of(settings, path, Config):
         raise InputError(f"{path}: {words}") from None
 
 
+# ---------------------------------------------------------------- what begins and what ends a text
+
+Ends = namedtuple("Ends", "front bos eos")
+
+
+def text_ends(folder, tokenizer, size):
+    """The ids that begin and end a text in the folder of a model of `size` tokens, as transformers finds them.
+
+    Ends.front: what the tokenizer puts in front of every text. Ends.bos: what a text without a prompt begins with if
+    that is nothing, [its BOS] or []. Ends.eos: all that end a text. Raises InputError that names the file.
+    """
+    path = folder / "generation_config.json"
+    config = read_config(folder)[1]
+    if os.path.lexists(path):
+        settings = read_json(path)
+    else:
+        path, settings = folder / "config.json", config
+    bos, eos = settings.get("bos_token_id", config.get("bos_token_id")), settings.get("eos_token_id")
+    ends = Ends(front_ids(tokenizer), [] if bos is None else [bos],
+                eos if isinstance(eos, list) else [] if eos is None else [eos])
+    for name, ids in (folder / "tokenizer.json", ends.front), (path, ends.bos + ends.eos):
+        for token in ids:
+            if type(token) is not int or not 0 <= token < size:
+                raise InputError(f"{name}: {token!r} is not a token id of this model")
+    return ends
+
+
+def front_ids(tokenizer):
+    """The ids that a tokenizer's post-processor puts in front of every text."""
+    letter = tokenizer.post_process(Tokenizer(models.WordLevel({"a": 0})).encode("a"))      # any text of one token
+    marked = zip(letter.ids, letter.special_tokens_mask, strict=True)
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1], marked)]
+
+
 # ---------------------------------------------------------------- tensors
 
 def save_model(folder, settings, tensors):
@@ -160,15 +208,25 @@ def tensor_reader(folder, config):
     bits = (read_config(folder)[1].get("quantization_config") or {}).get("bits")
     found = find_tensors(Path(folder), config, bits)
 
-    def read(name):
+    def load(name):
         with safe_open(found[name], framework="numpy") as file, np.errstate(all="ignore"):
             array = file.get_tensor(name)
-            if array.dtype not in (np.int8, np.uint8):
-                array = array.astype(np.float32, copy=False)
+            return array if array.dtype in (np.int8, np.uint8) else array.astype(np.float32, copy=False)
+
+    def read(name):
+        array, head = load(name), head_of(name)
         if not np.isfinite(array).all():
             raise InputError(f"{found[name]}: {name} holds NaN or infinity, or more than a float32 can")
+        if config.tie_embeddings and head in found and not np.array_equal(array, load(head)):
+            raise InputError(f"{found[head]}: {head} is not equal to {name}, although config.json has "
+                             "tie_word_embeddings true: set that to false to use both, as transformers does")
         return array
     return read, bits
+
+
+def head_of(name):
+    """The name of the output layer's part that is the embedding's part `name` where the two are tied, or None."""
+    return name.replace("model.embed_tokens.", "lm_head.") if name.startswith("model.embed_tokens.") else None
 
 
 def find_tensors(folder, config, bits=None):
@@ -186,12 +244,13 @@ def find_tensors(folder, config, bits=None):
         raise InputError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_block}, "
                          f"but the model's files hold {len(headers)} tensors in all")
     expected, found = stored(config.shapes(), bits), {}
+    heads = {head_of(name): expected[name] for name in expected if head_of(name)} if config.tie_embeddings else {}
     for name, (path, shape, dtype) in headers.items():
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
-            continue        # RoPE's angles follow from the config; a tied head is the embedding
-        if name not in expected:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue        # RoPE's angles follow from the config
+        if name not in expected | heads:
             raise InputError(f"{path}: tensor {name!r} is not part of a Llama of this config.json")
-        right, dtypes = expected[name]
+        right, dtypes = (expected | heads)[name]
         if shape != right:
             raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {right}")
         if dtype not in dtypes:

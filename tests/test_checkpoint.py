@@ -843,6 +843,7 @@ def llama(tmp_path):
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     config = Config(271, 16, 1, 2, 1, 8, 24, eps=1e-5, tie_embeddings=True)
     NanoLLM(config, seed=5).save(folder, bos_token_id=1, eos_token_id=2)
+    (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 5]}')
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -851,10 +852,10 @@ def assert_transformers_agrees(transformers, folder, text):
     import torch
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model, ours, bos, _ = generate.open_model(folder)
+    model, ours, ends = generate.open_model(folder)
     ids = ours.encode(text, add_special_tokens=False).ids
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
-    assert tokenizer(text)["input_ids"] == ([] if bos is None else [bos]) + ids
+    assert tokenizer(text)["input_ids"] == ends.front + ids
     assert tokenizer.decode(ids) == ours.decode(ids)
     ids = np.array([ids[:model.config.max_context]])
     with torch.no_grad():
@@ -888,13 +889,14 @@ def test_training_starts_from_a_folder_made_elsewhere(transformers, llama, files
     assert (code, err) == (0, "")
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
-    assert generate.open_model("run")[2:] == (1, [2])
+    assert generate.open_model("run")[2] == ([1], [1], [2, 5])
     tokenizer = assert_transformers_agrees(transformers, tmp_path / "run", "the cat at the 却")
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     assert float(rows(tmp_path / "run")[-1]["train_loss"]) < float(rows(tmp_path / "run")[0]["train_loss"]) - 0.2
     assert resume("run", "--max-steps", 13) == 0
     assert resume("run", "--init-from", "llama", "--max-steps", 14) == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["bos_token_id"] == 1
+    assert generate.open_model("run")[2] == ([1], [1], [2, 5])
 
 
 def test_text_trained_on_has_no_bos_inserted(llama, files, tmp_path, monkeypatch):

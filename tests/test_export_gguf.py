@@ -9,7 +9,17 @@ from tiny import snapshot
 
 gguf = reference("gguf")
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import (  # noqa: E402
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from autograd import Tensor, rope  # noqa: E402
 from extras import export_gguf  # noqa: E402
@@ -38,7 +48,7 @@ def llama():
 
 def wordpiece():
     t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     t.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[PAD]", "[UNK]"],
                                                           show_progress=False))
     return t
@@ -132,14 +142,116 @@ def refused(call, place, words):
 
 
 def test_the_ids_that_begin_and_end_a_text_go_along(tmp_path):
-    model, folder = folder_of(tmp_path, byte_level())
-    export_gguf.export(folder, tmp_path / "neither.gguf")
+    tokenizer = byte_level()
+    model, folder = folder_of(tmp_path, tokenizer)
+
+    def exported(name):
+        export_gguf.export(folder, tmp_path / name)
+        reader = gguf.GGUFReader(tmp_path / name)
+        fields = (reader.get_field(f"tokenizer.ggml.{key}") for key in (
+            "bos_token_id", "add_bos_token", "eos_token_id", "eot_token_id", "eom_token_id"))
+        return [each and each.contents() for each in fields]
+    no_eos = tokenizer.token_to_id("ÿ")         # the byte 255; without an EOS llama.cpp would take token 11
+    assert exported("neither") == [None, False, no_eos, None, None]
     model.save(folder, bos_token_id=0, eos_token_id=[5, 6])
-    export_gguf.export(folder, tmp_path / "both.gguf")
-    neither, both = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("neither", "both"))
-    names = [f"tokenizer.ggml.{name}" for name in ("bos_token_id", "add_bos_token", "eos_token_id")]
-    assert [field(both, name) for name in names] == [0, True, 5]
-    assert [neither.get_field(name) for name in names[::2]] == [None] * 2 and field(neither, names[1]) is False
+    assert exported("not inserted") == [0, False, 5, 6, None]
+    tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model.save(folder, eos_token_id=[5, 6, 7])
+    assert exported("inserted") == [0, True, 5, 6, 7]
+    model.save(folder, eos_token_id=[5, 6, 7, 8])
+    refused(lambda: exported("four"), tmp_path, "three")
+    tokenizer.post_processor = processors.TemplateProcessing("<|end|> <|end|> $A", special_tokens=[("<|end|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model.save(folder)
+    refused(lambda: exported("two in front"), tmp_path, "one token in front")
+
+
+LLAMA_SPACE = normalizers.Replace(" ", "▁")
+GPT2, QWEN2, LLAMA3 = export_gguf.GPT2, export_gguf.QWEN2, export_gguf.LLAMA3
+Digits, Metaspace, BertNormalizer = pre_tokenizers.Digits, pre_tokenizers.Metaspace, normalizers.BertNormalizer
+
+
+def split(regex, behavior="isolated"):
+    return pre_tokenizers.Split(Regex(regex), behavior)
+
+
+def words(use_regex=False, add_prefix_space=False):
+    return pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=use_regex)
+
+
+def in_turn(*parts):
+    return (pre_tokenizers if isinstance(parts[0], pre_tokenizers.PreTokenizer) else normalizers).Sequence(list(parts))
+
+
+def formed(make, change):
+    """A tokenizer with another normalizer, pre_tokenizer, decoder, or options of the model."""
+    tokenizer = make()
+    for name, value in change.items():
+        setattr(tokenizer if hasattr(tokenizer, name) else tokenizer.model, name, value)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make, change, key, value", [
+    (byte_level, {}, "add_tokenizer_pre", "gpt-2"),
+    (byte_level, {"pre_tokenizer": in_turn(split(GPT2), words())}, "add_tokenizer_pre", "gpt-2"),
+    (byte_level, {"pre_tokenizer": in_turn(in_turn(words(True)))}, "add_tokenizer_pre", "gpt-2"),
+    (byte_level, {"pre_tokenizer": in_turn(Digits(True), words(True))}, "add_tokenizer_pre", "smollm"),
+    (byte_level, {"pre_tokenizer": in_turn(split(QWEN2), words())}, "add_tokenizer_pre", "qwen2"),
+    (byte_level, {"pre_tokenizer": in_turn(split(LLAMA3), words())}, "add_tokenizer_pre", "dbrx"),
+    (byte_level, {"pre_tokenizer": in_turn(split(LLAMA3), words()), "ignore_merges": True}, "add_tokenizer_pre",
+     "llama-bpe"),
+    (byte_level, {"decoder": None}, "add_tokenizer_pre", "gpt-2"),
+    (llama, {}, "add_add_space_prefix", True), (llama, {"normalizer": LLAMA_SPACE}, "add_add_space_prefix", False),
+    *((llama, {"normalizer": None, "pre_tokenizer": Metaspace("▁", scheme, by_word)}, "add_add_space_prefix",
+       scheme != "never") for scheme in ("first", "always", "never") for by_word in (True, False)),
+    *((wordpiece, {"normalizer": BertNormalizer(lowercase=lowercase, strip_accents=strip)},
+       f"tokenizer.ggml.normalizer.{key}", value) for lowercase, strip, key, value in (
+        (True, None, "lowercase", True), (True, None, "strip_accents", True), (False, None, "lowercase", False),
+        (False, None, "strip_accents", False), (True, False, "strip_accents", False))),
+])
+def test_every_form_that_llama_cpp_knows(make, change, key, value):
+    assert export_gguf.vocabulary(formed(make, change), 400)[key] == value
+
+
+@pytest.mark.parametrize("make, change, named", [
+    (byte_level, {"normalizer": normalizers.Lowercase()}, "normalizer.*Lowercase"),
+    (byte_level, {"normalizer": normalizers.NFC()}, "normalizer.*NFC"),
+    (byte_level, {"pre_tokenizer": words(True, True)}, "pre_tokenizer.*add_prefix_space"),
+    (byte_level, {"pre_tokenizer": words()}, "pre_tokenizer.*use_regex"),
+    (byte_level, {"pre_tokenizer": None}, "pre_tokenizer"),
+    (byte_level, {"pre_tokenizer": in_turn(pre_tokenizers.WhitespaceSplit(), words(True))}, "WhitespaceSplit"),
+    (byte_level, {"pre_tokenizer": in_turn(Digits(False), words(True))}, "pre_tokenizer.*Digits"),
+    (byte_level, {"pre_tokenizer": in_turn(words(True), Digits(True))}, "pre_tokenizer.*Digits"),
+    (byte_level, {"pre_tokenizer": in_turn(split(LLAMA3), words(True))}, "pre_tokenizer"),
+    (byte_level, {"pre_tokenizer": in_turn(split(r"\d"), words())}, "pre_tokenizer"),
+    (byte_level, {"pre_tokenizer": in_turn(split(QWEN2, "removed"), words())}, "Removed"),
+    (byte_level, {"ignore_merges": True}, "ignore_merges"), (byte_level, {"end_of_word_suffix": "</w>"}, "</w>"),
+    (byte_level, {"decoder": decoders.Metaspace()}, "decoder.*Metaspace"),
+    (llama, {"normalizer": in_turn(normalizers.NFKC(), normalizers.Prepend("▁"), LLAMA_SPACE)}, "normalizer.*NFKC"),
+    (llama, {"normalizer": normalizers.Prepend("▁")}, "normalizer"), (llama, {"normalizer": None}, "pre_tokenizer"),
+    (llama, {"pre_tokenizer": Metaspace()}, "pre_tokenizer.*Metaspace"),
+    (llama, {"pre_tokenizer": pre_tokenizers.Whitespace()}, "pre_tokenizer.*Whitespace"),
+    (llama, {"decoder": decoders.ByteFallback()}, "decoder"),
+    (wordpiece, {"normalizer": None}, "normalizer"), (wordpiece, {"normalizer": normalizers.Lowercase()}, "Lowercase"),
+    (wordpiece, {"normalizer": BertNormalizer(handle_chinese_chars=False)}, "handle_chinese_chars"),
+    (wordpiece, {"pre_tokenizer": pre_tokenizers.Whitespace()}, "pre_tokenizer.*Whitespace"),
+    (wordpiece, {"continuing_subword_prefix": "@@"}, "@@"),
+])
+def test_a_form_that_llama_cpp_has_not_is_named(make, change, named):
+    with pytest.raises(InputError, match=named) as error:
+        export_gguf.vocabulary(formed(make, change), 400)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_that_llama_cpp_would_read_in_another_way_is_named():
+    few = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    few.pre_tokenizer = words(True)
+    strict = byte_level()
+    strict.add_tokens([AddedToken("<mask>", lstrip=True)])
+    for tokenizer, named in (few, "254"), (strict, "lstrip.*<mask>"):
+        with pytest.raises(InputError, match=named):
+            export_gguf.vocabulary(tokenizer, 400)
 
 
 def test_without_the_package_its_name_is_told(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from kinds import decoding, streamed
 from tiny import command, lively, logits_of, make_tokenizer, random_ids, refused, small
+from tokenizers import processors
 
 import evaluate
 import generate
@@ -332,16 +333,18 @@ def test_text_without_a_prompt_needs_a_bos_token(finished):
 
 @pytest.fixture
 def with_bos(tmp_path):
-    """A folder like a chat model's: <s> begins a text, </s> or <end> ends it."""
+    """A folder like a chat model's: its tokenizer puts <s> in front of a text, </s> or <end> ends it."""
     folder = tmp_path / "bos"
     NanoLLM(Config(293, 16, 1, 2, 2, 8, 24)).save(folder, bos_token_id=0, eos_token_id=[1, 2])
-    make_tokenizer(folder / "tokenizer.json", 293, ["<s>", "</s>", "<end>"])
+    tokenizer = load_tokenizer(make_tokenizer(folder / "tokenizer.json", 293, ["<s>", "</s>", "<end>"]))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
 def test_bos_begins_and_eos_ends_a_text(with_bos, monkeypatch):
     prompts, read = [], NanoLLM.generate
-    word = load_tokenizer(with_bos / "tokenizer.json").encode("a").ids[0]
+    word = load_tokenizer(with_bos / "tokenizer.json").encode("a").ids[1]
 
     def scripted(self, ids, count, *rest):
         prompts.extend(ids.tolist())
@@ -408,7 +411,7 @@ def test_samples_are_the_rows_of_one_batch(finished):
 
 
 def test_each_sample_ends_by_itself(with_bos, monkeypatch):
-    a, b, c = (load_tokenizer(with_bos / "tokenizer.json").encode(letter).ids[0] for letter in "abc")
+    a, b, c = (load_tokenizer(with_bos / "tokenizer.json").encode(letter).ids[1] for letter in "abc")
     steps, read = np.array([[a, b, c, a], [2, b, a, a], [2, c, b, b], [2, a, c, c], [2, b, 1, b], [2, b, 1, b]]), []
     monkeypatch.setattr(NanoLLM, "generate", lambda self, ids, *_: (
         read.append(step) or step[:len(ids)] for step in steps))

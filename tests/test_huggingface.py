@@ -10,7 +10,7 @@ import pytest
 from conftest import reference
 from safetensors.numpy import load_file, save_file
 from tiny import QUICK, command, edit_config, every_shape, lively, logits_of, random_ids, refused, small
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import evaluate
 import generate
@@ -18,7 +18,7 @@ import train
 from extras import export_gguf, quantize
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
-from storage import huggingface
+from storage import checkpoint, huggingface
 
 # ---------------------------------------------------------------- folders
 
@@ -150,10 +150,57 @@ def test_every_spelling_of_ropes_theta(folder, spelling):
     assert NanoLLM.load(folder).config.rope_theta == 77
 
 
-@pytest.mark.parametrize("theirs, ours", [("gelu_pytorch_tanh", "gelu"), ("swish", "silu"), ("relu", "relu")])
+@pytest.mark.parametrize("theirs, ours", [("gelu_pytorch_tanh", "gelu"), ("gelu_new", "gelu"), ("gelu_fast", "gelu"),
+                                          ("swish", "silu"), ("relu", "relu")])
 def test_other_names_of_activations(folder, theirs, ours):
     edit_config(folder, hidden_act=theirs)
     assert NanoLLM.load(folder).config.activation == ours
+
+
+def test_a_mistral_without_a_window_is_a_llama(folder):
+    whole = to_host(NanoLLM.load(folder).weights.flat)
+    for window in {"sliding_window": 4096}, {}:                     # 4096 is what transformers takes if it is absent
+        edit_config(folder, model_type="mistral", **window)
+        refused(lambda: NanoLLM.load(folder), "config.json", "sliding_window", "4096")
+        edit_config(folder, "sliding_window")
+    edit_config(folder, model_type="mistral", sliding_window=None, pretraining_tp=2)
+    assert (to_host(NanoLLM.load(folder).weights.flat) == whole).all()
+    edit_config(folder, "num_key_value_heads")
+    refused(lambda: NanoLLM.load(folder), "num_key_value_heads", "8")
+
+
+# ---------------------------------------------------------------- a tied output layer that is in the file too
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "shards", "8 bits", "4 bits"])
+def test_a_tied_output_layer_must_be_the_embedding(tmp_path, kind):
+    model, bits = lively(small(tie_embeddings=True)), int(kind[0]) if kind.endswith("bits") else None
+    model.save(tmp_path)
+    if bits:
+        quantize.write(tmp_path / "quantised", tmp_path, model, bits)
+    folder = tmp_path / "quantised" if bits else tmp_path
+    tensors = read_tensors(folder)
+    if kind == "float16":
+        tensors = {name: value.astype(np.float16) for name, value in tensors.items()}
+    heads = {name.replace(EMBED, HEAD): value for name, value in tensors.items() if name.startswith(EMBED)}
+
+    def write(heads):
+        write_tensors(folder, tensors | heads)
+        if kind == "shards":
+            shard(folder)
+    write(heads)
+    assert NanoLLM.load(folder).lm_head is not None
+    for name, value in heads.items():
+        other = value.copy()
+        other[-1, -1] += 1
+        write(heads | {name: other})
+        refused(lambda: NanoLLM.load(folder), "safetensors", f"{name} is not", "tie_word_embeddings", "false")
+        write(heads | {name: value[1:]})
+        refused(lambda: NanoLLM.load(folder), "safetensors", name, str(value[1:].shape), str(value.shape))
+    write({HEAD: tensors[EMBED].astype(np.int32)})
+    refused(lambda: NanoLLM.load(folder), HEAD, "I32")
 
 
 # ---------------------------------------------------------------- folders that are refused
@@ -166,7 +213,6 @@ def test_other_names_of_activations(folder, theirs, ours):
     ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}, ["yarn"]), ("rope_parameters", "default", []),
     ("rope_parameters", {"full_attention": {"rope_type": "default"}}, []),
     ("attention_bias", True, []), ("mlp_bias", True, []), ("quantization_config", {"bits": 4}, []),
-    ("pretraining_tp", 2, []),
     ("head_dim", 4, ["4"]), ("head_dim", "2", []), ("head_dim", 0, []),
     ("hidden_act", "gelu", ["gelu"]), ("hidden_act", "tanh", []), ("hidden_act", None, []), ("hidden_act", 1, []),
     ("hidden_act", ["silu"], []), ("hidden_act", {}, []),
@@ -510,3 +556,101 @@ def test_transformers_and_we_read_ropes_theta_alike(transformers, torch, tmp_pat
     lively(small(max_context=64)).save(tmp_path)
     edit_config(tmp_path, "rope_theta", "rope_parameters", **spelling)
     assert_same_text(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), torch, NanoLLM.load(tmp_path))
+
+
+# ---------------------------------------------------------------- what begins and what ends a text
+
+BOTH, START = {"bos_token_id": 0, "eos_token_id": "<e>"}, {"bos_token_id": 0}
+# The tokenizer's template, the ids in front of a text, config.json, generation_config.json, tokenizer_config.json.
+CONVENTIONS = {
+    "nothing": ("$A", [], {}, None, {}),
+    "a BOS that nobody inserts": ("$A", [], BOTH, None, {}),
+    "a BOS that nobody names": ("<s> $A", [0], {}, None, {}),
+    "BOS and EOS in generation_config.json": ("<s> $A", [0], {}, BOTH, {}),
+    "a list in generation_config.json": ("<s> $A", [0], BOTH | {"eos_token_id": "<f>"},
+                                         BOTH | {"eos_token_id": ["<f>", "<e>"]}, {}),
+    "a list in config.json": ("$A", [], {"eos_token_id": ["<f>", "<e>"]}, None, {}),
+    "no EOS in generation_config.json": ("<s> $A", [0], BOTH, START, {}),
+    "null in generation_config.json": ("$A", [], BOTH, {"eos_token_id": None}, {}),
+    "two in front": ("<b> <s> $A", [1, 0], BOTH, None, {}),
+    "add_bos_token true": ("$A", [], BOTH, None, {"add_bos_token": True, "bos_token": "<s>"}),     # has no effect,
+    "add_bos_token false": ("<s> $A", [0], START, None, {"add_bos_token": False, "bos_token": "<s>"}),      # either
+}
+
+
+def conventional(folder, name):
+    """Make the folder of a tiny model that follows a convention; its greedy text from "a b c" meets <e>, then <f>."""
+    inserted, front, config, generation, about = CONVENTIONS[name]
+    words = ["<s>", "<b>", *"abcdefghijklmnopqrstuvwxyzA"]
+    tokenizer = Tokenizer(models.WordLevel(dict(zip(words, range(29), strict=True)), unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(words[:2])
+    tokenizer.post_processor = processors.TemplateProcessing(inserted, special_tokens=[("<s>", 0), ("<b>", 1)])
+    model = lively(small(max_context=64), seed=10)
+    free = list(model.generate([*front, 2, 3, 4], 20, temperature=0))
+    new = [token for n, token in enumerate(free) if n > 3 and token not in free[:n]]
+
+    def fill(settings):
+        return json.loads(json.dumps(settings).replace('"<e>"', str(new[0])).replace('"<f>"', str(new[1])))
+    model.save(folder, **fill(config))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **about}
+    for file, settings in ("generation_config.json", generation), ("tokenizer_config.json", about):
+        if settings is not None:
+            (folder / file).write_text(json.dumps(fill(settings)))
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_a_text_begins_and_ends_as_in_transformers(cheap, transformers, torch, tmp_path, name):
+    conventional(tmp_path, name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ends = generate.open_model(tmp_path)[2]
+    assert ends.front == CONVENTIONS[name][1]
+    for prompt in ("a b c", "") if ends.front or ends.bos else ("a b c",):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"] or ends.bos])
+        text = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)[0]
+        shown = text[:-1] if text[-1] in ends.eos else text
+        ours = command(generate.main, tmp_path, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 20)
+        assert ours == (0, tokenizer.decode(shown, skip_special_tokens=True) + "\n", "")
+        assert prompt == "" or (len(text) < ids.shape[1] + 20) == bool(ends.eos)
+
+
+@pytest.mark.parametrize("name", ["a BOS that nobody inserts", "a BOS that nobody names", "two in front",
+                                  "a list in generation_config.json", "no EOS in generation_config.json"])
+def test_a_model_made_of_another_begins_and_ends_a_text_as_that_does(cheap, tmp_path, name):
+    """By training that starts from it, by resuming that, and by quantising it."""
+    model, tokenizer = conventional(tmp_path / "model", name)
+    ends, source = generate.open_model(tmp_path / "model")[2], tmp_path / "model"
+    for folder in (tmp_path / "tuned", tmp_path / "resumed"):
+        hf = json.loads((source / "config.json").read_text())
+        settings = {name: hf[name] for name in ("bos_token_id", "eos_token_id")}
+        files = huggingface.tokenizer_files(tokenizer, settings, 64, source)
+        folder.mkdir()
+        checkpoint.Run(folder, files, settings, {}).write_model(folder, model)
+        assert generate.open_model(folder)[2] == ends
+        source = folder
+    quantize.write(tmp_path / "quantised", tmp_path / "model", model, 8)
+    assert generate.open_model(tmp_path / "quantised")[2] == ends
+
+
+def test_a_fresh_model_inserts_nothing_whatever_its_tokenizer_did(cheap, tmp_path):
+    model, tokenizer = conventional(tmp_path / "model", "two in front")
+    files = huggingface.tokenizer_files(tokenizer, {}, 64)
+    for folder in (tmp_path / "fresh", tmp_path / "resumed"):
+        folder.mkdir()
+        checkpoint.Run(folder, files, {}, {}).write_model(folder, model)
+        assert generate.open_model(folder)[2] == ([], [], [])
+        files = huggingface.tokenizer_files(tokenizer, {}, 64, folder)
+
+
+@pytest.mark.parametrize("file, settings", [
+    ("config.json", {"eos_token_id": 29}), ("config.json", {"bos_token_id": [0]}),
+    ("generation_config.json", {"eos_token_id": [2, "a"]}),
+])
+def test_an_id_that_the_model_has_not_is_named(tmp_path, file, settings):
+    conventional(tmp_path, "nothing")
+    path = tmp_path / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+    refused(lambda: generate.open_model(tmp_path), str(path), "token id")
