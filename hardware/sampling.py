@@ -5,9 +5,9 @@ import numpy as np
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """softmax(logits / temperature), cut to the likeliest tokens.  (B, V) -> float64 (B, V)
 
-    First the top_k largest are kept (and any that tie with the last of them), then the fewest of
-    these whose share reaches top_p (nucleus sampling, Holtzman et al. 2020, §3.1). All others
-    get 0, and the rest is scaled to sum to 1. At temperature 0 the largest logit gets it all.
+    First the top_k largest are kept (of equal ones the first), then the fewest of these whose
+    share reaches top_p (nucleus sampling, Holtzman et al. 2020, §3.1). All others get 0, and the
+    rest is scaled to sum to 1. At temperature 0 the largest logit gets it all.
 
     >>> p = probabilities(np.log([[4, 3, 2, 1]]), top_k=3, top_p=0.7)   # 4/9 + 3/9 reach 0.7
     >>> p.round(4).tolist()
@@ -21,7 +21,9 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     with np.errstate(over="ignore"):                    # near 0: -inf, a probability of 0
         z = (z - z.max(1, keepdims=True)) / temperature
     if top_k is not None and top_k < z.shape[1]:
-        z[z < np.partition(z, -top_k, axis=1)[:, -top_k, None]] = -np.inf
+        last = np.partition(z, -top_k, axis=1)[:, -top_k, None]         # the smallest that is kept
+        room = top_k - (z > last).sum(1, keepdims=True)
+        z[(z < last) | ((z == last) & (np.cumsum(z == last, 1) > room))] = -np.inf
     p = np.exp(z)
     p /= p.sum(1, keepdims=True)
     if top_p is not None and top_p < 1:

@@ -88,17 +88,24 @@ class Decoder:
         """The text that is complete with this id, "" where a character is not."""
         self.window.append(token)
         text = self.tokenizer.decode(self.window)
-        if text.endswith("\ufffd"):
+        if text.endswith("\ufffd") and not self.is_spelled_out():
             return ""
         new, self.shown = text[len(self.shown):], text
         if len(self.window) >= self.mark + 32:
-            self.window = self.window[self.mark:]
+            # of 32 tokens that are not shown, such as <s>, none needs to stay, but the words before them must
+            recent = self.window[self.mark:]
+            self.window = recent if self.tokenizer.decode(recent) else self.window[:self.mark]
             self.shown, self.mark = self.tokenizer.decode(self.window), len(self.window)
         return new
 
+    def is_spelled_out(self):
+        """Whether the window ends with U+FFFD itself: as a character, in ByteLevel's letters or as bytes."""
+        words = "".join(self.tokenizer.id_to_token(token) or "" for token in self.window)
+        return words.endswith(("\ufffd", "ï¿½", "<0xEF><0xBF><0xBD>"))
+
     def rest(self):
         """What is left at the end: the last token may complete one character and begin the next."""
-        return self.tokenizer.decode(self.window).rstrip("\ufffd")[len(self.shown):]
+        return self.tokenizer.decode(self.window)[len(self.shown):].rstrip("\ufffd")
 
 
 # ---------------------------------------------------------------- text -> chunks -> ids, in bounded memory

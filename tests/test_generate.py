@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from kinds import decoding, streamed
+from kinds import characters, decoding, streamed
 from tiny import command, lively, logits_of, make_tokenizer, random_ids, refused, small
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 
 import evaluate
 import generate
@@ -265,6 +265,17 @@ def test_top_k_and_top_p_by_hand(top_k, top_p, expected):
     np.testing.assert_allclose(probabilities(logits * math.log(2), top_k=top_k, top_p=top_p), [expected], atol=1e-12)
 
 
+@pytest.mark.parametrize("logits, top_k, kept", [
+    ([1, 1, 1, 1], 2, [0, 1]), ([0, 3, 2, 2, 2], 3, [1, 2, 3]), ([2, 2, 3, 3], 1, [2])])
+def test_top_k_keeps_exactly_k_and_of_equals_the_first(logits, top_k, kept):
+    z = np.array(logits, np.float32)
+    p = probabilities(np.stack([z, np.arange(len(z))]), top_k=top_k)
+    expected = np.zeros(len(z))
+    expected[kept] = np.exp(z[kept]) / np.exp(z[kept]).sum()
+    np.testing.assert_allclose(p[0], expected, atol=1e-12)
+    assert np.flatnonzero(p[1]).tolist() == list(range(len(z)))[-top_k:]        # another row has its own
+
+
 def test_temperature_0_is_greedy_and_extremes_do_not_overflow():
     logits = np.array([[1.0, 3.0, 2.0, 3.0], [-1e30, -2e30, -3e30, -1e30]], np.float32)
     for u in (0, 1 - 2**-53):
@@ -284,15 +295,43 @@ def test_text_comes_as_soon_as_a_character_is_complete():
     assert shown[0] == "a" and shown[-1] == "a却👍" and set(shown) == {"a", "a却", "a却👍"}
 
 
+def in_bytes(words):
+    """A tokenizer whose token i is the bytes words[i]."""
+    return SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"),
+                           id_to_token=lambda i: "")
+
+
 def test_a_text_ends_with_what_its_last_token_completes():
     words = [b"a\xc2", b"\xa9\xe5"]
-    in_bytes = SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"))
     for stops, shown in ((), "a©"), (["©"], "a"), (["©!"], "a©"):
-        text = generate.Text(Decoder(in_bytes), stops=stops)
+        text = generate.Text(Decoder(in_bytes(words)), stops=stops)
         text.add(0)
         text.add(1)
         text.end()
         assert text.ready == shown and text.ended and text.n_token == 2
+
+
+@pytest.mark.parametrize("kind, skipped, text", [
+    ("byte fallback", "<s>", "a b c"), ("WordPiece", "[CLS]", "a b ab"), ("byte-level", "<s>", "the cat sat")])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 100])
+def test_tokens_that_are_not_shown_change_nothing_between_words(kind, skipped, text, n):
+    """However many there are in a row: the next word is not the first one, which would lose its space."""
+    tokenizer = Tokenizer.from_str(decoding()[kind].to_str())
+    tokenizer.add_special_tokens([skipped])
+    ids = [skipped_or_word for token in tokenizer.encode(text * 3).ids
+           for skipped_or_word in (token, *[tokenizer.token_to_id(skipped)] * n)]
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "characters"])
+def test_u_fffd_in_a_text_is_shown_and_a_broken_character_is_not(kind):
+    tokenizer = characters("ab\ufffd", "?") if kind == "characters" else decoding()[kind]
+    for text in "\ufffd", "ab\ufffd", "a\ufffdb", "a\ufffd\ufffd":
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        expected = tokenizer.decode(ids)
+        assert "\ufffd" in expected and "".join(streamed(tokenizer, ids)) == expected
+        if kind == "byte-level":
+            assert "".join(streamed(tokenizer, ids + tokenizer.encode("却").ids[:-1])) == expected
 
 
 def test_streaming_takes_time_in_proportion():
@@ -302,6 +341,9 @@ def test_streaming_takes_time_in_proportion():
         def decode(self, ids):
             Counting.seen += len(ids)
             return decoding()["byte-level"].decode(ids)
+
+        def id_to_token(self, token):
+            return ""
     ids = decoding()["byte-level"].encode("the cat sat on the mat. 却" * 200).ids
     text = "".join(streamed(Counting(), ids))
     assert text == decoding()["byte-level"].decode(ids) and Counting.seen < 80 * len(ids)
