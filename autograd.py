@@ -210,10 +210,9 @@ def record(data, inputs, backward):
     """
     out = Tensor(data)
     if recording(*inputs):
-        out.requires_grad, out._node = True, Node()
-        node = out._node
+        out.requires_grad, node = True, Node()
+        out._node, node.backward, node.shape, node.dtype = node, backward, out.shape, out.dtype
         node.parents = tuple((t._node or t) if t.requires_grad else None for t in inputs)
-        node.backward, node.shape, node.dtype = backward, out.shape, out.dtype
     return out
 
 
@@ -500,12 +499,12 @@ def rmsnorm(x, w, eps=1e-6):
 
     def backward(dout):
         dout, dx, dw = _rows(dout), device.xp.empty_like(rows), device.xp.zeros_like(weight)
-
         def block(part):
             xs, dout_, r_ = _wide(rows[part]), _wide(dout[part]), r[part]
             dn = dout_ * weight
             along = device.row_dot(dn, xs) / C * r_ * r_ * r_           # r³ mean(dn * x)
-            _sum_of_products(dn, r_, xs, -along, dx[part])
+            _scale_and_add(dn, r_, xs, -along)
+            dx[part] = dn
             return device.matmul(_t(r_), dout_ * xs)[0]                 # this block's share of dw
         for share in _sweep_rows(block, *rows.shape):
             dw += share
@@ -519,8 +518,9 @@ def _times(a, b, c, out):
 
 
 @device.fuse
-def _sum_of_products(a, b, c, d, out):
-    out[...] = a * b + c * d
+def _scale_and_add(x, a, y, b):         # x becomes x a + y b
+    x *= a
+    x += y * b
 
 
 def rope(x, cos, sin):
@@ -540,15 +540,15 @@ def rope(x, cos, sin):
     return record(_rotate(x.data, cos, sin), (x,), lambda dout: (_rotate(dout, cos, -sin),))
 
 
-def _rotate(x, cos, sin):
-    xp, half = device.xp, x.shape[-1] // 2
-    out = xp.empty(x.shape, x.dtype)
-
-    def block(t):                                       # a slice of positions
-        xs = xp.ascontiguousarray(x[..., t, :])         # contiguous, because it is read twice
-        by_90_degrees = xp.concatenate((-xs[..., half:], xs[..., :half]), -1)
-        _sum_of_products(xs, cos[t], by_90_degrees, sin[t], out[..., t, :])
-    _sweep_rows(block, x.shape[-2], x.size // x.shape[-2])
+def _rotate(x, cos, sin):                       # x cos + (x₂, x₁) (-sin, sin)
+    out, half = x.copy(), x.shape[-1] // 2
+    heads = out.reshape(-1, *x.shape[-2:])      # (N, T, D), a view
+    sin = device.xp.concatenate((-sin[:, :half], sin[:, half:]), -1)
+    def block(part):
+        xs = heads[part]
+        swapped = device.xp.concatenate((xs[..., half:], xs[..., :half]), -1)
+        _scale_and_add(xs, cos, swapped, sin)
+    _sweep_rows(block, len(heads), heads[0].size)
     return out
 
 
