@@ -14,6 +14,7 @@ import tracemalloc
 from collections import Counter, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 from cycler import cycler
@@ -423,11 +424,9 @@ def memory(size=8):
 def shares(steps=6):
     """Where the time of a step goes, by op, on one thread."""
     train_set, model = trained().train_set, NanoLLM(trained().model.config, SEED)
-    optimizer, threads, device.threads = Adam(model), device.threads, 1
-    try:
+    optimizer = Adam(model)
+    with mock.patch.object(device, "threads", 1):
         found = [training_step(model, optimizer, lambda i=i: train_set.batch(i * 32, 32, SEED)) for i in range(steps)]
-    finally:
-        device.threads = threads
     fastest = np.min([[span.seconds for span in step] for step in found], 0)     # the machine does other work, too
     total, by = fastest.sum(), Counter()
     for span, seconds in zip(found[0], fastest, strict=True):

@@ -134,11 +134,8 @@ class Chapter:
         doc = self.docstring(node)
         if not doc and (owner or node.name.startswith("_")):
             return                      # a helper: it stays in the row above it
-        if owner:
-            self.methods[title] = anchor
+        self.methods[title] = anchor
         start = min(part.lineno for part in [node, *node.decorator_list])
-        while self.lines[start - 2].lstrip().startswith("#") and start - 1 not in self.hidden:
-            start -= 1
         names = {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
         self.rows.append(Row(start, 3, title, anchor, doc, names))
 

@@ -5,6 +5,7 @@ import tracemalloc
 from collections import namedtuple
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 
@@ -29,11 +30,8 @@ def hooked(forward, backward):
         out = plain(data, parents, hooked_run)
         forward(op, out)
         return out
-    autograd.record = result
-    try:
+    with mock.patch.object(autograd, "record", result):
         yield
-    finally:
-        autograd.record = plain
 
 
 Span = namedtuple("Span", "op phase seconds peak")      # phase: data, forward, backward or optimizer
@@ -87,10 +85,6 @@ def attention_maps(model, ids):
         np.testing.assert_allclose(p @ v, out.data[0], rtol=1e-4, atol=1e-5)
         maps.append(p)
         return out
-    nanollm.attention = watched
-    try:
-        with autograd.no_grad():
-            model.hidden(np.array([ids]))
-    finally:
-        nanollm.attention = op
+    with mock.patch.object(nanollm, "attention", watched), autograd.no_grad():
+        model.hidden(np.array([ids]))
     return np.array(maps)

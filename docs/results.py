@@ -81,10 +81,8 @@ def main():
                      ["--prompt", "ROMEO:", "--seed", "1", "--max-new-tokens", "300"])
     lines.insert(-1, "\n![training and validation loss on tinyshakespeare](docs/shakespeare.png)")
     readme = ROOT / "README.md"
-    before, rest = readme.read_text().split("<!-- results: written by docs/results.py -->\n")
-    after = rest.split("<!-- /results -->")[1]
-    readme.write_text(before + "<!-- results: written by docs/results.py -->\n" + "\n".join(lines).rstrip()
-                      + "\n\n<!-- /results -->" + after)
+    readme.write_text(re.sub("(?s)(<!-- results: .*? -->\n).*(?=<!-- /results -->)",
+                             lambda found: found[1] + "\n".join(lines).rstrip() + "\n\n", readme.read_text()))
 
 
 if __name__ == "__main__":

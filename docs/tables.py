@@ -58,12 +58,6 @@ def map_errors(text):
             *(f"names {name}, which does not exist" for name in sorted(named) if not (ROOT / name).exists())]
 
 
-def places():
-    """{op: the line of autograd.py at which it is defined}"""
-    tree = ast.parse((ROOT / "autograd.py").read_text(encoding="utf-8"))
-    return {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
 @functools.cache
 def tests():
     """The ids of all tests of the ops, "…test_gradient[softmax-batch]", one per line."""
@@ -74,7 +68,8 @@ def tests():
 
 def ops_of(text):
     """| `name`, `name` | forward | backward | line | tests |: fill the last two cells of each row about ops."""
-    known, ids = places(), tests()
+    tree, ids = ast.parse((ROOT / "autograd.py").read_text(encoding="utf-8")), tests()
+    known = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
 
     def fill(match):
         names = re.findall(r"`(\w+)`", match[2])

@@ -36,8 +36,7 @@ from hardware import device
 from storage.files import require
 from storage.tokens import load_tokenizer
 
-WIDE = 4                # bytes of a float32
-LARGEST_BATCH = 10**9   # that train.py takes
+WIDE = 4        # bytes of a float32
 
 
 # ---------------------------------------------------------------- parameters
@@ -252,7 +251,7 @@ def report(config, settings):
     if room is None:
         lines.append(where)
     else:
-        most = bisect.bisect_right(range(1, LARGEST_BATCH + 1), room, key=needed)      # 0: not even 1 fits
+        most = bisect.bisect_right(range(1, 10**9 + 1), room, key=needed)      # train.py takes no more; 0: none fits
         lines.append(f"The largest that fits is {most:,}: it takes {mb(needed(most))} of {mb(room)} MB {where}." if most
                      else f"Not even 1 fits: it takes {mb(needed(1))} MB, and {mb(room)} MB are {where}. Lower "
                      "--seq-len, use --recompute, or make the model smaller.")
