@@ -42,7 +42,7 @@ def write(out, source, model, bits):
         huggingface.save_model(folder, settings, tensors(model, bits))
         for name in OTHERS:
             if (source / name).exists():
-                shutil.copy(source / name, folder / name)
+                shutil.copyfile(source / name, folder / name)
         refuse_existing(out)
 
 

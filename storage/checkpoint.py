@@ -34,7 +34,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hardware import device
-from storage.files import InputError, file_hash, lock, read_json, readable, recover, remove_folder, require, sync, whole
+from storage.files import (
+    InputError,
+    dangling,
+    file_hash,
+    lock,
+    read_json,
+    readable,
+    recover,
+    remove_folder,
+    require,
+    sync,
+    whole,
+)
 
 # ---------------------------------------------------------------- the folder of a run
 
@@ -49,16 +61,18 @@ WRITTEN = "metrics.csv", "config.json", "model.safetensors", "checkpoint-*"     
 
 
 def check_free(folder=None):
-    """Raise InputError unless a new run can begin in `folder`, or in runs. Tests by writing a temporary file."""
+    """Raise InputError unless a new run can begin in `folder`, or in runs. Tests by making a temporary folder."""
+    place = Path("runs" if folder is None else folder)
     try:
-        require(folder is None or not any(any(Path(folder).glob(name)) for name in WRITTEN),
+        require(folder is None or not any(any(place.glob(name)) for name in WRITTEN),
                 f"{folder} already holds a run, and no run overwrites another: continue it with --resume, or name "
                 "another --artifact-dir")
-        folder = Path("runs" if folder is None else folder)
-        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
+        above = next(path for path in (place, *place.absolute().parents) if path.is_symlink() or path.exists())
+        with tempfile.TemporaryDirectory(".nanollm", ".", above):
             pass
     except OSError as problem:
-        raise InputError(f"cannot write to {folder} ({problem.strerror}): name another --artifact-dir") from None
+        raise InputError(dangling(place) or
+                         f"cannot write to {place} ({problem.strerror}): name another --artifact-dir") from None
 
 
 def new_run(folder=None):
@@ -111,7 +125,7 @@ def held(folder):
             yield
         except (OSError, SafetensorError) as problem:
             where, why = getattr(problem, "filename", None) or folder, getattr(problem, "strerror", None) or problem
-            saved = "nothing was saved yet"
+            saved = "nothing was saved yet: name an --artifact-dir on another disk"
             if done := checkpoints(folder):
                 saved = f"{done[-1]} is complete: once that is fixed, continue with {resume_command(folder)}"
             raise InputError(f"cannot write {where} ({why}); {saved}") from None

@@ -4,10 +4,12 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 try:
@@ -86,18 +88,31 @@ def file_hash(path):
         raise InputError(f"{path}: {problem.strerror}") from None
 
 
-def sync(path):
-    """Wait until the disk holds what was written to a file, or the names in a folder (which Windows cannot open)."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+# ---------------------------------------------------------------- what a file system may lack
+
+# How it answers: FAT and CIFS have no modes, many cannot sync a folder or lock it, mounted buckets cannot rename one.
+_LACKS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.EBADF, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP,
+          errno.EOPNOTSUPP}
+
+
+@contextlib.contextmanager
+def _if_it_can():
+    """Let an error pass that says that this file system cannot do a thing; not one that says that doing it failed."""
     try:
-        os.fsync(handle)
+        yield
     except OSError as problem:
-        if problem.errno != errno.EINVAL:       # EINVAL: this file system cannot sync folders
+        if problem.errno not in _LACKS:
             raise
-    finally:
-        os.close(handle)
+
+
+def sync(path):
+    """Wait until the disk holds what was written to a file, or the names in a folder, where the system can do that."""
+    with _if_it_can():
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def refuse_existing(path):
@@ -108,8 +123,9 @@ def refuse_existing(path):
 
 # ---------------------------------------------------------------- whole or not at all
 
-_WORKPLACE = re.compile(r"\.(.+)\.[0-9a-f]{8}\.nanollm")       # .NAME.1a2b3c4d.nanollm/ holds NAME until it is complete
-_DAY = 24 * 3600        # without locks, a workplace this old is taken for one whose process is dead
+# .NAME.1a2b3c4d.nanollm/ holds NAME until it is complete. Half of the digits are random, half are the machine's.
+_WORKPLACE = re.compile(r"\.(.+)\.([0-9a-f]{4})[0-9a-f]{4}\.nanollm")
+_DAY = 24 * 3600        # where no lock tells, the process of a workplace that has not changed for so long is dead
 
 
 @contextlib.contextmanager
@@ -120,7 +136,8 @@ def whole(path):
             draft.write_text("{}")
 
     After an error everything is as before; an OSError then names `path`, not the draft. If there is a folder of this
-    name, it is moved aside at the very end; if this process is killed in that moment, `recover` moves it back.
+    name, it is moved aside at the very end; if this process is killed in that moment, `recover` moves it back. Only
+    where the file system cannot rename a folder do its files get their names one by one.
     """
     path = Path(path)
     if any(_WORKPLACE.fullmatch(folder.name) for folder in path.parents):
@@ -133,11 +150,12 @@ def whole(path):
             yield draft
             for part in [*draft.rglob("*"), draft]:             # if it is a file, there is nothing below it
                 if part.is_file():
-                    part.chmod(work.stat().st_mode & 0o666)     # safetensors' files are readable by their owner only
+                    with _if_it_can():      # safetensors' files are readable by their owner only
+                        part.chmod(work.stat().st_mode & 0o666)
                 sync(part)
             if draft.is_dir() and path.is_dir():
-                path.rename(work / (path.name + ".old"))
-            draft.replace(path)
+                _move(path, work / (path.name + ".old"))
+            _move(draft, path)
             sync(path.parent)
     except OSError as problem:
         if ".nanollm" in str(problem.filename or ".nanollm"):
@@ -148,17 +166,39 @@ def whole(path):
 def remove_folder(path):
     """Remove a folder that, half removed, must not look like a whole one."""
     with _workplace(path) as work:
-        path.rename(work / path.name)
+        _move(path, work / path.name)
+
+
+def _move(source, target):
+    """Rename a file or a folder; where folders cannot be renamed, the files in it, one by one."""
+    try:
+        source.replace(target)
+    except OSError as problem:
+        if not source.is_dir() or problem.errno not in {*_LACKS, errno.EXDEV, errno.EMFILE}:
+            raise
+        target.mkdir()
+        for part in source.iterdir():
+            _move(part, target / part.name)
+        source.rmdir()
 
 
 def recover(folder):
-    """Clear away what killed processes left unfinished in a folder. What a living process is writing stays."""
+    """Clear away what killed processes left unfinished in a folder. What a living process is writing stays.
+
+    A lock tells whether a process of this machine lives. Those of other machines may not be seen on a shared disk.
+    """
     for work in folder.glob(".*.nanollm"):
-        if _WORKPLACE.fullmatch(work.name):
+        if match := _WORKPLACE.fullmatch(work.name):
             # An error means that a living process holds the lock, or that another one has just cleared this away.
             with contextlib.suppress(OSError), lock(work) as is_held:
-                if is_held or time.time() - work.stat().st_mtime > _DAY:
+                changed = max(path.stat().st_mtime for path in (work, *work.rglob("*")))
+                if (is_held and match[2] == _machine()) or time.time() - changed > _DAY:
                     _clear(work)
+
+
+def _machine():
+    """Four digits that tell this machine, or container, from most others."""
+    return f"{zlib.crc32(platform.node().encode()) % 0x10000:04x}"
 
 
 @contextlib.contextmanager
@@ -167,8 +207,11 @@ def lock(folder):
 
     Raises BlockingIOError if another process holds it.
     """
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    handle = None
     try:
+        if fcntl:
+            with _if_it_can():
+                handle = os.open(folder, os.O_RDONLY)
         yield handle is not None and _try_lock(handle)
     finally:
         if handle is not None:
@@ -190,8 +233,11 @@ def _workplace(path):
     """A locked folder next to `path` for what should not be seen yet, or no longer. It is cleared at the end."""
     with contextlib.ExitStack() as stack:
         while True:
-            work = path.with_name(f".{path.name}.{secrets.token_hex(4)}.nanollm")
-            work.mkdir()
+            work = path.with_name(f".{path.name}.{_machine()}{secrets.token_hex(2)}.nanollm")
+            try:
+                work.mkdir()
+            except FileExistsError:
+                continue
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 stack.enter_context(lock(work))
                 if work.exists():       # no other process's `recover` came between mkdir and lock
@@ -207,5 +253,5 @@ def _clear(work):
     path = work.with_name(_WORKPLACE.fullmatch(work.name)[1])
     old = work / (path.name + ".old")
     if old.exists() and not path.exists():
-        old.rename(path)
+        _move(old, path)
     shutil.rmtree(work, ignore_errors=True)

@@ -329,17 +329,24 @@ def cached_tokens(text, tokenizer, seq_len):
         n_character += len(block)
     if n_character == 0:
         raise InputError(f"the text {text} is empty: give a UTF-8 text")
-    path = cache_folder() / f"{digest.hexdigest()}.ids"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return TokenFile(path, text, tokenizer)
+    path, why = cache_folder() / f"{digest.hexdigest()}.ids", "it does not hold what was written to it"
+
+    def cached():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return TokenFile(path, text, tokenizer)
+
+    if file := cached():
+        return file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tokens(path, text, tokenizer, recipe, seq_len)
-        return TokenFile(path, text, tokenizer)
-    except OSError as error:
-        raise InputError(f"cannot write the token cache {path.parent} ({error.strerror}): "
-                         "set NANOLLM_CACHE to a folder that can be written and has room") from None
+    except OSError as error:            # some systems do not replace a file that is open: then another process wrote it
+        why = error.strerror
     except Exception as error:
         if type(error) is not Exception:            # the library's own, such as for a vocabulary without its unk_token
             raise
         raise InputError(f"the tokenizer cannot encode {text}: {error}") from None
+    if file := cached():
+        return file
+    raise InputError(f"cannot write the token cache {path.parent} ({why}): "
+                     "set NANOLLM_CACHE to a folder that can be written and has room")

@@ -595,7 +595,7 @@ REFUSALS = {
     "mkdir": (Path, "mkdir", read_only, "Read-only file system"),
     "moments": (checkpoint, "save_file", full_safetensors, "No space left on device"),
     "json": (Path, "write_text", no_space, "No space left on device"),
-    "rename": (Path, "rename", read_only, "Read-only file system"),
+    "rename": (Path, "replace", read_only, "Read-only file system"),
     "sync": (os, "fsync", no_space, "No space left on device"),
 }
 

@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
     def denied(*args, **named):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", denied)
     check(command(train.main, *GOOD), "cannot write to run", "Read-only file system", "another --artifact-dir")
     check(command(train.main, *GOOD[:-2]), "cannot write to runs", "Read-only file system", "another --artifact-dir")
     assert snapshot(tmp_path) == before

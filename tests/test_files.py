@@ -2,7 +2,10 @@
 refuses in between.
 """
 import errno
+import itertools
 import os
+import platform
+import secrets
 import shutil
 import signal
 import subprocess
@@ -13,8 +16,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from conftest import reference
 
 import storage.files as module
+import train
+from extras import export_gguf, quantize
 from storage.files import (
     InputError,
     file_hash,
@@ -215,6 +221,8 @@ def test_what_is_replaced_by_nothing_comes_back(tmp_path, monkeypatch):
     fill(path, "folder", "old")
 
     def refuse(self, target):
+        if target != path or self.name.endswith(".old"):
+            return replace(self, target)
         assert not path.exists()
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     monkeypatch.setattr(Path, "replace", refuse)
@@ -232,7 +240,9 @@ from storage.files import whole
 path, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
 with whole(path) as draft:
     if kind == "aside":
-        pathlib.Path.replace = lambda *_: print("ready", flush=True) or time.sleep(100)
+        move = pathlib.Path.replace
+        pathlib.Path.replace = lambda source, target: (
+            print("ready", flush=True) or time.sleep(100) if target == path else move(source, target))
         draft.mkdir()
     elif kind == "begun":
         print("ready", flush=True)
@@ -320,6 +330,37 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with whole(tmp_path / "a.txt") as draft:
         draft.write_text("a")
     assert names(tmp_path) == [".new.txt.0123abcd.nanollm", "a.txt"]
+
+
+def test_a_draft_of_another_machine_stays_for_a_day(tmp_path, monkeypatch):
+    """Some shared disks grant each machine a lock of its own."""
+    monkeypatch.setattr(module.fcntl, "flock", lambda *_: None)
+    two_days_ago = (time.time() - 2 * 24 * 3600,) * 2
+    with whole(tmp_path / "theirs.txt") as draft:
+        draft.write_text("half")
+        with monkeypatch.context() as patch:
+            patch.setattr(platform, "node", lambda: "another")
+            recover(tmp_path)
+            os.utime(draft.parent, two_days_ago)        # begun long ago, and still written to
+            recover(tmp_path)
+            assert draft.exists()
+            os.utime(draft, two_days_ago)
+            recover(tmp_path)
+            assert not draft.exists()
+        draft.parent.mkdir()
+        draft.write_text("whole")
+    assert names(tmp_path) == ["theirs.txt"]
+
+
+def test_no_two_processes_share_a_workplace(tmp_path, monkeypatch):
+    """Whatever their process ids: in containers that share a folder, each may be process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    digits = iter(["0123", "0123", "4567"])
+    monkeypatch.setattr(secrets, "token_hex", lambda _: next(digits))
+    with whole(tmp_path / "name") as one, whole(tmp_path / "name") as two:
+        assert one.parent != two.parent
+        one.write_text("one"), two.write_text("two")
+    assert content(tmp_path / "name") == {".": "one"} and names(tmp_path) == ["name"]
 
 
 def test_names_that_only_look_alike_stay(tmp_path):
@@ -419,11 +460,81 @@ def test_all_is_on_the_disk_before_it_has_its_name(files, tmp_path, monkeypatch)
             assert order[when] == parent, name
 
 
+# ---------------------------------------------------------------- file systems that lack something
+
+CANNOT = [errno.EPERM, errno.EACCES, errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP]
+CALLS = "chmod", "fsync", "replace", "flock"
+
+
+def refuse(patch, *numbers, calls=CALLS):
+    """As FAT, CIFS, FUSE and mounted buckets may: no modes, no locks; no folder is synced or renamed."""
+    number = itertools.cycle(numbers)
+
+    def refused(call, only_folders):
+        def answer(what, *rest, **named):
+            path = f"/proc/self/fd/{what}" if isinstance(what, int) else what
+            if only_folders and not os.path.isdir(path):
+                return call(what, *rest, **named)
+            code = next(number)
+            raise OSError(code, os.strerror(code), str(what))
+        return answer
+    for name in calls:
+        owner = module.fcntl if name == "flock" else os
+        patch.setattr(owner, name, refused(getattr(owner, name), name in ("fsync", "replace")))
+
+
+@pytest.mark.parametrize("number", CANNOT, ids=errno.errorcode.get)
+def test_what_a_file_system_cannot_do_is_left_out(tmp_path, monkeypatch, number):
+    refuse(monkeypatch, number)
+    for kind in ("file", "folder"):
+        for text in ("old", "new"):
+            with whole(tmp_path / kind) as draft:
+                fill(draft, kind, text)
+            assert set(content(tmp_path / kind).values()) == {text}
+    remove_folder(tmp_path / "folder")
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("call", ["chmod", "fsync", "replace"])
+def test_what_it_can_do_and_fails_at_is_an_error(tmp_path, monkeypatch, call, number):
+    refuse(monkeypatch, number, calls=[call])
+    with pytest.raises(OSError, match=os.strerror(number)) as caught, whole(tmp_path / "name") as draft:
+        fill(draft, "folder", "new")
+    assert caught.value.errno == number
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EMFILE])
+def test_a_folder_that_cannot_be_renamed_is_moved_file_by_file(tmp_path, monkeypatch, number):
+    """A container's image, or a mounted bucket."""
+    fill(tmp_path / "name", "folder", "old")
+    (tmp_path / "name/empty").mkdir()
+    refuse(monkeypatch, number, calls=["replace"])
+    with whole(tmp_path / "name") as draft:
+        fill(draft, "folder", "new")
+    assert names(tmp_path) == ["name"] and content(tmp_path / "name") == {"a.txt": "new", "sub/b.txt": "new"}
+    remove_folder(tmp_path / "name")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_opened_has_no_lock(tmp_path, monkeypatch):
+    def closed(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    monkeypatch.setattr(os, "open", closed)
+    with lock(tmp_path) as is_held:
+        assert not is_held
+    module.sync(tmp_path)
+
+
 @pytest.mark.usefixtures("cheap")
-def test_a_file_system_that_cannot_sync_folders(files, monkeypatch):
-    """As some of those that are mounted over a network."""
-    def fsync(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert tiny.run(*files, "--max-steps", 2, "--artifact-dir", "run") == 0
+def test_a_run_on_a_file_system_that_can_do_little(files, tmp_path, monkeypatch):
+    reference("gguf")
+    refuse(monkeypatch, *CANNOT)
+    tiny.run(*files, "--max-steps", 6, "--save-every", 2, "--eval-every", 2, "--keep-last", 1, "--artifact-dir", "run")
+    assert {"best", "checkpoint-6", "model.safetensors"} <= set(names(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob(".*"))
+    assert train.main("--resume --max-steps 7 --artifact-dir run".split()) == 0
+    quantize.main(["run", "small"])
+    export_gguf.export("run", "model.gguf")
+    assert {"small", "model.gguf"} <= set(names(tmp_path))

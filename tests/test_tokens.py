@@ -1,6 +1,8 @@
 """Text to ids: for any text and tokenizer, the ids are those of the whole text encoded at once, and none is lost."""
 import os
+import shutil
 import sys
+import threading
 import time
 
 import numpy as np
@@ -10,7 +12,7 @@ from kinds import CORPUS, KINDS, byte_bpe, characters, every_kind, whole, wordpi
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data import TokenDataset
-from storage import tokens
+from storage import files, tokens
 from storage.files import InputError, lock
 from storage.tokens import load_tokenizer, vocab_size
 
@@ -111,11 +113,48 @@ def test_a_damaged_cache_is_made_again(make, cache_folder, suffix, damage):
 
 
 def test_leftovers_of_a_killed_run_go_and_a_running_one_is_left_alone(make, cache_folder):
-    dead, alive = cache_folder / ".a.ids.0123abcd.nanollm", cache_folder / ".b.ids.0123abcd.nanollm"
+    dead, alive = (cache_folder / f".{name}.ids.{files._machine()}abcd.nanollm" for name in "ab")
     dead.mkdir(parents=True), alive.mkdir()
     with lock(alive):
         make(CORPUS[0])
     assert not dead.exists() and alive.exists()
+
+
+def test_two_starts_at_once_share_the_cache(make, cache_folder, tmp_path, monkeypatch):
+    """In containers each of them may be process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    wanted = make(CORPUS[0]).tokens.tolist()
+    start, found = threading.Barrier(3), []
+
+    def begin():
+        start.wait()
+        found.append(TokenDataset.from_text(tmp_path / "text.txt", tmp_path / "tokenizer.json", 8).tokens.tolist())
+    for _ in range(5):
+        shutil.rmtree(cache_folder)
+        threads = [threading.Thread(target=begin) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [wanted] * 15
+    assert sorted(path.suffix for path in cache_folder.iterdir()) == [".ids", ".json"]
+
+
+def test_a_cache_that_another_process_has_written_meanwhile_will_do(make, monkeypatch):
+    """Where a file that is open cannot be replaced, the second of two writers is refused."""
+    write = tokens.write_tokens
+
+    def refused(*args):
+        write(*args)
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(tokens, "write_tokens", refused)
+    assert make(CORPUS[0]).tokens.tolist()
+
+
+def test_a_cache_that_does_not_keep_what_is_written_is_named(make, monkeypatch):
+    monkeypatch.setattr(tokens, "write_tokens", lambda path, *_: path.write_bytes(b"??"))
+    with pytest.raises(InputError, match=r"token cache .*does not hold what was written.*NANOLLM_CACHE"):
+        make(CORPUS[0])
 
 
 def test_the_cache_folder_is_the_users_unless_named(monkeypatch, tmp_path):
