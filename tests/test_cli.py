@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ CASES = {
     "a text as tokenizer": ("--tokenizer text.txt", "text.txt", "not valid JSON", "give a"),
     "ids beyond the vocabulary": ("--init-from model", "tokenizer.json", "290", "260", "own tokenizer"),
     "another kind of model": ("--init-from bert", "bert/config.json", "model_type 'bert' is not implemented"),
+    "a run that has not ended": ("--init-from used", "used has no model yet", "has not ended: continue it"),
     "no model to start from": ("--init-from none", "none/config.json", "no such file", "a model's folder"),
     "heads that do not divide": ("--n-head 3 --n-kv-head 3", r"--embedding-dim \(16\)", "multiple of",
                                  r"--n-head \(3\)"),
@@ -237,6 +239,23 @@ def test_errors_become_one_line(error, code, line):
 def test_warnings_are_one_line_too():
     code, out, err = outcome(lambda: __import__("warnings").warn("mind\nthis", stacklevel=1))
     assert (code, out) == (0, "") and err == "train.py: warning: mind this\n"
+
+
+def test_warnings_that_are_errors_are_shown_and_end_nothing(capsys):
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+        warnings.simplefilter("error")          # python -W error
+        cli.run(lambda: warnings.warn("mind this", stacklevel=1), "it")
+    assert not end.value.code and capsys.readouterr().err == "it: warning: mind this\n"
+
+
+def test_a_process_whose_streams_are_closed(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: print("x", file=sys.stdout) or sys.stderr.isatty())
+    assert end.value.code is False
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
 
 
 def test_what_a_terminal_cannot_show_does_not_stop_a_run(tmp_path):

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import QUICK, SHAPE, command, make_files, stop_at
+from tiny import QUICK, SHAPE, check, command, make_files, stop_at
 
 import train
 from console import demo, options
@@ -104,3 +104,10 @@ def test_the_first_command_of_the_readme(monkeypatch):
     assert (code, err) == (0, "") and Path("runs/llm/config.json").exists()
     assert "The function" in out and "--prompt 'The function" in out.splitlines()[-1]
     assert json.loads(Path("runs/llm/config.json").read_text())["vocab_size"] == 400
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named_with_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOLLM_CACHE", str(tmp_path / "file/cache"))
+    check(command(train.main, "--demo"), "cannot make the cache folder", "file/cache", "Not a directory",
+          "set NANOLLM_CACHE")

@@ -1,4 +1,5 @@
 """The choice of a device, threads and what a process keeps of its own."""
+import math
 import os
 import subprocess
 import sys
@@ -41,6 +42,33 @@ def test_a_device_of_another_name_is_one_line():
 def test_the_threads_are_those_asked_for():
     code = "from hardware import device; print(device.threads, device.reason)"
     assert python(code, NANOLLM_THREADS="3")[1] == f"3 cpu (NumPy {np.__version__}, 3 threads)"
+
+
+V1 = "33 31 0:30 {top} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+V2 = "41 31 0:38 {top} /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n"
+OF_V1, OF_V2 = "sys/fs/cgroup/cpu,cpuacct", "sys/fs/cgroup/unified"
+AB = {f"{OF_V2}/a/cpu.max": "150000 100000", f"{OF_V2}/a/b/cpu.max": "max 100000"}
+
+
+@pytest.mark.parametrize(("groups", "mounts", "limits", "expected"), [
+    ("0::/a/b\n", V2.format(top="/"), AB, 1.5),
+    ("0::/a\n", V2.format(top="/"), {f"{OF_V2}/cpu.max": "300000 100000", f"{OF_V2}/a/cpu.max": "40000 100000"}, 0.4),
+    ("0::/docker/1a\n", V2.format(top="/docker/1a"), {f"{OF_V2}/cpu.max": "200000 100000"}, 2.0),
+    ("4:cpu,cpuacct:/docker/1a/x\n1:cpuset:/y\n0::/\n", V1.format(top="/docker/1a") + V2.format(top="/"),
+     {f"{OF_V1}/cpu.cfs_quota_us": "250000", f"{OF_V1}/cpu.cfs_period_us": "100000",
+      f"{OF_V1}/x/cpu.cfs_quota_us": "-1", f"{OF_V1}/x/cpu.cfs_period_us": "100000"}, 2.5),
+    ("4:cpu,cpuacct:/z\n", V1.format(top="/"), {f"{OF_V1}/y/cpu.cfs_quota_us": "1"}, math.inf),
+    ("junk\n", "junk\n", {}, math.inf), (None, None, {}, math.inf)])
+def test_the_quota_of_a_container(groups, mounts, limits, expected, tmp_path, monkeypatch):
+    for name, content in {"proc/self/cgroup": groups, "proc/self/mountinfo": mounts, **limits}.items():
+        if content is not None:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+    assert device._quota(tmp_path) == expected
+    monkeypatch.setattr(device, "_quota", lambda: expected)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.delenv("NANOLLM_THREADS", raising=False)
+    assert device._thread_count() == min(8, math.ceil(min(expected, 8)))
 
 
 SWEEP = """

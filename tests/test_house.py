@@ -100,6 +100,15 @@ for name in {[name for name in COMMANDS if name.startswith("extras.")]}:
     assert done.stdout.count("usage: ") >= 3 and len(COMMANDS) >= 9
 
 
+def test_commands_run_by_their_paths_too(tmp_path):
+    """Editors run the open file by its path: then Python looks for modules in the file's folder."""
+    for name in COMMANDS:
+        assert 'if not __package__:' in (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"), name
+    done = subprocess.run([sys.executable, ROOT / "extras/quantize.py", "--help"], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m extras.quantize "), done.stderr
+
+
 def test_importing_changes_nothing_in_the_process():
     """What a run needs is set when a device is chosen. (Other people's packages are imported before we look.)"""
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

@@ -159,6 +159,9 @@ def test_a_cache_that_does_not_keep_what_is_written_is_named(make, monkeypatch):
 
 def test_the_cache_folder_is_the_users_unless_named(monkeypatch, tmp_path):
     assert tokens.cache_folder() == tmp_path / "nanollm-cache"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NANOLLM_CACHE", "~/x")          # as a configuration file may have it, without a shell
+    assert tokens.cache_folder() == tmp_path / "x"
     monkeypatch.delenv("NANOLLM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(sys, "platform", "linux")
