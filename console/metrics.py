@@ -9,7 +9,7 @@ import numpy as np
 from autograd import cast, embedding, no_grad
 from console import drawing
 from hardware import device
-from storage.files import whole
+from storage.files import readable, whole
 
 COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity", "val_bits_per_byte",
            "learning_rate", "grad_norm", "loss_scale", "skipped", "tokens_per_second", "flops_per_second", "seconds")
@@ -31,7 +31,7 @@ def parse(path):
     """
     if not path.exists():
         return [], True
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = readable(path).read_text(encoding="utf-8-sig", errors="replace")
     header = text.partition("\n")[0]
     try:
         names, *lines = csv.reader(text.split("\n"), delimiter=max(",;\t", key=header.count))

@@ -4,6 +4,7 @@ A weight takes 8 bits, with a scale for each row, or 4 bits, with a scale for ea
 float32 (see hardware/quantized.py). generate.py and evaluate.py take the folder OUT as it is; it cannot be trained.
 With --text, a text that the model has not seen, the perplexity of both models on it is printed.
 """
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from evaluate import evaluate
 from generate import open_model
 from hardware.quantized import quantize
 from storage import huggingface
-from storage.files import read_json, refuse_existing, require, whole
+from storage.files import read_json, readable, refuse_existing, require, whole
 
 OTHERS = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
@@ -41,8 +42,8 @@ def write(out, source, model, bits):
         settings = read_json(source / "config.json") | {"quantization_config": huggingface.quantization(bits)}
         huggingface.save_model(folder, settings, tensors(model, bits))
         for name in OTHERS:
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
+            if os.path.lexists(source / name):
+                shutil.copyfile(readable(source / name), folder / name)
         refuse_existing(out)
 
 

@@ -1,5 +1,6 @@
 """metrics.csv, the plot, perplexity and entropy, and the diagnosis of what is not finite."""
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import train
 from console import metrics
 from data import TokenDataset
 from nanollm import Config, NanoLLM
+from storage.files import InputError
 
 pytestmark = pytest.mark.usefixtures("cheap")
 
@@ -185,6 +187,12 @@ def test_rows_that_cannot_be_read_are_kept_elsewhere(damage, tmp_path):
         metrics.rewind(path, 9)
     assert (tmp_path / "metrics-2.csv").read_bytes() == before
     assert [row["step"] for row in metrics.read(path)] in ([], ["3", "9"])
+
+
+def test_a_pipe_in_place_of_the_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.csv")
+    with pytest.raises(InputError, match=r"metrics\.csv is a pipe"):
+        metrics.rewind(tmp_path / "metrics.csv", 0)
 
 
 def test_cells_with_nothing_to_say_are_empty(tmp_path):

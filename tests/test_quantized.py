@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits: how far off they may be, and that a model of them is the model."""
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -210,6 +211,14 @@ def test_a_failed_write_leaves_nothing_and_a_run_next_to_it_is_left_alone(traine
         assert saving.exists()
     weights, config = (tmp_path / "small" / name for name in ("model.safetensors", "config.json"))
     assert weights.stat().st_mode == config.stat().st_mode      # safetensors makes files for their owner alone
+
+
+def test_a_file_that_stands_for_another_is_not_copied(trained, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json is only Git LFS's pointer"):
+        quantize.main([str(folder), str(tmp_path / "small")])
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_quantised_model_is_not_trained_and_not_exported(trained, tmp_path):
