@@ -258,8 +258,9 @@ def div(a, b):
 
 def power(x, p):
     """out = x**p for a number p;  dx = dout * p * x**(p-1), and 0 for p = 0.  √x is power(x, 0.5)."""
-    data = x.data
-    return record(data ** p, (x,), lambda dout: (dout * (p and p * data ** (p - 1)),))
+    data, dtype = _wide(x.data), x.dtype        # CuPy has no powers of bfloat16
+    return record((data ** p).astype(dtype, copy=False), (x,), lambda dout: (
+        (dout * (p and p * data ** (p - 1))).astype(dtype, copy=False),))
 
 
 def cast(x, dtype):
@@ -672,8 +673,11 @@ _SCORES = 1 << 16       # scores in a block on a CPU: several passes go over it,
 
 
 def _query_blocks(T, S):
-    """Yield (t, end): a slice of queries, and the number of keys that its last query may see."""
-    for start in range(0, T, _QUERIES):
+    """Yield (t, end): a slice of queries, and the number of keys that its last query may see.
+
+    The longest comes first: CuPy gives memory that it has taken back only to what is no larger.
+    """
+    for start in reversed(range(0, T, _QUERIES)):
         stop = min(start + _QUERIES, T)
         yield slice(start, stop), S - T + stop
 

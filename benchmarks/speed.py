@@ -148,7 +148,11 @@ def training(name, c, steps, folder, rate, args):
 
 
 def generation(name, c, folder, args):
-    """Compare greedy generation from one prompt, with the cache; both sides must generate the same tokens."""
+    """Compare greedy generation from one prompt, with the cache; both sides must generate the same tokens.
+
+    It is in float32 whatever --dtype says: between nearly equal tokens half precision's rounding would decide.
+    """
+    args = argparse.Namespace(**vars(args) | {"dtype": "float32"})
     count = min(128, c["max_context"] // 2)
     request = "generate", list(range(count // 4)), count
     sides = sides_of(args, (Nanollm, {"c": c, "args": args, "folder": folder}),
@@ -230,6 +234,8 @@ def main():
     def show(rows):
         print(*map(tables.comparison, rows), sep="\n", flush=True)
         result["rows"] += rows
+        if args.json:           # now, because the next check may end the program
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
         for name in args.config:
@@ -242,8 +248,6 @@ def main():
             show(training(name, c, args.steps or steps, start, max(rates.values()), args))
             show(generation(name, c, start, args))
         show(tokenisation(folder, args))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

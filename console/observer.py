@@ -18,6 +18,8 @@ def announce(model, train_set, val_set, settings, state, folder):
         f"model      {model.weights.flat.size:,} parameters, {model.config}\n"
         f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
         f"folder     {folder}")
+    if device.on_gpu:
+        say("The first step takes some seconds longer if CuPy has to compile its kernels, once on each machine.")
 
 
 def due(step, every):

@@ -284,14 +284,14 @@ def fuse(formula):
     On a GPU CuPy compiles it into one kernel: one pass over memory instead of one for each operator.
     On a CPU it runs as it stands; call it on the rows of a `sweep`, so that its passes stay in the cache.
     """
-    kernel = None
+    kernels = {}                                # a test may have a card and its stand-in in one process
 
     def call(*arrays):
-        nonlocal kernel
         if not on_gpu:
             return formula(*arrays)
-        kernel = kernel or xp.fuse(formula)
-        return kernel(*arrays)
+        if xp not in kernels:
+            kernels[xp] = xp.fuse(formula)
+        return kernels[xp](*arrays)
 
     call.formula = formula
     return call
@@ -364,47 +364,53 @@ def linear(x, w, out=None):
     return w.times(x, xp.empty((len(x), len(w)), x.dtype) if out is None else out)
 
 
-_CUDA_TYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}     # cudaDataType
+_CUDA_TYPE = {np.dtype(name): number for name, number in (              # cudaDataType
+    ("float32", 0), ("float64", 1), ("float16", 2), ("bfloat16", 14))}
+_FLOAT64 = np.dtype(np.float64)
+_NUMBERS = {dtype: np.array([0, 1], dtype) for dtype in (np.dtype(np.float32), _FLOAT64)}   # read from host memory
+_ADDRESSES = {dtype: (a.ctypes.data, a.ctypes.data + a.itemsize) for dtype, a in _NUMBERS.items()}
 
 
 def _cublas(a, b, out, accumulate):
     """out = a @ b (+ out) by cublasGemmEx or cublasGemmStridedBatchedEx; half inputs may have a float32 `out`.
 
     cuBLAS counts columns first: what it sees is the transpose of every row-major matrix, and outᵀ = bᵀ aᵀ.
+    Hundreds of products a step come through here. What looks cheap, such as dtype.name, would cost more than the call.
     """
     from cupy_backends.cuda.libs import cublas
-    wide = out.dtype.name == "float64"
-    compute = 68                                # cublasComputeType: float32
-    if wide:
-        compute = 70                            # float64
-    elif tf32_products and a.dtype.name == "float32":
+    kind, out_kind = _CUDA_TYPE[a.dtype], _CUDA_TYPE[out.dtype]
+    compute, scalar = 68, np.dtype(np.float32)  # cublasComputeType: float32
+    if out.dtype == _FLOAT64:
+        compute, scalar = 70, _FLOAT64
+    elif tf32_products and kind == 0:
         compute = 77                            # float32 by TF32
-    scalar = np.float64 if wide else np.float32
-    one, beta = np.array(1, scalar), np.array(1 if accumulate else 0, scalar)       # read from host memory
+    zero, one = _ADDRESSES[scalar]
+    beta = one if accumulate else zero
     a, ta, lda, sa = _as_cublas(a)
     b, tb, ldb, sb = _as_cublas(b)
     target, tc, ldc, sc = _as_cublas(out)
     if target is not out or tc:
         raise ValueError("matmul: the rows of `out` must be contiguous and its leading axes one stride apart")
-    m, k, n, count = a.shape[-2], a.shape[-1], b.shape[-1], out.size // (out.shape[-2] * out.shape[-1])
+    (m, k), n, count = a.shape[-2:], b.shape[-1], out.size // (out.shape[-2] * out.shape[-1])
     handle = xp.cuda.device.get_cublas_handle()
-    a_args, b_args = (a.data.ptr, _CUDA_TYPE[a.dtype.name], lda), (b.data.ptr, _CUDA_TYPE[b.dtype.name], ldb)
-    c_args = (out.data.ptr, _CUDA_TYPE[out.dtype.name], ldc)
+    a_args, b_args = (a.data.ptr, kind, lda), (b.data.ptr, _CUDA_TYPE[b.dtype], ldb)
+    c_args = out.data.ptr, out_kind, ldc
     if count == 1:
-        cublas.gemmEx(handle, tb, ta, n, m, k, one.ctypes.data, *b_args, *a_args,
-                      beta.ctypes.data, *c_args, compute, -1)
+        cublas.gemmEx(handle, tb, ta, n, m, k, one, *b_args, *a_args, beta, *c_args, compute, -1)
     else:
-        cublas.gemmStridedBatchedEx(handle, tb, ta, n, m, k, one.ctypes.data, *b_args, sb, *a_args, sa,
-                                    beta.ctypes.data, *c_args, sc, count, compute, -1)
+        cublas.gemmStridedBatchedEx(handle, tb, ta, n, m, k, one, *b_args, sb, *a_args, sa, beta, *c_args, sc,
+                                    count, compute, -1)
 
 
 def _as_cublas(x):
     """(array, transposed, leading dimension, batch stride), copied only where no such description fits x."""
-    *batch, rows, columns = (step // x.itemsize for step in x.strides)
-    m, n = x.shape[-2:]
-    axes = [(size, step) for size, step in zip(x.shape, batch, strict=False) if size > 1]
-    one_stride = all(axes[i][1] == axes[i + 1][0] * axes[i + 1][1] for i in range(len(axes) - 1))
-    stride = axes[-1][1] if axes else 0
+    itemsize, shape, steps = x.itemsize, x.shape, x.strides
+    (m, n), rows, columns = shape[-2:], steps[-2] // itemsize, steps[-1] // itemsize
+    stride, one_stride = 0, True
+    if len(shape) > 2:
+        axes = [(size, step // itemsize) for size, step in zip(shape[:-2], steps, strict=False) if size > 1]
+        one_stride = all(axes[i][1] == axes[i + 1][0] * axes[i + 1][1] for i in range(len(axes) - 1))
+        stride = axes[-1][1] if axes else 0
     if one_stride and (columns == 1 or n == 1) and (rows >= n or m == 1):
         return x, 0, max(rows, n) if m > 1 else n, stride
     if one_stride and (rows == 1 or m == 1) and (columns >= m or n == 1):

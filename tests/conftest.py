@@ -4,6 +4,7 @@
 in this process on the stand-in for one (strict_cupy.py).
 """
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -24,7 +25,26 @@ def reference(name):
     return importlib.import_module(name) if CI else pytest.importorskip(name)
 
 
+@contextlib.contextmanager
+def same_device():
+    """After it the device is what it was before, whatever was chosen inside."""
+    from hardware import device
+    names = ["xp", "reason", "threads", "on_gpu", "tf32_products"]
+    choice = {name: getattr(device, name) for name in names}
+    try:
+        yield
+    finally:
+        vars(device).update(choice)
+        device._blas_threads(None if device.on_gpu else 1)
+
+
 def pytest_configure(config):
+    if os.environ["NANOLLM_DEVICE"] == "gpu":       # where it cannot compute nothing is tested, least of all on the CPU
+        from hardware import device
+        try:
+            device.use("gpu")
+        except device.Unavailable as problem:
+            raise pytest.UsageError(str(problem)) from None
     if STRICT:
         from strict_cupy import strict_gpu
         stand_in = strict_gpu()
@@ -77,14 +97,18 @@ def cheap(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def device_afterwards():
+    """A flag --device chooses for the whole process: the next test still begins with the device of the first."""
+    with same_device():
+        yield
+
+
 @pytest.fixture
-def on_cpu():
+def on_cpu(device_afterwards):
     """On the CPU equal means bit for bit; a GPU adds up the embedding's gradient in any order."""
     from hardware import device
-    choice = device.xp, device.on_gpu, device.reason
     device.use("cpu")
-    yield
-    device.xp, device.on_gpu, device.reason = choice
 
 
 @pytest.fixture

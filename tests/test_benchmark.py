@@ -1,5 +1,7 @@
 """benchmarks/speed.py on its smallest configuration: both sides compute the same, and the report is complete."""
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -61,6 +63,31 @@ def test_another_checkout_is_what_is_compared(tmp_path):
     done = run("--threads", "1", "--before", str(copy))
     assert done.returncode == 1 and "NOT EQUAL: tiny: first loss {'nanollm': 3.9" in done.stderr
     assert "'before': 7.8" in done.stderr
+
+
+def test_half_precision_generates_in_float32_and_a_failed_check_loses_no_row(tmp_path, monkeypatch):
+    """bfloat16 rounds nearly equal logits in another order than PyTorch does: the same tokens cannot be demanded."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "docs"))
+    import speed
+    file, dtypes = tmp_path / "speed.json", []
+
+    @contextlib.contextmanager
+    def running(**sides):
+        dtypes.extend(sides[name][1]["args"].dtype for name in ("nanollm", "transformers") if name in sides)
+        yield {name: lambda *request: {"torch": 1.0} for name in sides}
+    rows = [{"what": "generation", "unit": "tokens/s", "nanollm": 1.0, "against": "PyTorch", "other": 1.0,
+             "ratio": [1, 1, 1]}]
+    monkeypatch.setattr(speed, "running", running)
+    monkeypatch.setattr(speed, "training", lambda *args: [])
+    monkeypatch.setattr(speed, "compare", lambda *args: (rows, {"nanollm": 1, "transformers": 1}))
+    monkeypatch.setattr(speed, "tokenisation", lambda *args: speed.check(False, "the ids of the text"))
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--config", "tiny", "--dtype", "bfloat16", "--json", str(file)])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(SystemExit, match="NOT EQUAL"):
+        speed.main()
+    result = json.loads(file.read_text())
+    assert dtypes == ["float32", "float32"] and result["rows"] == rows and result["header"]["dtype"] == "bfloat16"
 
 
 def test_different_weights_are_noticed(tmp_path, monkeypatch):

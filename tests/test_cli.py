@@ -23,7 +23,6 @@ import generate
 import train
 from console import cli
 from console.cli import number
-from hardware import device
 from nanollm import Config, NanoLLM
 from storage.files import InputError
 
@@ -174,18 +173,14 @@ def test_no_gpu_with_cupy_s_reason(tmp_path, monkeypatch):
 
     def is_available():
         raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is\ninsufficient")
-    choice = device.xp, device.on_gpu, device.reason
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(is_available=is_available))
-    try:
-        check(command(train.main, *GOOD, "--device", "gpu"), "device gpu", "cudaErrorInsufficientDriver: CUDA driver "
-              "version is insufficient", "--device cpu")
-        monkeypatch.setattr(sys.modules["cupy"], "is_available", lambda: False)
-        check(command(train.main, *GOOD, "--device", "gpu"), "device gpu", "no CUDA GPU", "--device cpu")
-        monkeypatch.setitem(sys.modules, "cupy", None)          # not installed
-        for main, flags in ((train.main, GOOD), (generate.main, ["model"]), (evaluate.main, ["model", "--text", "a"])):
-            check(command(main, *flags, "--device", "gpu"), "device gpu", "cupy", "--device cpu")
-    finally:
-        device.xp, device.on_gpu, device.reason = choice
+    check(command(train.main, *GOOD, "--device", "gpu"), "device gpu", "cudaErrorInsufficientDriver: CUDA driver "
+          "version is insufficient", "--device cpu")
+    monkeypatch.setattr(sys.modules["cupy"], "is_available", lambda: False)
+    check(command(train.main, *GOOD, "--device", "gpu"), "device gpu", "no CUDA GPU", "--device cpu")
+    monkeypatch.setitem(sys.modules, "cupy", None)          # not installed
+    for main, flags in ((train.main, GOOD), (generate.main, ["model"]), (evaluate.main, ["model", "--text", "a"])):
+        check(command(main, *flags, "--device", "gpu"), "device gpu", "cupy", "--device cpu")
     assert snapshot(tmp_path) == before
 
 

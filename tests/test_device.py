@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
+from conftest import same_device
 from threadpoolctl import threadpool_info
 from tiny import command
 
@@ -132,22 +135,48 @@ def test_blas_has_one_thread_on_a_cpu_and_its_own_number_on_a_gpu(monkeypatch):
     """Our threads split the rows of a product on a CPU; on a GPU the user's NumPy keeps what it had."""
     def blas_threads():
         return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
-    names = ("xp", "on_gpu", "reason", "threads", "tf32_products")
-    before = {name: getattr(device, name) for name in names}
     usual = {number for _, number in device._blas_libraries()}
-    try:
-        device.use("cpu")
-        assert blas_threads() <= {1}
-        monkeypatch.setattr(device, "_find_gpu", lambda: (np, "a card"))
+    device.use("cpu")
+    assert blas_threads() <= {1}
+    monkeypatch.setattr(device, "_find_gpu", lambda: (np, "a card"))
+    device.use("gpu")
+    assert blas_threads() == usual
+    device.use("auto", tf32=True)
+    assert device.on_gpu and device.tf32_products
+
+
+def test_the_next_test_has_the_device_that_this_one_began_with(monkeypatch):
+    """A command with --device chooses for the process: with NANOLLM_DEVICE=gpu the rest would be tested on the CPU."""
+    monkeypatch.setattr(device, "_find_gpu", lambda: (types.SimpleNamespace(__version__="0"), "a card"))
+    before = device.xp, device.on_gpu, device.reason, device.tf32_products
+    with same_device():
         device.use("gpu")
-        assert blas_threads() == usual
-        device.use("auto", tf32=True)
-        assert device.on_gpu and device.tf32_products
-    finally:
-        monkeypatch.undo()
-        device.use("cpu")
-        for name, value in before.items():
-            setattr(device, name, value)
+        with same_device():
+            command(generate.main, "no/such/folder", "--device", "cpu")
+            assert not device.on_gpu
+        assert device.on_gpu and device.reason == "gpu (CuPy 0, a card)"
+        device.use(tf32=True)
+    assert (device.xp, device.on_gpu, device.reason, device.tf32_products) == before
+
+
+def test_tests_for_a_gpu_that_does_not_work_are_an_error_not_tests_of_the_cpu(monkeypatch):
+    def broken():
+        raise RuntimeError("no driver")
+    monkeypatch.setenv("NANOLLM_DEVICE", "gpu")
+    monkeypatch.setattr(device, "_find_gpu", broken)
+    with pytest.raises(pytest.UsageError, match="device gpu: no driver"):
+        conftest.pytest_configure(None)
+
+
+def test_a_fused_formula_is_compiled_by_each_library_that_it_meets(monkeypatch):
+    formula, results = device.fuse(lambda x: x), []
+    monkeypatch.setattr(device, "on_gpu", True)
+    for name in "card", "stand-in", "card":
+        library = types.ModuleType(name)
+        library.fuse = lambda formula, name=name: lambda x: results.append((name, formula(x)))
+        monkeypatch.setattr(device, "xp", library)
+        formula(1)
+    assert results == [("card", 1), ("stand-in", 1), ("card", 1)]
 
 
 def test_no_grad_is_the_threads_own():

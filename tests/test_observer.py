@@ -1,6 +1,7 @@
 """What follows a step: the first line, the rows of metrics.csv, evaluations, samples."""
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from tiny import QUICK, SHAPE, command, rows
 
 import train
 from console import metrics
+from console.observer import announce
 from data import TokenDataset
+from hardware import device
 from nanollm import Config, NanoLLM
 
 pytestmark = pytest.mark.usefixtures("cheap")
@@ -24,6 +27,18 @@ def test_the_first_loss_is_shown_next_to_ln_V_and_the_unigram_entropy(finished):
     assert loss == pytest.approx(float(model.loss(*train_set.batch(0, 17, 0)).data), abs=6e-4)
     assert ln_v == pytest.approx(math.log(290), abs=6e-4) and "290" in line
     assert entropy == pytest.approx(metrics.unigram_entropy(train_set), abs=6e-4)
+
+
+class Windows(list):
+    tokens = range(9)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_on_a_gpu_the_compilation_of_the_first_step_is_announced(on_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(device, "on_gpu", on_gpu)
+    settings = SimpleNamespace(windows_per_step=lambda: 2, seq_len=4, text="text.txt", max_steps=3)
+    announce(NanoLLM(Config(9, 4, 1, 1, 1, 4, 4)), Windows(), None, settings, SimpleNamespace(step=0), "run")
+    assert ("compile its kernels" in capsys.readouterr().out) is on_gpu
 
 
 def test_train_loss_is_the_mean_since_the_row_before(files, tmp_path):

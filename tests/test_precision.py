@@ -38,6 +38,14 @@ def relative(a, b):
 
 # ---------------------------------------------------------------- half precision
 
+def test_a_power_keeps_the_type_of_its_base(half):
+    x = Tensor(device.xp.asarray(np.array([4.0, 16.0], half)), requires_grad=True)
+    root = x ** 0.5
+    root.sum().backward()
+    assert root.dtype == x.grad.dtype == half
+    assert (root.data.tolist(), x.grad.tolist()) == ([2.0, 4.0], [0.25, 0.125])
+
+
 @pytest.mark.parametrize("op, shapes", [(op, shapes) for op, *shapes in [
     (autograd.softmax, (2, 3, 7)), (autograd.rmsnorm, (4, 9), (9,)), (linear, (2, 5, 8), (7, 8)),
     (lambda x: autograd.glu(x, activation="gelu"), (5, 12)),
