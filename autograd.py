@@ -756,8 +756,8 @@ def attention(q, k, v):
 def dropout(x, p, key):
     """out = x * keep / (1 - p): each element becomes 0 with probability p, and the mean is kept.
 
-    dx = dout * keep / (1 - p). The mask `keep` is not saved but computed again from `key`, a tuple
-    of whole numbers: a resumed step drops the same elements.  (Srivastava et al. 2014, §4 and §10)
+    dx = dout * keep / (1 - p). The mask `keep` is not saved but computed again from `key`, whole
+    numbers. The last is that of x's first row.  (Srivastava et al. 2014, §4 and §10)
     """
     if p == 0:
         return x

@@ -6,6 +6,7 @@ each window are predicted from next to nothing. With --stride N the next window 
 N tokens count: each is predicted from at least seq-len - N + 1 others. That shows better what the model can do, and
 costs seq-len / N times as much.
 """
+import itertools
 import json
 import math
 import time
@@ -19,7 +20,7 @@ from console.cli import number
 from console.metrics import perplexity
 from data import TokenDataset
 from generate import open_model
-from hardware import device
+from hardware import device, ranks
 from storage.files import require
 
 COMPARED = 1 << 16      # logits that a thread compares at a time, few enough to stay in its cache
@@ -34,12 +35,12 @@ def token_losses(x, w, targets, ranked=False):
     rows, shape, V = x.data.reshape(-1, x.shape[-1]), x.shape[:-1], len(w.data)
     targets = device.as_ids(targets, V).reshape(-1)
     losses = device.xp.empty(len(rows), np.promote_types(x.dtype, np.float32))
-    ranks = device.xp.empty(len(rows), np.int64)
+    places = device.xp.empty(len(rows), np.int64)
     for part, z in logit_blocks(rows, w.data):
         losses[part] = loss_of_rows(z, targets[part])
         if ranked:
-            ranks[part] = ranks_of(z, targets[part])
-    return losses.reshape(shape), ranks.reshape(shape) if ranked else None
+            places[part] = ranks_of(z, targets[part])
+    return losses.reshape(shape), places.reshape(shape) if ranked else None
 
 
 def ranks_of(z, targets):
@@ -53,25 +54,30 @@ def ranks_of(z, targets):
     return ranks
 
 
-def evaluate(model, dataset, batch_size=8, scores=None, watch=iter):
+def evaluate(model, dataset, batch_size=8, scores=None, watch=iter, team=ranks.ALONE):
     """The loss on a text: {loss, perplexity, bits_per_byte, tokens, bytes}; every token but the first is a target once.
 
     loss is the mean cross-entropy in nats per token. perplexity is its exponential: as unsure as when choosing evenly
     among this number of tokens. bits_per_byte, total nats / ln 2 / source bytes, is comparable between tokenizers.
     A dataset whose stride is below its seq_len gives each target more context, at more cost: its windows overlap.
-    `scores`, if given, gets the losses and ranks of all targets, batch by batch (see Scores.add). `watch` is given the
-    batches and yields them; it may raise to end the evaluation (see Stop.watch in console/cli.py).
+    `scores`, if given, gets the losses and ranks of all targets, batch by batch (see Scores.add). In each turn every
+    rank of a team (hardware/ranks.py) takes a batch, and all get the result. `watch` is given the turns and yields
+    them; it may raise to end the evaluation (see Stop.watch in console/cli.py).
     """
     nats, count, ranked = 0.0, 0, scores is not None
     with no_grad():
-        for x, y, new in watch(dataset.in_order(batch_size)):
+        for turn in watch(itertools.zip_longest(*[dataset.in_order(batch_size)] * team.size)):
+            if turn[team.rank] is None:         # the last turn has fewer batches
+                continue
+            x, y, new = turn[team.rank]
             start = x.shape[1] - new            # the targets before it counted in an earlier window
             hidden = model.hidden(x)[:, start:]
-            losses, ranks = token_losses(hidden, model.lm_head, y[:, start:], ranked)
+            losses, places = token_losses(hidden, model.lm_head, y[:, start:], ranked)
             losses = device.to_host(losses)                                                     # (B, new)
             nats, count = nats + float(losses.sum(dtype=np.float64)), count + losses.size
             if ranked:
-                scores.add(start, losses, device.to_host(ranks))
+                scores.add(start, losses, device.to_host(places))
+    nats, count = team.sum(nats), team.sum(count)
     loss = nats / count
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": nats / math.log(2) / dataset.source_bytes,
             "tokens": count, "bytes": dataset.source_bytes}

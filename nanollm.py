@@ -126,7 +126,8 @@ class Parameters:
     to it in place.
 
     shapes {name: shape}, matrices first. Attributes: `flat` and `grad`, 1-D arrays; `n_matrix`, the
-    number of elements, at the front, that belong to matrices.
+    number of elements, at the front, that belong to matrices; `own`, the slice of them that this
+    process updates: all, unless it trains as one of several (hardware/ranks.py).
     """
     bits = None             # not quantised
 
@@ -138,6 +139,7 @@ class Parameters:
         self.flat = device.xp.ones(ends[-1], dtype)
         self.grad = device.xp.zeros(ends[-1], dtype)
         self.n_matrix = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
+        self.own, self._tensors = slice(0, ends[-1]), []
 
     def views(self, array):
         """{name: view} of an array laid out like `flat`, such as `grad` or Adam's moments."""
@@ -149,7 +151,14 @@ class Parameters:
         shape = (rows, *self.shapes[names[0]][1:])
         tensor = Tensor(self._view(self.flat, names[0], shape), requires_grad=True)
         tensor.grad = self._view(self.grad, names[0], shape)
+        self._tensors.append((names[0], tensor))
         return tensor
+
+    def place(self, flat, grad, own):
+        """Use these arrays from now on; the Tensors become views of them."""
+        self.flat, self.grad, self.own = flat, grad, own
+        for name, tensor in self._tensors:
+            tensor.data, tensor.grad = (self._view(x, name, tensor.shape) for x in (flat, grad))
 
     def _view(self, array, name, shape):
         start = self.starts[name]
@@ -264,11 +273,11 @@ class NanoLLM:
         """Block i on h (B, T, C): attention, then the gated linear unit, each added to h."""
         block, eps = self.blocks[i], self.config.eps
         x = rmsnorm(h, block.norm1, eps)
-        h = h + dropout(self._attend(i, x, cache), p, (*key, 2 * i + 1))
+        h = h + dropout(self._attend(i, x, cache), p, (2 * i + 1, *key))
         x = rmsnorm(h, block.norm2, eps)
         x = linear(x, block.gate_up)                                      # (B, T, 2F)
         x = glu(x, activation=self.config.activation)                       # (B, T, F)
-        return h + dropout(linear(x, block.down), p, (*key, 2 * i + 2))
+        return h + dropout(linear(x, block.down), p, (2 * i + 2, *key))
 
     def hidden(self, ids, cache=None, p=0.0, key=()):
         """The last hidden state (B, T, C), normalised, of ids (B, T) that follow what `cache` read.
@@ -281,7 +290,7 @@ class NanoLLM:
         if end > self.config.max_context:
             raise ValueError(f"{end} positions are more than max_context, "
                              f"{self.config.max_context}")
-        h = dropout(cast(h, self.compute_dtype), p, (*key, 0))
+        h = dropout(cast(h, self.compute_dtype), p, (0, *key))
         for i in range(self.config.n_block):
             def run(h, i=i):
                 return self.run_block(i, h, cache, p, key)
@@ -298,7 +307,7 @@ class NanoLLM:
         """Mean cross-entropy in nats of targets (B, T), the ids that follow; a scalar Tensor.
 
         p is the probability of dropout, in the embedding and in what each half of a block adds to
-        h; `key`, whole numbers, decides which elements.
+        h; `key`, whole numbers, decides which elements. Its last is the number of the first window.
         """
         return linear_cross_entropy(self.hidden(ids, p=p, key=key), self.lm_head, targets)
 

@@ -11,25 +11,25 @@ The file has four parts: Adam, the learning rate, the loop, the command. The fla
 console/options.py; what happens after a step (reports, evaluations, checkpoints) is in
 console/observer.py; how far training is (State) is in storage/checkpoint.py.
 """
+import contextlib
 import math
 import shlex
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from console import cli, metrics, options
-from console.observer import Observer, announce
+from console.observer import Observer, announce, open_run
 from console.progress import Progress, say
 from data import TokenDataset
 from evaluate import evaluate
 from generate import sample_text
-from hardware import device
+from hardware import device, ranks
 from nanollm import NanoLLM
 from storage import checkpoint
-from storage.files import InputError, read_json
-from storage.huggingface import tokenizer_files
-from storage.tokens import load_tokenizer
+from storage.files import InputError, read_json, require
 
 # ---------------------------------------------------------------- the optimizer
 
@@ -49,7 +49,8 @@ class Adam:
 
     Weight decay, p ← p - lr · weight_decay · p, is not added to g, because Adam would rescale it;
     only matrices decay. (As in PyTorch; the paper's λ is lr · weight_decay, with a constant lr.)
-    m, v, parameters and gradients are one flat array each: a step is one sweep over memory.
+    m, v, parameters and gradients are one flat array each: a step is one sweep over memory. One of
+    several processes has m and v for its slice `weights.own` alone, and updates that.
 
     >>> from types import SimpleNamespace
     >>> from nanollm import Parameters
@@ -62,8 +63,8 @@ class Adam:
     def __init__(self, model, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         self.weights, self.lr, self.betas, self.eps = model.weights, lr, betas, eps
         self.weight_decay = weight_decay
-        self.m = device.xp.zeros_like(self.weights.flat)
-        self.v = device.xp.zeros_like(self.weights.flat)
+        self.m = device.xp.zeros_like(self.weights.flat[self.weights.own])
+        self.v = device.xp.zeros_like(self.m)
         self.t = 0
 
     def step(self, lr=None, scale=1.0):
@@ -78,8 +79,9 @@ class Adam:
         step_size, root = lr / (1 - beta1 ** self.t), (1 - beta2 ** self.t) ** -0.5
         constants = [dtype(constant) for constant in (
             scale, 1 - beta1, 1 - beta2, step_size, root, self.eps)]
-        decay, n_matrix = dtype(1 - lr * self.weight_decay), self.weights.n_matrix
-        arrays = self.weights.flat, self.weights.grad, self.m, self.v
+        decay, own = dtype(1 - lr * self.weight_decay), self.weights.own
+        n_matrix = self.weights.n_matrix - own.start
+        arrays = self.weights.flat[own], self.weights.grad[own], self.m, self.v
 
         def update(s):
             p, g, m, v = (array[s] for array in arrays)
@@ -90,7 +92,8 @@ class Adam:
 
     def zero_grad(self):
         """Set all gradients to 0, because backward adds to them."""
-        device.sweep(lambda s: self.weights.grad[s].fill(0), self.m.size, 1 << 20)
+        grad = self.weights.grad
+        device.sweep(lambda s: grad[s].fill(0), grad.size, 1 << 20)
 
 
 @device.fuse
@@ -102,11 +105,11 @@ def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, 
     p -= m * step_size / (device.xp.sqrt(v) * root + eps)
 
 
-def gradient_norm(model):
+def gradient_norm(model, team=ranks.ALONE):
     """The Euclidean norm of the whole gradient, √(sum of all squares), a float."""
-    g = model.weights.grad
+    g = model.weights.grad[model.weights.own]
     squares = device.sweep(lambda s: g[s] @ g[s], g.size, 1 << 18)
-    return math.sqrt(sum(float(square) for square in squares))
+    return math.sqrt(team.sum(sum(float(square) for square in squares)))
 
 
 def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
@@ -132,44 +135,42 @@ def rate(settings, step):
 
 # ---------------------------------------------------------------- the loop
 
-def train(model, optimizer, train_set, settings, state, observer, stop):
-    """Train to settings.max_steps, or until patience runs out or stop.signal is set; then save.
+def train(model, optimizer, train_set, settings, state, observer, stop, team=ranks.ALONE):
+    """Train to settings.max_steps, or until patience runs out or a signal comes; then save.
 
-    Ctrl-C, SIGTERM and the like set stop.signal (console/cli.py, Stop): the running step is
-    finished, an evaluation is left to the resumed run, and a checkpoint is written. `main` then
-    prints the command that continues. A second Ctrl-C ends the process at once.
+    Ctrl-C, SIGTERM and the like (console/cli.py, Stop): the running step is finished, an evaluation
+    is left to the resumed run, and a checkpoint is written. `work` then prints the command that
+    continues. A second Ctrl-C ends the process at once.
 
-    A step takes the next grad_accum batches. They are of one size, so the mean of their mean
-    losses is the mean over all tokens. Gradients add up, hence backward(loss_scale / grad_accum).
-    state.windows says which batches are next, so a resumed run takes the same ones.
+    A step takes the next batch_size · grad_accum windows; state.windows says which, so a resumed
+    run takes the same ones. Each rank of the team takes its share, a batch at a time. The mean loss
+    of all is the sum of the batches' means, each times its share of the windows; so are gradients.
     """
     if state.step == 0:
         state.loss_scale = 2.0 ** 16 if settings.dtype == "float16" else 1.0
         observer.save(model, optimizer, state)      # a disk that is too small fails now, not later
     elif state.cut is not None:
         observer.report_if_due(model, state, rate(settings, state.step - 1), state.cut)
-    while not is_over(settings, state) and not stop.signal:
+    while not is_over(settings, state) and not stop.asked():
         lr = rate(settings, state.step)
         optimizer.zero_grad()
-        loss = 0.0
-        for _ in range(settings.grad_accum):
-            x, y = train_set.batch(state.windows, settings.batch_size, settings.seed)
-            part = model.loss(x, y, settings.dropout, (settings.seed, state.windows))
-            part.backward(state.loss_scale / settings.grad_accum)
-            loss = loss + part.data / settings.grad_accum       # stays on the device: no waiting
-            state.windows += settings.batch_size
-        loss = float(loss)
-        norm = gradient_norm(model) / state.loss_scale
+        loss, count = 0.0, settings.windows_per_step()
+        for first, size in team.share(state.windows, count, settings.batch_size):
+            x, y = train_set.batch(first, size, settings.seed)
+            part = model.loss(x, y, settings.dropout, (settings.seed, first))
+            part.backward(state.loss_scale * size / count)
+            loss = loss + part.data * (size / count)            # stays on the device: no waiting
+        loss = team.add_up(float(loss))             # of all ranks, and their gradients
+        norm = gradient_norm(model, team) / state.loss_scale
         finite = math.isfinite(loss + norm)
         if finite:
             optimizer.step(lr, clipping(norm, settings.clip_norm) / state.loss_scale)
-        state.step, state.epoch = state.step + 1, state.windows / len(train_set)
+            team.share_weights()
+        state.step, state.windows = state.step + 1, state.windows + count
+        state.epoch = state.windows / len(train_set)
         note_loss(state, loss, norm, finite)
         if state.skipped_in_a_row == 10:
-            raise InputError("10 steps in a row were not finite; the first NaN or inf is in the "
-                             f"{metrics.first_not_finite(model, x)}. The checkpoints in "
-                             f"{observer.run.folder} are intact: continue from them with --resume "
-                             "and a lower --learning-rate")
+            observer.give_up(model, x)
         if settings.dtype == "float16":
             adapt_loss_scale(state, finite)
         observer.after_step(model, optimizer, state, lr, loss, norm)
@@ -221,65 +222,69 @@ def adapt_loss_scale(state, finite):
 
 # ---------------------------------------------------------------- the command
 
-def make_model(request, tokenizer):
-    """(model, its BOS and EOS ids as config.json has them): read from a folder, or fresh."""
-    config, source, entries = options.make_config(request, tokenizer), request.source, {}
-    if source:
+def make_model(request, team):
+    """(model, its BOS and EOS ids as config.json has them): read from a folder, or fresh.
+
+    Rank 0 alone reads or draws weights; the others get them from it.
+    """
+    source, entries = request.source, {}
+    if source and team.rank == 0:
         model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
         entries = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
         if not model.trainable:
             raise InputError(f"{source} is quantised and cannot be trained: start from the model "
                              "from which it was made")
     else:
-        model = NanoLLM(config, request.settings.seed)
+        model = NanoLLM(request.config, request.settings.seed if team.rank == 0 else None)
     model.compute_dtype = np.dtype(request.settings.dtype)
     model.recompute = request.settings.recompute
+    team.adopt(model.weights)
     return model, entries
 
 
-def main(argv=None):
-    request = options.parse(argv)
+def work(request, team):
+    """Train as one rank of a team; returns the exit code. Rank 0 alone writes, and is heard."""
     settings, state, resumed = request.settings, request.state, request.checkpoint
-    tokenizer = load_tokenizer(request.tokenizer)
-    model, entries = make_model(request, tokenizer)
-    dataset = TokenDataset.from_text(settings.text, request.tokenizer, settings.seq_len,
-                                     settings.stride)
-    train_set, val_set = dataset.split(settings.val_fraction)
-    about = {"command": settings.to_json(), "hashes": request.hashes or settings.hashes(),
-             "versions": checkpoint.versions()}
-    settings = settings.resolved(state, len(train_set))
-    if resumed:
+    model, entries = make_model(request, team)
+    with team.first_here():                 # it encodes the text, the others find the ids
+        dataset = TokenDataset.from_text(settings.text, request.tokenizer, settings.seq_len,
+                                         settings.stride)
+        train_set, val_set = dataset.split(settings.val_fraction)
+        settings = settings.resolved(state, len(train_set))
+    require(dataset.digest == team.exchange(dataset.digest)[0],
+            f"{settings.text} or {request.tokenizer} is another file than on rank 0's machine")
+    tokenizer, leads = dataset.file.tokenizer, team.rank == 0
+    if leads and resumed:
         options.note_horizon(request, settings, len(train_set), rate)
     optimizer = Adam(model, settings.learning_rate, (settings.beta1, settings.beta2),
                      weight_decay=settings.weight_decay)
     if resumed:
-        checkpoint.read_moments(resumed, optimizer)
+        checkpoint.read_moments(resumed, optimizer, team)
         optimizer.t = state.updates
-    folder = Path(request.folder) if resumed else checkpoint.new_run(request.folder)
-    files = tokenizer_files(tokenizer, entries, model.config.max_context, request.source)
-    run = checkpoint.Run(folder, files, entries, about)
-    if resumed and is_over(settings, state) and run.is_finished(resumed):
+    run = open_run(request, model, tokenizer, entries) if leads else None
+    finished = leads and resumed and is_over(settings, state) and run.is_finished(resumed)
+    folder, finished = team.exchange((leads and run.folder, finished))[0]
+    if finished:
         say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to "
             "train further")
         return 0
 
-    validate = lambda: evaluate(model, val_set, settings.batch_size, watch=stop.watch)
+    validate = lambda: evaluate(model, val_set, settings.batch_size, watch=stop.watch, team=team)
     shown = val_set or train_set
     sample = lambda: sample_text(model, tokenizer, settings.prompt, shown, seed=state.step)
-    with checkpoint.held(folder), cli.Stop() as stop, warnings.catch_warnings():
+    held = checkpoint.held(folder) if leads else contextlib.nullcontext()
+    with held, cli.Stop(team) as stop, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
-        announce(model, train_set, val_set, settings, state, folder)
-        metrics.rewind(folder / "metrics.csv", state.step)
+        if leads:
+            announce(model, train_set, val_set, settings, state, folder)
+            metrics.rewind(folder / "metrics.csv", state.step)
         flops = metrics.flops_per_token(model.config, settings.seq_len)
-        with Progress(settings.max_steps, flops, state.step, state.seconds) as progress:
-            observer = Observer(run, settings, train_set, progress,
-                                validate if val_set else None, sample)
-            train(model, optimizer, train_set, settings, state, observer, stop)
-        ended = is_over(settings, state)
-        if ended:
-            run.write_model(folder, model)
-        progress.redraw(folder, every=0)            # last, because nothing depends on it
-    if ended:
+        with Progress(settings.max_steps, flops, state.step, state.seconds, leads) as progress:
+            observer = Observer(run, settings, train_set, progress, validate if val_set else None,
+                                sample, team, saved=state.step if resumed else None)
+            train(model, optimizer, train_set, settings, state, observer, stop, team)
+        observer.finish(model, is_over(settings, state))
+    if is_over(settings, state):
         prompt = shlex.quote(settings.prompt or "Once upon a time")
         say(f"\n{folder} holds the model, metrics.csv and loss.png; generate text with\n"
             f"    python generate.py {shlex.quote(str(folder))} --prompt {prompt}")
@@ -287,6 +292,10 @@ def main(argv=None):
     say(f"\nstopped after step {state.step}; continue with\n"
         f"    {checkpoint.resume_command(folder)}")
     return 128 + stop.signal
+
+
+def main(argv=None):
+    return ranks.run(partial(options.parse, argv), work, cli.run)
 
 
 if __name__ == "__main__":

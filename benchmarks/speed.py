@@ -1,8 +1,9 @@
 """Compare nanollm with PyTorch: training step, memory, generation, tokenisation.  python benchmarks/speed.py --help
 
-Both sides start from one checkpoint, see the same new batch at each step, and use the same Adam and clipping. Each runs
-in its own process, with the same number of threads. They take turns, A B A B ..., and only one works at a time. A ratio
-is nanollm's time divided by the other side's time in the turn that follows; the table shows the median and the range.
+Both sides start from one checkpoint, see the same new batch at each step, and use the same Adam and clipping. Both have
+the same number of cores: PyTorch uses them by threads, a training step of nanollm by processes, as train.py does. They
+take turns, A B A B ..., and only one works at a time. A ratio is nanollm's time divided by the other side's time in the
+turn that follows; the table shows the median and the range.
 Both sides must compute the same loss before the first step and hold the same weights after the last one. Otherwise the
 program says so and exits with 1. --before FOLDER compares with another checkout of nanollm instead of PyTorch.
 
@@ -11,12 +12,13 @@ of the same type, they give the share of what the machine can do (on a GPU also 
 """
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
-import runpy
 import shlex
 import statistics
 import sys
@@ -54,7 +56,9 @@ def begin(role, options, checkout=None):
     """Make the side of this process: an object of this class, or of the class of that name in another checkout."""
     global side
     if checkout:
-        role = runpy.run_path(str(checkout / "benchmarks" / "workers.py"))[role.__name__]
+        sys.path.insert(0, str(checkout / "benchmarks"))
+        del sys.modules["workers"]
+        role = getattr(importlib.import_module("workers"), role.__name__)
     side = role(**options)
 
 
@@ -139,7 +143,7 @@ def training(name, c, steps, folder, rate, args):
     for row in rows:
         other = row["against"]
         difference = weight_difference(folder, f"{folder}/nanollm", f"{folder}/{other}")
-        row |= {"config": c, "flops": flops, "first_loss": [loss["nanollm"], loss[other]],
+        row |= {"config": c, "processes": args.processes, "flops": flops, "first_loss": [loss["nanollm"], loss[other]],
                 "weight_difference": difference, "peak_bytes": [facts["nanollm"][1], facts[other][1]],
                 "share_of_gemm": [flops / (row[key] / 1000) / rate for key in ("nanollm", "other")]}
         equal = difference["share_of_training"] <= WEIGHT_TOLERANCE[args.dtype]
@@ -217,6 +221,7 @@ def main():
     parser.add_argument("--recompute", action="store_true", help="also compare with nanollm's own --recompute")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="compare with the nanollm in this folder instead")
     parser.add_argument("--threads", type=int, default=device.threads)
+    parser.add_argument("--processes", type=int, help="of nanollm, in a training step (as many as train.py starts)")
     parser.add_argument("--megabytes", type=float, default=4, help="of text to tokenise (4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for all that was measured")
@@ -243,10 +248,13 @@ def main():
             c = dict(zip(FIELDS, values, strict=True)) | {"eps": 1e-6, "rope_theta": 10000.0}
             c["batch_size"] = args.batch_size or c["batch_size"]
             start = f"{folder}/{name}"
-            with running(maker=(Nanollm, {"c": c, "args": args, "folder": None})) as ask:
+            alone = argparse.Namespace(**vars(args) | {"processes": 1})
+            count = args.processes or (1 if args.device == "gpu" else math.gcd(c["batch_size"], args.threads))
+            several = argparse.Namespace(**vars(args) | {"processes": count})
+            with running(maker=(Nanollm, {"c": c, "args": alone, "folder": None})) as ask:
                 ask["maker"]("save", start)
-            show(training(name, c, args.steps or steps, start, max(rates.values()), args))
-            show(generation(name, c, start, args))
+            show(training(name, c, args.steps or steps, start, max(rates.values()), several))
+            show(generation(name, c, start, alone))
         show(tokenisation(folder, args))
 
 

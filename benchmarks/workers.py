@@ -1,8 +1,10 @@
 """What runs in the processes that speed.py times: each side of a comparison, with the same methods."""
 import os
+import re
 import resource
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +21,23 @@ def timed(f):
     return time.perf_counter() - start, result
 
 
+def peak():
+    """The most resident memory of this process, in bytes. What n processes share counts as 1/n, by what they share now.
+    (ru_maxrss would include the parent's.)
+    """
+    if not Path("/proc/self/smaps_rollup").exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    text = Path("/proc/self/status").read_text() + Path("/proc/self/smaps_rollup").read_text()
+    most, now, shared = (int(re.search(rf"{name}:\s*(\d+) kB", text)[1]) for name in ("VmHWM", "VmRSS", "Pss"))
+    return 1024 * (most - now + shared)
+
+
 class Side:
     """One training of the checkpoint in `folder`; a subclass provides load, loss, step and save."""
 
     def __init__(self, c, args, folder, variant=False):
         self.c, self.seed, self.gpu, self.tf32 = c, args.seed, args.device == "gpu", args.dtype == "tf32"
-        self.dtype = "float32" if self.tf32 else args.dtype
+        self.dtype, self.processes = "float32" if self.tf32 else args.dtype, args.processes
         self.wait = lambda: None                    # load replaces it on a GPU
         self.load(folder, args.threads, variant)
 
@@ -45,28 +58,33 @@ class Side:
         return seconds, None
 
     def facts(self):
-        """(threads, peak bytes) of resident memory (ru_maxrss would include the parent's), or reserved GPU memory."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if (status := Path("/proc/self/status")).exists():
-            peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-        return self.threads, self.reserved() if self.gpu else peak
+        """(threads, peak bytes): reserved GPU memory, or resident memory."""
+        return self.threads, self.reserved() if self.gpu else peak()
 
 
 class Nanollm(Side):
+    """args.processes take their share of each step, as in train.py."""
+
     def load(self, folder, threads, recompute):
-        import train
-        from hardware import device
+        from console import cli
+        from hardware import device, local, ranks
         from nanollm import Config, NanoLLM
         device.use("gpu" if self.gpu else "cpu", self.tf32)
-        self.threads, self.gradient_norm = device.threads, train.gradient_norm
+        self.threads = device.threads
+        fields = {name: value for name, value in self.c.items() if name != "batch_size"}
+        self.model = NanoLLM.load(folder) if folder else NanoLLM(Config(**fields), seed=self.seed)
+        plan = Namespace(processes=self.processes, n_weight=self.model.weights.flat.size, config=self.model.config,
+                         dtype=self.dtype)
+        self.team = ranks.ALONE
+        if plan.processes > 1:
+            self.others = local.started(cli.run, (serve, plan, self.gpu, self.tf32))
+            self.team = self.others.__enter__()         # until this process ends, and they with it
+            device.use("gpu" if self.gpu else "cpu", self.tf32, self.team)
+        self.train = Training(self.model, plan, self.team)
         if self.gpu:
             self.wait = device.xp.cuda.Device().synchronize
             self.reserved = device.xp.get_default_memory_pool().total_bytes
-        fields = {name: value for name, value in self.c.items() if name != "batch_size"}
-        self.model = NanoLLM.load(folder) if folder else NanoLLM(Config(**fields), seed=self.seed)
-        self.adam, self.save = train.Adam(self.model, **ADAM), self.model.save
-        self.model.recompute = recompute
-        self.model.compute_dtype, self.loss_scale = np.dtype(self.dtype), 2.0 ** 16 if self.dtype == "float16" else 1.0
+        self.save = self.model.save
 
     def flops_per_token(self):
         from console import metrics
@@ -75,14 +93,51 @@ class Nanollm(Side):
     def loss(self, ids, targets):
         return self.model.loss(ids, targets).data
 
-    def step(self, ids, targets):
-        self.adam.zero_grad()
-        self.model.loss(ids, targets).backward(self.loss_scale)
-        norm = self.gradient_norm(self.model) / self.loss_scale
-        self.adam.step(scale=CLIP_NORM / max(norm, CLIP_NORM) / self.loss_scale)
+    def step(self, *batch):
+        self.team.exchange(batch)
+        self.train.step(*batch)
+
+    def facts(self):
+        if self.gpu:
+            return super().facts()
+        self.team.exchange(None)
+        return self.threads, self.team.sum(peak())
 
     def generate(self, prompt, count):
         return timed(lambda: list(self.model.generate(prompt, count, temperature=0)))
+
+
+class Training:
+    """One rank's training of a model."""
+
+    def __init__(self, model, plan, team):
+        from train import Adam, gradient_norm
+        self.model, self.team, self.gradient_norm = model, team, gradient_norm
+        team.adopt(model.weights)
+        self.adam = Adam(model, **ADAM)
+        model.compute_dtype, self.loss_scale = np.dtype(plan.dtype), 2.0 ** 16 if plan.dtype == "float16" else 1.0
+
+    def step(self, ids, targets):
+        self.adam.zero_grad()
+        for first, size in self.team.share(0, len(ids), len(ids)):
+            own = slice(first, first + size)
+            self.model.loss(ids[own], targets[own]).backward(self.loss_scale * size / len(ids))
+        self.team.add_up(0.0)
+        norm = self.gradient_norm(self.model, self.team) / self.loss_scale
+        self.adam.step(scale=CLIP_NORM / max(norm, CLIP_NORM) / self.loss_scale)
+        self.team.share_weights()
+
+
+def serve(plan, team):
+    """What the other ranks do: steps of the batches that rank 0 sends, and None for the memory that was used."""
+    from nanollm import NanoLLM
+    training = Training(NanoLLM(plan.config, seed=None), plan, team)
+    while True:
+        batch = team.exchange()[0]
+        if batch:
+            training.step(*batch)
+        else:
+            team.sum(peak())
 
 
 class PyTorch(Side):

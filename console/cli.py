@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 
-from hardware import device
+from hardware import device, ranks
 from storage.files import InputError
 
 
@@ -48,6 +48,13 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         device.use(args.device)
         return args
+
+    def _get_values(self, action, arg_strings):
+        """As argparse does it, except that before Python 3.13 it makes [] of the value of --flag=--."""
+        if arg_strings == ["--"] and action.option_strings:
+            self._check_value(action, value := self._get_value(action, "--"))
+            return value
+        return super()._get_values(action, arg_strings)
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -105,8 +112,17 @@ class Stopped(Exception):
 class Stop:
     """A signal asks for an orderly end: `signal` is the number of the first. Ctrl-C after it ends the process at once,
     but no other signal does, because several may say the same: when a session ends, a process gets SIGHUP and SIGTERM.
+
+    One rank of a team that is asked is enough to stop all; rank 0 alone says so.
     """
-    signal = None
+    def __init__(self, team=ranks.ALONE):
+        self.signal, self.team = None, team
+
+    def asked(self):
+        """Whether any rank has been asked, which all ranks then know. All call this at the same place."""
+        if asked := max(self.team.exchange(self.signal or 0)):
+            self.signal = asked
+        return asked
 
     def __enter__(self):
         self.before = handle(SIGNALS, self.ask)
@@ -118,13 +134,14 @@ class Stop:
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         # os.write, because this may interrupt a print, and a second one inside it would fail
-        with contextlib.suppress(OSError):      # the terminal may have gone
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to quit at once\n")
+        if self.team.rank == 0:
+            with contextlib.suppress(OSError):      # the terminal may have gone
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to quit at once\n")
 
     def watch(self, items):
-        """Yield these items. Raise Stopped as soon as a signal has come."""
+        """Yield these items, of which all ranks have as many. Raise Stopped as soon as a signal has come."""
         for item in items:
-            if self.signal:
+            if self.asked():
                 raise Stopped
             yield item
 

@@ -1,11 +1,24 @@
 """What happens after a step of training: reports, evaluations, samples, checkpoints."""
 import math
+from pathlib import Path
 
 from console import metrics
 from console.cli import Stopped
 from console.metrics import perplexity
 from console.progress import say
-from hardware import device
+from hardware import device, ranks
+from storage import checkpoint
+from storage.files import InputError
+from storage.huggingface import tokenizer_files
+
+
+def open_run(request, model, tokenizer, entries):
+    """The Run that a training writes: a new one, or the one that it resumes."""
+    about = {"command": request.settings.to_json(), "hashes": request.hashes or request.settings.hashes(),
+             "versions": checkpoint.versions()}
+    folder = Path(request.folder) if request.checkpoint else checkpoint.new_run(request.folder)
+    files = tokenizer_files(tokenizer, entries, model.config.max_context, request.source)
+    return checkpoint.Run(folder, files, entries, about)
 
 
 def announce(model, train_set, val_set, settings, state, folder):
@@ -31,11 +44,13 @@ class Observer:
     """Watches a training. After each step it reports, evaluates or saves if that is due.
 
     validate() gives the loss, perplexity and bits_per_byte on the validation text; it is None where there is no such
-    text. sample() gives a text that the model writes.
+    text. sample() gives a text that the model writes. `saved` is the step that has a checkpoint already.
+
+    Each rank of a team has one, because they evaluate and save together. Only rank 0's has a run, and writes.
     """
-    def __init__(self, run, settings, train_set, progress, validate, sample):
+    def __init__(self, run, settings, train_set, progress, validate, sample, team=ranks.ALONE, saved=None):
         self.run, self.settings, self.train_set, self.progress = run, settings, train_set, progress
-        self.validate, self.sample = validate, sample
+        self.validate, self.sample, self.team, self.saved = validate, sample, team, saved
 
     def after_step(self, model, optimizer, state, lr, loss, norm):
         """Do what is due after a step that had this learning rate, loss and gradient norm."""
@@ -62,14 +77,14 @@ class Observer:
             except Stopped:
                 state.cut = norm if math.isfinite(norm) else 0.0
                 return
-        if due(state.step, settings.sample_every) or (milestone and settings.sample_every is None):
+        if self.run and (milestone if settings.sample_every is None else due(state.step, settings.sample_every)):
             say(f"sample: {self.sample()!r}")
             self.progress.restart()
 
     def report(self, model, state, lr, norm, milestone):
         """Show the mean loss since the last report and add a row to metrics.csv; evaluate at a milestone."""
         loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
-        folder, progress, speed = self.run.folder, self.progress, self.progress.speed
+        progress, speed = self.progress, self.progress.speed
         row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * self.train_set.seq_len,
                "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "loss_scale": state.loss_scale,
                "skipped": state.skipped, "tokens_per_second": round(speed),
@@ -78,8 +93,9 @@ class Observer:
         if milestone:
             row |= self.evaluate(model, state, loss)
         state.loss_sum, state.loss_count = 0.0, 0
-        metrics.append(folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
-        progress.redraw(folder)
+        if self.run:
+            metrics.append(self.run.folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
+            progress.redraw(self.run.folder)
         progress.restart()
 
     def evaluate(self, model, state, loss):
@@ -97,13 +113,33 @@ class Observer:
         if result["loss"] < (math.inf if state.best_loss is None else state.best_loss):
             state.best_loss, state.without_better = result["loss"], 0
             line += ", the best so far"
-            self.run.write_best(model)
+            if self.run:
+                self.run.write_best(model)
         say(line)
         return {f"val_{name}": result[name] for name in ("loss", "perplexity", "bits_per_byte")}
 
     def save(self, model, optimizer, state):
         """Write a checkpoint, unless this step has one."""
-        if not (self.run.folder / f"checkpoint-{state.step}").exists():
-            state.seconds, state.updates = self.progress.seconds, optimizer.t
-            self.run.write_checkpoint(model, optimizer, state, self.settings.keep_last)
-            self.progress.restart()
+        if self.saved == state.step:
+            return
+        moments = {"m": self.team.gather(optimizer.m), "v": self.team.gather(optimizer.v)}
+        self.saved, state.seconds, state.updates = state.step, self.progress.seconds, optimizer.t
+        if self.run:
+            self.run.write_checkpoint(model, moments, state, self.settings.keep_last)
+        self.progress.restart()
+
+    def finish(self, model, over):
+        """Write the model if training is over, and loss.png, on which nothing depends."""
+        if self.run and over:
+            self.run.write_model(self.run.folder, model)
+        if self.run:
+            self.progress.redraw(self.run.folder, every=0)
+
+    def give_up(self, model, ids):
+        """Raise, on rank 0, an InputError that says where NaN or infinity comes from."""
+        places = self.team.exchange(metrics.first_not_finite(model, ids))
+        if self.run:
+            raise InputError("10 steps in a row were not finite; the first NaN or inf is in the "
+                             f"{next((place for place in places if place != 'loss'), 'loss')}. The checkpoints in "
+                             f"{self.run.folder} are intact: continue from them with --resume and a lower "
+                             "--learning-rate")

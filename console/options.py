@@ -19,7 +19,7 @@ from autograd import ACTIVATIONS
 from console import cli, demo
 from console.cli import number
 from console.progress import say
-from hardware.device import use
+from hardware import device, ranks
 from nanollm import Config
 from storage.checkpoint import State, check_ended, check_free, last_run, newest_checkpoint, read_trainer
 from storage.files import InputError, file_hash, require
@@ -173,8 +173,8 @@ def flag(name):
 
 
 def command_line():
-    """The parser of these flags and of the three that belong to one call (--artifact-dir, --resume, --device), which
-    are not stored. Its result holds only what was typed.
+    """The parser of these flags and of the four that belong to one call (--artifact-dir, --resume, --processes,
+    --device), which are not stored. Its result holds only what was typed.
     """
     parser = cli.Parser(usage="python train.py --text FILE --tokenizer FILE [options]",
                         description="Train a Llama-style language model on a text, from scratch.",
@@ -190,6 +190,8 @@ def command_line():
             parser.add("--resume", False, bool,
                        "continue from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
         if group == "speed and memory":
+            parser.add("--processes", None, COUNT, "number of processes that share the windows of a step; default: as "
+                       "many as there are cores or GPUs, if they can share them evenly")
             parser.add_device()
     return parser
 
@@ -217,6 +219,12 @@ class Request:
     hashes: dict = dataclasses.field(default_factory=dict)
     before: Settings | None = None      # the Settings in that checkpoint
     own_tokenizer: Path | None = None   # the checkpoint's, if the original has gone or changed
+    processes: int | None = None        # --processes, and in the end how many there will be
+    config: Config | None = None        # of the model, in the end
+
+    @property
+    def n_weight(self):
+        return sum(math.prod(shape) for shape in self.config.shapes().values())
 
     @property
     def source(self):
@@ -234,7 +242,7 @@ def read_flags(argv, parser):
     of the model in --init-from, or over the checkpoint's settings. Chooses the device, too. Raises InputError.
     """
     typed = vars(parser.parse_args(argv))
-    folder, device = typed.pop("artifact_dir", None), typed.pop("device", None)
+    folder, where, processes = (typed.pop(name, None) for name in ("artifact_dir", "device", "processes"))
     if typed.pop("resume", False):
         request = resumed(folder or last_run(), typed)
     else:
@@ -245,8 +253,8 @@ def read_flags(argv, parser):
     require("min_lr" not in typed or settings.lr_schedule == "cosine",
             f"--min-lr has no effect with --lr-schedule {settings.lr_schedule}: leave it out, or give "
             "--lr-schedule cosine")
-    use(device, settings.tf32)
-    return request
+    device.use(where, settings.tf32)
+    return replace(request, processes=processes)
 
 
 def defaults(typed):
@@ -315,7 +323,26 @@ def parse(argv):
         settings = replace(settings, text=text, tokenizer=tokenizer)
     if request.checkpoint:
         check_text(settings.text, request.hashes.get("text"))
-    return replace(request, settings=settings)
+    request = replace(request, settings=settings)
+    return replace(request, config=make_config(request, load_tokenizer(request.tokenizer)),
+                   processes=count_processes(request.processes, settings.windows_per_step(), alone=argv is not None))
+
+
+def count_processes(wanted, windows, alone):
+    """How many processes share the windows of a step: as many as --processes says or mpiexec has started. By default
+    one if `alone`, which is for callers of train.main, or one for each core or GPU. Raises InputError.
+    """
+    started = ranks.launched()
+    if started > 1:
+        require(wanted in (None, started), f"--processes {wanted}: mpiexec has started {started}; leave the flag out")
+        count = started
+    else:
+        count = wanted or (1 if alone else math.gcd(windows, device.places()))
+        require(not device.on_gpu or count <= device.places(),
+                f"--processes {count} is more than the GPUs of this machine, {device.places()}")
+    require(count <= windows, f"{count} processes cannot share the {windows} windows of a step (--batch-size times "
+            "--grad-accum): use fewer, or raise one of these")
+    return count
 
 
 def check_text(path, expected):

@@ -1,6 +1,7 @@
 """What a run says on the terminal: lines above a bar or, elsewhere, plain lines; and the clock."""
 import os
 import sys
+import threading
 import time
 
 from tqdm import tqdm
@@ -20,12 +21,14 @@ def say(text):
 class Progress:
     """The bar on a terminal, or lines elsewhere; and the clock: the speed, the time left, the total time.
 
-    steps: the number of steps of the whole run. step, seconds: where an earlier process left off.
+    steps: the number of steps of the whole run. step, seconds: where an earlier process left off. shown: no bar if not.
     """
-    def __init__(self, steps, flops_per_token, step=0, seconds=0.0):
+    def __init__(self, steps, flops_per_token, step=0, seconds=0.0, shown=True):
+        tqdm.set_lock(threading.RLock())        # its own is for processes that share a bar: a killed one would leave it
         self.steps, self.flops_per_token = steps, flops_per_token
         self.began, self.drawn = time.monotonic() - seconds, time.monotonic()
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
+                        disable=not (shown and sys.stderr.isatty()))
         self.restart()
 
     def __enter__(self):

@@ -31,24 +31,26 @@ from threadpoolctl import ThreadpoolController
 
 
 class Unavailable(ValueError):
-    """The device that was asked for cannot be used; the message says why and what to do, in one line."""
+    """What was asked of the machine cannot be had; the message says why and what to do, in one line."""
 
 
 # ---------------------------------------------------------------- the choice
 
 on_gpu = tf32_products = False      # until a device is chosen; xp, reason and threads do not exist before
+_no_gpu = ""                            # why none was chosen, where one would have been
 
 
-def use(name=None, tf32=False):
+def use(name=None, tf32=False, team=None):
     """Choose the device: "gpu" is CuPy, "cpu" is NumPy, "auto" is the GPU where one works.
 
     Call it before a model is made. Without a name the device that was chosen before is kept; if there is none,
     NANOLLM_DEVICE decides, by default auto. `device.reason` then says what was chosen and why. tf32 lets a GPU round
-    the inputs of float32 products to TF32's 10 bits of mantissa (8 times the rate).
+    the inputs of float32 products to TF32's 10 bits of mantissa (8 times the rate). A rank of a `team` (ranks.py)
+    takes its share of the machine: some of the threads, or one card.
     Raises Unavailable for another name, for "gpu" where none works (with CuPy's reason), and for a NANOLLM_THREADS that
     is not a number of threads.
     """
-    global xp, on_gpu, reason, threads, tf32_products
+    global xp, on_gpu, reason, threads, tf32_products, _no_gpu
     if name is None and "xp" in globals():
         tf32_products = tf32
         return
@@ -56,32 +58,35 @@ def use(name=None, tf32=False):
     name = name or os.environ.get("NANOLLM_DEVICE") or "auto"
     if name not in ("auto", "gpu", "cpu"):
         raise Unavailable(f"{source} {name!r}: must be auto, gpu or cpu")
-    count = _thread_count()
-    library, card, missing = np, None, ""
+    count = max(_thread_count() // (team.here if team else 1), 1)
+    library, card, _no_gpu = np, None, _no_gpu if team else ""
     if name != "cpu":
         try:
-            library, card = _find_gpu()
+            library, card = _find_gpu(team)
         except Exception as problem:            # whatever CuPy or CUDA raise: there is no GPU to use
             why = " ".join(str(problem).split()) or type(problem).__name__
             if name == "gpu":
                 raise Unavailable(
                     f"device gpu: {why}; use --device cpu, or install CuPy and CUDA (see README)") from None
-            missing = f"; no GPU: {why}"
+            _no_gpu = f"; no GPU: {why}"
     xp, on_gpu, threads, tf32_products = library, card is not None, count, tf32
+    several = f"{team.size} processes of " if team else ""
     if on_gpu:
-        reason = f"gpu (CuPy {xp.__version__}, {card})"
+        reason = f"gpu (CuPy {xp.__version__}, {several}{card})"
         _blas_threads(None)
     else:
-        reason = f"cpu (NumPy {np.__version__}, {threads} thread{'s' if threads > 1 else ''}){missing}"
+        reason = f"cpu (NumPy {np.__version__}, {several}{threads} thread{'s' if threads > 1 else ''}){_no_gpu}"
         _keep_freed_memory()
         _blas_threads(1)                        # `sweep` splits the work: BLAS must not split it again
 
 
-def _find_gpu():
+def _find_gpu(team):
     """(cupy, the card's name). Raises whatever CuPy or CUDA raise where no GPU can compute."""
     import cupy
     if not cupy.is_available():
         raise RuntimeError("CuPy is installed, but sees no CUDA GPU or driver")
+    if team:
+        cupy.cuda.Device(team.local_rank % cupy.cuda.runtime.getDeviceCount()).use()
     probe = cupy.ones((2, 2), np.float32)
     float(cupy.exp(probe @ probe).sum())        # cuBLAS or the kernel compiler may be missing: find out now
     return cupy, cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
@@ -129,6 +134,11 @@ def _limit(folder, *names):
         quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
         return [quota / period] if quota > 0 else []
     return []
+
+
+def places():
+    """How many processes can share this machine: one for each thread, or for each card."""
+    return xp.cuda.runtime.getDeviceCount() if on_gpu else threads
 
 
 def __getattr__(name):

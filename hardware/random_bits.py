@@ -3,6 +3,8 @@
 Element i gets the random number of counter start + i in Squares (Widynski 2020: four rounds, 32 bits). `start` and the
 odd factor come from the key. No state is advanced, so all numbers are computed at once, and again whenever needed.
 """
+import math
+
 import numpy as np
 
 from hardware import device
@@ -13,16 +15,18 @@ BLOCK = 1 << 16         # elements of a sweep's block: 64-bit temporaries must s
 def drop(x, p, key):
     """x with each element set to 0 with probability p, and divided by 1 - p otherwise.
 
-    `key`, a tuple of whole numbers of at least 0, decides which. The result has x's shape and dtype.
+    `key`, a tuple of whole numbers of at least 0, decides which. Its last is the number of x's first row: a row has the
+    same elements dropped wherever it stands in a batch. The result has x's shape and dtype.
     """
+    *key, first = key
     words = np.random.SeedSequence(key).generate_state(2, np.uint64)
     start, odd, limit = words[0], words[1] | np.uint64(1), np.uint64(round(p * 2 ** 32))
     wide = np.float32 if x.dtype.itemsize == 2 else x.dtype.type
     scale = wide(1 / (1 - p))                   # typed: a fused kernel must not become float64
-    out, flat = device.xp.empty(x.shape, x.dtype), x.reshape(-1)
+    out, flat, before = device.xp.empty(x.shape, x.dtype), x.reshape(-1), first * math.prod(x.shape[1:])
 
     def block(s):
-        i = device.xp.arange(s.start, s.stop, dtype=np.uint64)
+        i = device.xp.arange(before + s.start, before + s.stop, dtype=np.uint64)
         _drop(flat[s], i, start, odd, limit, scale, out.reshape(-1)[s])
     device.sweep(block, flat.size, BLOCK)
     return out

@@ -33,7 +33,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from hardware import device
+from hardware import device, ranks
 from storage.files import (
     InputError,
     dangling,
@@ -182,13 +182,15 @@ class Run:
             folder.mkdir()
             self.write_model(folder, model)
 
-    def write_checkpoint(self, model, optimizer, state, keep_last):
-        """Write checkpoint-STEP, then remove all but the last `keep_last` checkpoints (at least 1) of this run."""
+    def write_checkpoint(self, model, moments, state, keep_last):
+        """Write checkpoint-STEP, then remove all but the last `keep_last` checkpoints (at least 1) of this run.
+
+        moments: {"m": array, "v": array}, Adam's, on the host.
+        """
         sync(self.folder / "metrics.csv")           # the resumed run continues these rows
         with whole(self.folder / f"checkpoint-{state.step}") as folder:
             folder.mkdir()
             self.write_model(folder, model)
-            moments = {"m": device.to_host(optimizer.m), "v": device.to_host(optimizer.v)}
             save_file(moments, folder / "optimizer.safetensors")
             about = json.dumps(asdict(state) | self.about, indent=2)    # in ASCII: a file's name need not be Unicode
             (folder / "trainer.json").write_text(about + "\n")
@@ -251,18 +253,24 @@ def read_trainer(checkpoint):
     return State(**values), about
 
 
-def read_moments(checkpoint, optimizer):
-    """Read Adam's moments into the optimizer. Raises InputError that names the file."""
+def read_moments(checkpoint, optimizer, team=ranks.ALONE):
+    """Read Adam's moments into the optimizer; rank 0 alone reads them. Raises InputError that names the file."""
     path = checkpoint / "optimizer.safetensors"
+    for name, target in (("m", optimizer.m), ("v", optimizer.v)):
+        whole = None if team.rank else read_moment(path, name, optimizer.weights.flat.shape)
+        target[...] = device.xp.asarray(team.scatter(whole))
+
+
+def read_moment(path, name, shape):
+    """The moment `name`, a float32 array on the host. Raises InputError that names the file."""
     try:
         with safe_open(path, framework="numpy") as file:
-            for name, target in (("m", optimizer.m), ("v", optimizer.v)):
-                header = file.get_slice(name)
-                require(tuple(header.get_shape()) == target.shape and header.get_dtype() == "F32",
-                        f"{path}: {name} is not float32 of shape {target.shape}")
-                values = file.get_tensor(name)
-                require(np.isfinite(values).all() and (name == "m" or (values >= 0).all()),
-                        f"{path}: {name} holds values that Adam cannot have made")
-                target[...] = device.xp.asarray(values)
+            header = file.get_slice(name)
+            require(tuple(header.get_shape()) == shape and header.get_dtype() == "F32",
+                    f"{path}: {name} is not float32 of shape {shape}")
+            values = file.get_tensor(name)
     except (OSError, SafetensorError) as problem:
         raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
+    if not np.isfinite(values).all() or (name == "v" and (values < 0).any()):
+        raise InputError(f"{path}: {name} holds values that Adam cannot have made")
+    return values

@@ -138,7 +138,7 @@ def test_blas_has_one_thread_on_a_cpu_and_its_own_number_on_a_gpu(monkeypatch):
     usual = {number for _, number in device._blas_libraries()}
     device.use("cpu")
     assert blas_threads() <= {1}
-    monkeypatch.setattr(device, "_find_gpu", lambda: (np, "a card"))
+    monkeypatch.setattr(device, "_find_gpu", lambda team: (np, "a card"))
     device.use("gpu")
     assert blas_threads() == usual
     device.use("auto", tf32=True)
@@ -147,7 +147,7 @@ def test_blas_has_one_thread_on_a_cpu_and_its_own_number_on_a_gpu(monkeypatch):
 
 def test_the_next_test_has_the_device_that_this_one_began_with(monkeypatch):
     """A command with --device chooses for the process: with NANOLLM_DEVICE=gpu the rest would be tested on the CPU."""
-    monkeypatch.setattr(device, "_find_gpu", lambda: (types.SimpleNamespace(__version__="0"), "a card"))
+    monkeypatch.setattr(device, "_find_gpu", lambda team: (types.SimpleNamespace(__version__="0"), "a card"))
     before = device.xp, device.on_gpu, device.reason, device.tf32_products
     with same_device():
         device.use("gpu")

@@ -60,7 +60,7 @@ def test_help_tells_every_flag_and_its_default(capsys):
     for field in fields(Settings):
         told = re.search(rf" {options.flag(field.name)} [^-].*?(?= --|$)", text)[0]
         assert (f"({field.default})" in told) == (field.default is not None and field.default is not False)
-    for flag in ("--artifact-dir", "--resume", "--device"):
+    for flag in ("--artifact-dir", "--resume", "--processes", "--device"):
         assert f" {flag} " in text
 
 

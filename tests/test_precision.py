@@ -172,9 +172,9 @@ def test_an_overflow_halves_the_loss_scale_and_is_survived(files, tmp_path, monk
     monkeypatch.setattr(Tensor, "backward", steep)
     norm = train.gradient_norm
 
-    def seen(model):
+    def seen(model, team):
         weights.append(to_host(model.weights.flat).copy())
-        return norm(model)
+        return norm(model, team)
     monkeypatch.setattr(train, "gradient_norm", seen)
     tiny.run(*files, "--max-steps", 6, "--log-every", 1, "--dtype", "float16", "--artifact-dir", "run")
     table = rows(tmp_path / "run")
@@ -258,8 +258,8 @@ def test_the_random_numbers_are_squares():
         return (x * x + z) % 2 ** 64 >> 32
     start, key = (int(word) for word in np.random.SeedSequence((4, 2)).generate_state(2, np.uint64))
     for p in (0.3, 0.7):
-        kept = to_host(dropout(Tensor(device.xp.ones(500, np.float32)), p, (4, 2)).data) != 0
-        assert kept.tolist() == [squares((start + i) % 2 ** 64, key | 1) >= p * 2 ** 32 for i in range(500)]
+        kept = to_host(dropout(Tensor(device.xp.ones((100, 5), np.float32)), p, (4, 2, 7)).data).ravel() != 0
+        assert kept.tolist() == [squares((start + 35 + i) % 2 ** 64, key | 1) >= p * 2 ** 32 for i in range(500)]
 
 
 def test_masks_are_independent_and_a_function_of_the_key():
@@ -278,7 +278,7 @@ def test_each_place_of_each_step_has_its_own_mask(files, monkeypatch):
     monkeypatch.setattr("nanollm.dropout", lambda x, p, key: keys.append((key, p)) or drop(x, p, key) if p else x)
     tiny.run(*files, "--max-steps", 3, "--grad-accum", 2, "--dropout", 0.3, "--seed", 5, "--artifact-dir", "run")
     assert len(set(keys)) == len(keys) == 3 * 2 * (1 + 2 * 2) and {p for _, p in keys} == {0.3}
-    assert {key[0] for key, _ in keys} == {5}
+    assert {key[1] for key, _ in keys} == {5} and {key[2] for key, _ in keys} == {0, 2, 4, 6, 8, 10}
 
 
 def test_nothing_is_dropped_in_evaluation(rng):

@@ -432,7 +432,7 @@ def test_any_flags_train_or_say_why_not(place, flags):
     """There is never a traceback, and nothing is left behind if training did not begin."""
     begun = []
 
-    def begin(model, optimizer, train_set, settings, state, observer, stop):
+    def begin(model, optimizer, train_set, settings, state, observer, stop, team):
         begun.append(settings.max_steps)
         stop.signal = 15
     with pytest.MonkeyPatch.context() as patch:

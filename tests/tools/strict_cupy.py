@@ -533,6 +533,7 @@ OWN = {  # what is not NumPy's function of the same name
     "cuda.get_elapsed_time": lambda start, end: 1000 * (end.time - start.time),
     "cuda.is_available": lambda: True,
     "cuda.device.get_cublas_handle": lambda: 1,
+    "cuda.get_current_stream": lambda: types.SimpleNamespace(ptr=1),
     "cuda.memory.OutOfMemoryError": real.cuda.memory.OutOfMemoryError,
     "cuda.runtime.getDeviceProperties": lambda device: {"name": b"strict stand-in"},
     "cuda.runtime.getDeviceCount": lambda: 1,
