@@ -2,12 +2,12 @@
 import os
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
 import tiny
+from kinds import in_bytes
 from matplotlib import font_manager
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
@@ -42,9 +42,8 @@ def test_a_piece_has_all_tokens_of_its_characters(tokenizer):
     sizes = dict(found)
     assert sizes["the"] == 1 and sizes["却"] == len(encode(tokenizer, "却")) and sizes["x"] == 1
     assert figure.pieces(tokenizer, ids[:-1]) == found[:-1]         # a part of 👍 shows nothing by itself
-    words = [b"a\xc2", b"\xa9\xe5"]           # the last token ends one character and begins another
-    in_bytes = SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"))
-    assert figure.pieces(in_bytes, [0, 1]) == [("a©", 2)]
+    # the last token ends one character and begins another
+    assert figure.pieces(in_bytes([b"a\xc2", b"\xa9\xe5"]), [0, 1]) == [("a©", 2)]
 
 
 def test_a_piece_longer_than_a_line_is_cut():

@@ -2,12 +2,11 @@
 import io
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
-from kinds import characters, decoding, streamed
+from kinds import characters, decoding, in_bytes, streamed
 from tiny import command, lively, logits_of, make_tokenizer, random_ids, refused, small
 from tokenizers import Tokenizer, processors
 
@@ -293,12 +292,6 @@ def test_text_comes_as_soon_as_a_character_is_complete():
     for n in range(1, len(ids) + 1):
         shown.append("".join(streamed(tokenizer, ids[:n])))
     assert shown[0] == "a" and shown[-1] == "a却👍" and set(shown) == {"a", "a却", "a却👍"}
-
-
-def in_bytes(words):
-    """A tokenizer whose token i is the bytes words[i]."""
-    return SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"),
-                           id_to_token=lambda i: "")
 
 
 def test_a_text_ends_with_what_its_last_token_completes():

@@ -2,6 +2,7 @@
 import functools
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,12 @@ def decoding():
     with tempfile.TemporaryDirectory() as folder:
         byte_level = load_tokenizer(make_tokenizer(Path(folder, "tokenizer.json")))
     return {"byte-level": byte_level, "byte fallback": byte_fallback(), "WordPiece": few_words()}
+
+
+def in_bytes(words):
+    """A tokenizer whose token i is the bytes words[i]."""
+    return SimpleNamespace(decode=lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"),
+                           id_to_token=lambda i: "")
 
 
 def streamed(tokenizer, ids):
