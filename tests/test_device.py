@@ -160,7 +160,7 @@ def test_the_next_test_has_the_device_that_this_one_began_with(monkeypatch):
 
 
 def test_tests_for_a_gpu_that_does_not_work_are_an_error_not_tests_of_the_cpu(monkeypatch):
-    def broken():
+    def broken(team):
         raise RuntimeError("no driver")
     monkeypatch.setenv("NANOLLM_DEVICE", "gpu")
     monkeypatch.setattr(device, "_find_gpu", broken)
