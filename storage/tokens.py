@@ -250,7 +250,11 @@ class TokenFile:
 
     def ids(self, first, last):
         """ids[first:last], mapped again by each call: a map kept for long ends up holding the file in memory."""
-        return np.memmap(self.file, self.dtype, "r", first * self.dtype.itemsize, (last - first,))
+        try:
+            return np.memmap(self.file, self.dtype, "r", first * self.dtype.itemsize, (last - first,))
+        except OSError as problem:
+            raise InputError(f"cannot map {self.file.name} into memory ({problem.strerror}): "
+                             "set NANOLLM_CACHE to a folder on a local disk") from None
 
     def byte(self, n):
         """Where id n begins in the text: the first byte of its first character. Id 0 begins with the text.

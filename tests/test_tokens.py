@@ -1,4 +1,5 @@
 """Text to ids: for any text and tokenizer, the ids are those of the whole text encoded at once, and none is lost."""
+import errno
 import os
 import shutil
 import sys
@@ -149,6 +150,16 @@ def test_a_cache_that_another_process_has_written_meanwhile_will_do(make, monkey
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(tokens, "write_tokens", refused)
     assert make(CORPUS[0]).tokens.tolist()
+
+
+def test_a_cache_that_cannot_be_mapped_is_named(make, monkeypatch):
+    data = make(CORPUS[0])
+
+    def no_device(*_):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    monkeypatch.setattr(np, "memmap", no_device)
+    with pytest.raises(InputError, match=r"cannot map .*\.ids into memory \(No such device\): set NANOLLM_CACHE"):
+        data.tokens.tolist()
 
 
 def test_a_cache_that_does_not_keep_what_is_written_is_named(make, monkeypatch):
