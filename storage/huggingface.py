@@ -118,8 +118,9 @@ FOREIGN = {
     r"consolidated\..+": "is in Meta's or Mistral's own format: get the Hugging Face version of this model",
     r".+\.gguf": "is for llama.cpp: give the folder from which it was made, or let transformers convert it "
     "(from_pretrained with gguf_file, then save_pretrained)",
-    r".+\.(bin|pt|pth|ckpt)": "is a pickle, which may run any program when it is opened: save the model as safetensors "
-    "(in transformers: from_pretrained, then save_pretrained)",
+    r"(?!optimizer|scheduler|scaler|rng_state|training_args).+\.(bin|pt|pth|ckpt)":       # not a trainer's
+    "is a pickle, which may run any program when it is opened: save the model as safetensors (in transformers: "
+    "from_pretrained, then save_pretrained)",
     r".+\.(h5|msgpack|onnx|npz|ot)": "is in the format of another library: save the model as safetensors",
     r"snapshots": "holds the versions of this model in the cache: give the folder of one, snapshots/NAME",
 }
