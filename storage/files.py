@@ -46,9 +46,8 @@ def readable(path, remedy="", others=None):
         with open(path, "rb") as file:
             start = file.read(1024)
     except FileNotFoundError:
-        names = sorted(beside.name for beside in path.parent.glob("*"))
-        instead = (f"; {name} {what}" for pattern, what in (others or {}).items()
-                   for name in names if re.fullmatch(pattern, name))
+        instead = (f"; {beside.name} {what}" for pattern, what in (others or {}).items()
+                   for beside in sorted(path.parent.glob("*")) if re.fullmatch(pattern, beside.name))
         raise InputError(dangling(path) or f"{path}: there is no such file{next(instead, remedy)}") from None
     except (OSError, ValueError) as problem:                    # ValueError: no file can have this name
         raise InputError(f"{path}: {getattr(problem, 'strerror', None) or problem}{remedy}") from None
