@@ -59,8 +59,8 @@ def tensors(model):
 
 # ---------------------------------------------------------------- the tokenizer
 
-# What a tokenizer.json says, and what `vocabulary` then has to say.
-Form = namedtuple("Form", "normalizer pre_tokenizer decoder ignore_merges says")
+# Parts of a tokenizer.json, each as `steps` or `options` gives it, and what `vocabulary` then has to say.
+Form = namedtuple("Form", "normalizer pre_tokenizer decoder model says")
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -75,27 +75,28 @@ def forms(kind):
             return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
         as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         as_it_is = as_gpt2 | {"use_regex": False}
-        for name, before, ignore_merges in (
-                ("gpt-2", [as_gpt2], False), ("gpt-2", [split(GPT2), as_it_is], False),
-                ("smollm", [{"type": "Digits", "individual_digits": True}, as_gpt2], False),
-                ("qwen2", [split(QWEN2), as_it_is], False), ("dbrx", [split(LLAMA3), as_it_is], False),
-                ("llama-bpe", [split(LLAMA3), as_it_is], True)):
-            yield Form([], before, ["ByteLevel"], ignore_merges, {"add_tokenizer_pre": name})
+        for name, before, model in (
+                ("gpt-2", [as_gpt2], {}), ("gpt-2", [split(GPT2), as_it_is], {}),
+                ("smollm", [{"type": "Digits", "individual_digits": True}, as_gpt2], {}),
+                ("qwen2", [split(QWEN2), as_it_is], {}), ("dbrx", [split(LLAMA3), as_it_is], {}),
+                ("llama-bpe", [split(LLAMA3), as_it_is], {"ignore_merges": True})):
+            yield Form([], before, ["ByteLevel"], model, {"add_tokenizer_pre": name})
     elif kind == "llama":
         space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         text = ["Replace", "ByteFallback", "Fuse"]
-        yield Form([space], [], text, False, {"add_add_space_prefix": False})
-        yield Form([{"type": "Prepend", "prepend": "▁"}, space], [], [*text, "Strip"], False,
+        yield Form([space], [], text, {}, {"add_add_space_prefix": False})
+        yield Form([{"type": "Prepend", "prepend": "▁"}, space], [], [*text, "Strip"], {},
                    {"add_add_space_prefix": True})
         for scheme, whole_text in itertools.product(("first", "always", "never"), (True, False)):
             before = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": not whole_text}
-            yield Form([], [before], text if scheme == "never" else [*text, "Strip"], False,
+            yield Form([], [before], text if scheme == "never" else [*text, "Strip"], {},
                        {"add_add_space_prefix": scheme != "never"})
     else:
         for lowercase, accents in itertools.product((True, False), (True, False, None)):
             normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
                           "strip_accents": accents, "lowercase": lowercase}
-            yield Form([normalizer], [{"type": "BertPreTokenizer"}], ["WordPiece"], False,
+            yield Form([normalizer], [{"type": "BertPreTokenizer"}], ["WordPiece"],
+                       {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
                        {"tokenizer.ggml.normalizer.lowercase": lowercase,
                         "tokenizer.ggml.normalizer.strip_accents": lowercase if accents is None else accents})
 
@@ -110,17 +111,25 @@ def steps(part):
     return [{name: value for name, value in part.items() if name != "trim_offsets"}]
 
 
+def options(model):
+    """The options of a tokenizer's model that change its tokens, except those that are off."""
+    names = "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word"
+    return {name: model[name] for name in names if model.get(name)}
+
+
 def find_form(kind, content):
-    """The Form of a tokenizer of this kind. Raises InputError that names what llama.cpp has nothing like."""
-    decoder = [step["type"] for step in steps(content["decoder"])]
-    found, left = Form(steps(content["normalizer"]), steps(content["pre_tokenizer"]), decoder,
-                       content["model"].get("ignore_merges", False), {}), list(forms(kind))
-    for name in ("normalizer", "pre_tokenizer", "decoder", "ignore_merges"):
-        part = getattr(found, name)
-        left = [form for form in left if part == getattr(form, name) or (name, part) == ("decoder", [])]
-        if not left:
-            raise InputError(f"llama.cpp has nothing like this tokenizer's {name}: "
-                             f"{json.dumps(part, ensure_ascii=False)}; other forms can be exported")
+    """The Form of a tokenizer of this kind, which may be without a decoder. Raises InputError that names what
+    llama.cpp has nothing like.
+    """
+    found = {"normalizer": steps(content["normalizer"]), "pre_tokenizer": steps(content["pre_tokenizer"]),
+             "decoder": [step["type"] for step in steps(content["decoder"])], "model": options(content["model"])}
+    if not found["decoder"]:
+        del found["decoder"]
+    left = list(forms(kind))
+    for name, part in found.items():
+        left = [form for form in left if part == getattr(form, name)]
+        require(left, f"llama.cpp has nothing like this tokenizer's {name}, {json.dumps(part):.300}: the forms that it "
+                "has are listed in extras/export_gguf.py")
     return left[0]
 
 
@@ -141,23 +150,29 @@ def vocabulary(tokenizer, size):
     kind = "bert" if model["type"] == "WordPiece" else "llama" if model["byte_fallback"] else "gpt2"
     words = [f"[unused {i}]" for i in range(size)]
     types = [TokenType.UNUSED] * size
-    bytes_ = {"gpt2": pre_tokenizers.ByteLevel.alphabet(), "llama": [f"<0x{i:02X}>" for i in range(256)]}.get(kind, [])
+    letters = {"gpt2": pre_tokenizers.ByteLevel.alphabet(), "llama": [f"<0x{i:02X}>" for i in range(256)]}.get(kind, [])
     for word, i in tokenizer.get_vocab().items():
-        words[i], types[i] = word, TokenType.BYTE if kind == "llama" and word in bytes_ else TokenType.NORMAL
+        words[i], types[i] = word, TokenType.BYTE if kind == "llama" and word in letters else TokenType.NORMAL
     for token in content["added_tokens"]:
         if types[token["id"]] != TokenType.BYTE:
             types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        for name in ("lstrip", "rstrip", "single_word"):
+            require(not token[name], f"llama.cpp has nothing like {name} of this tokenizer's {token['content']!r}")
     unknown = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
     about = {"add_tokenizer_model": kind, "add_add_bos_token": False, "add_add_eos_token": False}
     if unknown is not None:
         types[unknown] = TokenType.UNKNOWN
         about["add_unk_token_id"] = unknown
-    check(kind, content, tokenizer, bytes_)
     about |= find_form(kind, content).says
+    missing = [letter for letter in letters if tokenizer.token_to_id(letter) is None]
+    require(not missing, f"llama.cpp needs a token for each of the 256 bytes; this tokenizer lacks {len(missing)}")
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges", [])]
     if kind == "gpt2":
         about["add_token_merges"] = [" ".join(pair) for pair in merges]
     elif kind == "llama":
+        inside = next((word for word in words if "▁" in word[1:]), None)
+        require(not inside or not any(step.get("split") for step in steps(content["pre_tokenizer"])),
+                f"llama.cpp would merge words that this tokenizer's pre_tokenizer splits, into {inside!r}")
         rank = {"".join(pair): i for i, pair in reversed(list(enumerate(merges)))}
         about["add_token_scores"] = [-float(rank.get(word, len(rank))) for word in words]
     else:
@@ -165,24 +180,9 @@ def vocabulary(tokenizer, size):
         about |= {"add_add_sep_token": False, **{
             f"add_{name}_token_id": tokenizer.token_to_id(f"[{name.upper()}]")
             for name in ("sep", "pad", "mask") if tokenizer.token_to_id(f"[{name.upper()}]") is not None}}
-    if bytes_:      # without an EOS llama.cpp takes token 11 or 2 for it; the byte 255 is in no text
+    if letters:     # without an EOS llama.cpp takes token 11 or 2 for it; the byte 255 is in no text
         about["add_eos_token_id"] = tokenizer.token_to_id("ÿ" if kind == "gpt2" else "<0xFF>")
     return about | {"add_token_list": words, "add_token_types": types}
-
-
-def check(kind, content, tokenizer, bytes_):
-    """Raise InputError if llama.cpp would read the vocabulary of a tokenizer of a known form in another way."""
-    model = content["model"]
-    for token in content["added_tokens"]:
-        for name in ("lstrip", "rstrip", "single_word"):
-            require(not token[name], f"llama.cpp has nothing like {name} of this tokenizer's {token['content']!r}")
-    prefix = model.get("continuing_subword_prefix") or ""
-    require(prefix == ("##" if kind == "bert" else ""),
-            f"llama.cpp has nothing like this tokenizer's continuing_subword_prefix {prefix!r}")
-    require(not model.get("end_of_word_suffix"),
-            f"llama.cpp has nothing like this tokenizer's end_of_word_suffix {model.get('end_of_word_suffix')!r}")
-    missing = [letter for letter in bytes_ if tokenizer.token_to_id(letter) is None]
-    require(not missing, f"llama.cpp needs a token for each of the 256 bytes; this tokenizer lacks {len(missing)}")
 
 
 def _as_bert(word):

@@ -1,4 +1,5 @@
 """The GGUF file, read back with llama.cpp's own reader."""
+import functools
 import json
 import sys
 
@@ -43,6 +44,15 @@ def llama():
     t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
     t.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    return t
+
+
+def by_word():
+    """Llama's, except that no token goes beyond a word."""
+    t = llama()
+    t.normalizer, t.pre_tokenizer = None, pre_tokenizers.Metaspace()
+    t.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, show_progress=False, special_tokens=[
+        "<unk>"] + [f"<0x{i:02X}>" for i in range(256)]))
     return t
 
 
@@ -184,9 +194,12 @@ def in_turn(*parts):
     return (pre_tokenizers if isinstance(parts[0], pre_tokenizers.PreTokenizer) else normalizers).Sequence(list(parts))
 
 
+saved = functools.cache(lambda make: make().to_str())
+
+
 def formed(make, change):
     """A tokenizer with another normalizer, pre_tokenizer, decoder, or options of the model."""
-    tokenizer = make()
+    tokenizer = Tokenizer.from_str(saved(make))
     for name, value in change.items():
         setattr(tokenizer if hasattr(tokenizer, name) else tokenizer.model, name, value)
     return tokenizer
@@ -203,8 +216,8 @@ def formed(make, change):
      "llama-bpe"),
     (byte_level, {"decoder": None}, "add_tokenizer_pre", "gpt-2"),
     (llama, {}, "add_add_space_prefix", True), (llama, {"normalizer": LLAMA_SPACE}, "add_add_space_prefix", False),
-    *((llama, {"normalizer": None, "pre_tokenizer": Metaspace("▁", scheme, by_word)}, "add_add_space_prefix",
-       scheme != "never") for scheme in ("first", "always", "never") for by_word in (True, False)),
+    *((make, {"normalizer": None, "pre_tokenizer": Metaspace("▁", scheme, make is by_word)}, "add_add_space_prefix",
+       scheme != "never") for scheme in ("first", "always", "never") for make in (llama, by_word)),
     *((wordpiece, {"normalizer": BertNormalizer(lowercase=lowercase, strip_accents=strip)},
        f"tokenizer.ggml.normalizer.{key}", value) for lowercase, strip, key, value in (
         (True, None, "lowercase", True), (True, None, "strip_accents", True), (False, None, "lowercase", False),
@@ -237,6 +250,7 @@ def test_every_form_that_llama_cpp_knows(make, change, key, value):
     (wordpiece, {"normalizer": BertNormalizer(handle_chinese_chars=False)}, "handle_chinese_chars"),
     (wordpiece, {"pre_tokenizer": pre_tokenizers.Whitespace()}, "pre_tokenizer.*Whitespace"),
     (wordpiece, {"continuing_subword_prefix": "@@"}, "@@"),
+    (wordpiece, {"max_input_chars_per_word": 9}, "max_input_chars_per_word"),
 ])
 def test_a_form_that_llama_cpp_has_not_is_named(make, change, named):
     with pytest.raises(InputError, match=named) as error:
@@ -249,7 +263,9 @@ def test_a_vocabulary_that_llama_cpp_would_read_in_another_way_is_named():
     few.pre_tokenizer = words(True)
     strict = byte_level()
     strict.add_tokens([AddedToken("<mask>", lstrip=True)])
-    for tokenizer, named in (few, "254"), (strict, "lstrip.*<mask>"):
+    spaces = by_word()
+    spaces.add_tokens(["▁▁"])
+    for tokenizer, named in (few, "254"), (strict, "lstrip.*<mask>"), (spaces, "splits.*▁▁"):
         with pytest.raises(InputError, match=named):
             export_gguf.vocabulary(tokenizer, 400)
 
