@@ -93,7 +93,7 @@ def path(value):
 
 
 # Ctrl-C; `kill` and schedulers; a terminal that has gone; what batch systems send before they kill
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
            if hasattr(signal, name)]            # Windows has only the first two
 
 
@@ -169,7 +169,8 @@ def run(main, name=None):
         warnings.simplefilter("default")        # -W error: a warning is shown, but ends nothing
     warnings.showwarning = lambda message, *_: fail(name, f"warning: {message}")
     handle(SIGNALS[1:], lambda number, frame: sys.exit(128 + number))       # so half-written files are removed
-    sys.stdout.reconfigure(errors="backslashreplace")       # a terminal without Chinese is no reason to stop
+    with contextlib.suppress(AttributeError):               # a notebook's stream is of another kind
+        sys.stdout.reconfigure(errors="backslashreplace")   # a terminal without Chinese is no reason to stop
     try:
         code = main()
         sys.stdout.flush()

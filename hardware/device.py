@@ -98,7 +98,7 @@ def _thread_count():
     if not wanted:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return math.ceil(min(cores, _quota()))
-    if not wanted.isdecimal() or not 1 <= int(wanted) <= 1024:
+    if not (wanted.isdecimal() and len(wanted) <= 4 and 1 <= int(wanted) <= 1024):
         raise Unavailable(f"NANOLLM_THREADS must be a whole number from 1 to 1024, not {wanted!r}")
     return int(wanted)
 

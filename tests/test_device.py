@@ -28,7 +28,7 @@ def python(code, **environment):
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 
-@pytest.mark.parametrize("threads", ["abc", "-3", "0", "1.5", "9999"])
+@pytest.mark.parametrize("threads", ["abc", "-3", "0", " ", "1.5", "9999", "1" * 5000])
 def test_a_number_of_threads_that_is_none_is_one_line(threads, monkeypatch):
     monkeypatch.setenv("NANOLLM_THREADS", threads)
     code, out, err = command(generate.main, "folder", "--device", "cpu", name="generate.py")
