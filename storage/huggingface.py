@@ -51,7 +51,8 @@ def to_fields(hf):
     if hf.get("model_type") == "mistral":
         hf = MISTRAL | hf
         if hf["sliding_window"] is not None:
-            raise InputError(f"sliding_window {hf['sliding_window']!r} is not implemented, only null")
+            raise InputError(f"sliding_window {hf['sliding_window']!r} is not implemented: for shorter texts set it "
+                             "to null, and max_position_embeddings to this number")
     elif hf.get("model_type") != "llama":
         raise InputError(f"model_type {hf.get('model_type')!r} is not implemented, only 'llama' and 'mistral'")
     ropes = {name: hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
