@@ -134,7 +134,7 @@ def main(argv=None):
     prompt = ends.front + tokenizer.encode(args.prompt, add_special_tokens=False).ids or ends.bos
     if not prompt:
         raise InputError("this model has no BOS token: give a --prompt")
-    sys.stdout.reconfigure(encoding="utf-8")
+    cli.reconfigure(encoding="utf-8")
     texts = [Text(Decoder(tokenizer), prompt, args.stop, ends.eos) for _ in range(args.num_samples)]
     times, turn = [time.perf_counter()], show(texts, 0)
     for tokens in model.generate(np.tile(prompt, (args.num_samples, 1)), args.max_new_tokens, args.temperature,

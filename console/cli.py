@@ -102,7 +102,7 @@ def handle(numbers, handler):
     shell lets its background jobs ignore SIGINT, which nobody wants.) Return {signal: its handler before}.
     """
     return {number: signal.signal(number, handler) for number in numbers
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN}
+            if number == signal.SIGINT or signal.getsignal(number) not in (signal.SIG_IGN, None)}
 
 
 class Stopped(Exception):
@@ -150,6 +150,12 @@ class Stop:
             signal.signal(which, handler)
 
 
+def reconfigure(**how):
+    """Set how stdout encodes text, unless it takes text as it is, as a notebook's does."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(**how)
+
+
 def fail(name, problem, code=2):
     with contextlib.suppress(OSError):          # the terminal may have gone
         print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
@@ -169,8 +175,7 @@ def run(main, name=None):
         warnings.simplefilter("default")        # -W error: a warning is shown, but ends nothing
     warnings.showwarning = lambda message, *_: fail(name, f"warning: {message}")
     handle(SIGNALS[1:], lambda number, frame: sys.exit(128 + number))       # so half-written files are removed
-    with contextlib.suppress(AttributeError):               # a notebook's stream is of another kind
-        sys.stdout.reconfigure(errors="backslashreplace")   # a terminal without Chinese is no reason to stop
+    reconfigure(errors="backslashreplace")      # a terminal without Chinese is no reason to stop
     try:
         code = main()
         sys.stdout.flush()

@@ -253,6 +253,13 @@ def test_a_process_whose_streams_are_closed(monkeypatch):
         stream.close()
 
 
+def test_a_stream_that_is_no_file_s(finished):
+    """A notebook's, an editor's."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit) as end:
+        cli.run(lambda: generate.main([str(finished[0]), "--prompt", "the cat", "--max-new-tokens", "2"]), "it")
+    assert end.value.code == 0 and shown.getvalue().startswith("the cat")
+
+
 def test_what_a_terminal_cannot_show_does_not_stop_a_run(tmp_path):
     code = "from console import cli\ncli.run(lambda: print('却说'))\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False,
