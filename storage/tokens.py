@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 import sys
 import time
 import warnings
@@ -23,6 +22,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
+from storage.encodings import SAMPLE, refuse_binary, refuse_bytes
 from storage.files import InputError, read_json, readable, whole
 
 BLOCK = 1 << 18         # bytes read at once
@@ -110,45 +110,30 @@ class Decoder:
 
 # ---------------------------------------------------------------- text -> chunks -> ids, in bounded memory
 
-def looks_like(sample):
-    """How bytes that are not UTF-8 are probably encoded, in iconv's words; None if they do not look like text."""
-    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16"
-    if b"\0" in sample:
-        return None
-    with contextlib.suppress(UnicodeDecodeError):
-        guess = codecs.getincrementaldecoder("gb18030")().decode(sample)
-        foreign = [c for c in guess if not c.isascii()]
-        if sum("\u3000" <= c <= "\u9fff" for c in foreign) > len(foreign) / 2:
-            return "GB18030"
-    return "ISO-8859-1"
-
-
 def read_text(path, digest):
     """Yield the characters of a UTF-8 text in blocks and feed its bytes to the digest. Raises InputError.
 
     A byte-order mark is dropped; line ends stay as they are.
     """
-    offset, rest = 0, b""
+    offset, n_good, rest = 0, 0, b""
     try:
         with open(readable(path, ": give a UTF-8 text file"), "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
+                if offset == 0:
+                    refuse_binary(path, block[:SAMPLE])
                 characters, used = codecs.utf_8_decode(rest + block)
                 yield characters if offset else characters.removeprefix("\ufeff")
-                offset, rest = offset + used, (rest + block)[used:]
+                offset, n_good, rest = offset + used, n_good + used - len(characters), (rest + block)[used:]
         codecs.utf_8_decode(rest, "strict", True)       # a character cut off by the end of the file
     except OSError as error:
         raise InputError(f"cannot read the text {path} ({error.strerror}): give a UTF-8 text file") from None
     except UnicodeDecodeError as error:
         if error.reason == "unexpected end of data":
             raise InputError(f"the text {path} ends inside a character, at byte {offset + error.start}: "
-                             "is it the whole file?") from None
-        encoding = looks_like(error.object[error.object.rfind(b"\n", 0, error.start) + 1:])
-        name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
-        remedy = (f"looks like {encoding}: iconv -f {encoding} -t UTF-8 {name} > {new} converts it" if encoding
-                  else "does not look like text: give a text file")
-        raise InputError(f"the text {path} is not UTF-8 at byte {offset + error.start} and {remedy}") from None
+                             "is it the whole file, and UTF-8?") from None
+        good = error.object[:error.start]
+        refuse_bytes(path, offset + error.start, n_good + len(good) - len(good.decode()))
 
 
 def find_cut(encode, text, first, last):

@@ -224,15 +224,9 @@ def test_no_warning_for_few_unknown_tokens_or_those_spelled_out(make):
 
 # ---------------------------------------------------------------- bad input
 
-GB = "却说那孙悟空一个筋斗云，去了十万八千里。".encode("gb18030")
-
-
 @pytest.mark.parametrize("text, message", [
     (b"", r"text.txt is empty"), (b"\xef\xbb\xbf", r"text.txt is empty"),
-    (b"abc\n" * 100_000 + GB, r"not UTF-8 at byte 400004 and looks like GB18030: iconv -f GB18030 .*text.txt > "),
-    ("bon caf\xe9, d\xe9j\xe0 vu".encode("latin-1"), r"not UTF-8 at byte 7 and looks like ISO-8859-1: iconv "),
-    ("hello".encode("utf-16"), r"not UTF-8 at byte 0 and looks like UTF-16: iconv"),
-    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"not UTF-8 at byte 0 and does not look like text"),
+    ("bon caf\xe9, d\xe9j\xe0 vu".encode("latin-1"), r"not UTF-8 at byte 7, in line 1, and perhaps CP1252"),
     ("the dog é".encode()[:-1], r"ends inside a character, at byte 8: "),
     ("ab", r"text.txt has 2 tokens, and one window needs 9 \(seq_len \+ 1\)")])
 def test_bad_texts(make, cache_folder, text, message):
