@@ -17,7 +17,7 @@ from nanollm import NanoLLM
 from storage.checkpoint import check_ended
 from storage.files import InputError, dangling
 from storage.huggingface import text_ends
-from storage.tokens import Decoder, load_tokenizer, vocab_size
+from storage.tokens import Decoder, encode_prompt, load_tokenizer, vocab_size
 
 
 def open_model(folder):
@@ -88,11 +88,13 @@ def show(texts, turn):
 
 
 def sample_text(model, tokenizer, prompt, dataset, seed, length=60):
-    """The prompt, by default the dataset's first words, and how the model continues it: what train.py shows."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
-    ids = ids or dataset.tokens[:8].tolist()
-    ids += model.generate(ids, length, temperature=0.8, top_p=0.95, seed=seed)
-    return tokenizer.decode(ids).strip("\ufffd")            # characters that are cut in the middle
+    """The prompt, a list of ids, and how the model continues it: what train.py shows. An empty prompt stands for the
+    dataset's first words.
+    """
+    ids = prompt or dataset.tokens[:8].tolist()
+    text = Text(Decoder(tokenizer), [*ids, *model.generate(ids, length, temperature=0.8, top_p=0.95, seed=seed)])
+    text.end()
+    return text.ready if prompt else text.ready.lstrip("\ufffd")       # the first word may begin inside a character
 
 
 def speed(n_prompt, n_sample, n_new, began, first_token, ended):
@@ -131,9 +133,9 @@ def main(argv=None):
     if "" in args.stop:
         raise InputError("--stop: an empty text would end every text at once; give at least one character")
     model, tokenizer, ends = open_model(args.folder)
-    prompt = ends.front + tokenizer.encode(args.prompt, add_special_tokens=False).ids or ends.bos
+    prompt = ends.front + encode_prompt(tokenizer, args.prompt) or ends.bos
     if not prompt:
-        raise InputError("this model has no BOS token: give a --prompt")
+        raise InputError("this model has no BOS token: give a --prompt" + (" with words in it" if args.prompt else ""))
     cli.reconfigure(encoding="utf-8")
     texts = [Text(Decoder(tokenizer), prompt, args.stop, ends.eos) for _ in range(args.num_samples)]
     times, turn = [time.perf_counter()], show(texts, 0)

@@ -271,7 +271,7 @@ def work(request, team):
 
     validate = lambda: evaluate(model, val_set, settings.batch_size, watch=stop.watch, team=team)
     shown = val_set or train_set
-    sample = lambda: sample_text(model, tokenizer, settings.prompt, shown, seed=state.step)
+    sample = lambda: sample_text(model, tokenizer, request.opening, shown, seed=state.step)
     held = checkpoint.held(folder) if leads else contextlib.nullcontext()
     with held, cli.Stop(team) as stop, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps

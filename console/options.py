@@ -23,7 +23,7 @@ from hardware import device, ranks
 from nanollm import Config
 from storage.checkpoint import State, check_ended, check_free, last_run, newest_checkpoint, read_trainer
 from storage.files import InputError, file_hash, require
-from storage.tokens import load_tokenizer, vocab_size
+from storage.tokens import encode_prompt, load_tokenizer, vocab_size
 
 COUNT, SIZE = number(int, 1, 10**9), number(int, 1, 10**6)
 POSITIVE, SHARE = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
@@ -221,6 +221,7 @@ class Request:
     own_tokenizer: Path | None = None   # the checkpoint's, if the original has gone or changed
     processes: int | None = None        # --processes, and in the end how many there will be
     config: Config | None = None        # of the model, in the end
+    opening: list = dataclasses.field(default_factory=list)     # the ids of --prompt, in the end
 
     @property
     def n_weight(self):
@@ -324,8 +325,23 @@ def parse(argv):
     if request.checkpoint:
         check_text(settings.text, request.hashes.get("text"))
     request = replace(request, settings=settings)
-    return replace(request, config=make_config(request, load_tokenizer(request.tokenizer)),
+    tokenizer = load_tokenizer(request.tokenizer)
+    return replace(with_opening(request, tokenizer), config=make_config(request, tokenizer),
                    processes=count_processes(request.processes, settings.windows_per_step(), alone=argv is not None))
+
+
+def with_opening(request, tokenizer):
+    """The Request with the ids of its --prompt. Raises InputError if that cannot be encoded, unless a checkpoint from
+    before prompts were checked has it: then the run continues without one.
+    """
+    settings, before = request.settings, request.before
+    try:
+        return replace(request, opening=encode_prompt(tokenizer, settings.prompt or ""))
+    except InputError as problem:
+        if not before or before.prompt != settings.prompt:
+            raise
+        say(f"{problem}; samples begin with the first words of the validation text")
+        return replace(request, settings=replace(settings, prompt=None))
 
 
 def count_processes(wanted, windows, alone):

@@ -7,10 +7,12 @@ ids are in a file that is mapped into memory, never loaded.
 """
 import codecs
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -20,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from tokenizers import models, pre_tokenizers
 from tqdm import tqdm
 
 from storage.encodings import SAMPLE, refuse_binary, refuse_bytes
-from storage.files import InputError, read_json, readable, whole
+from storage.files import InputError, read_json, readable, require, whole
 
 BLOCK = 1 << 18         # bytes read at once
 CHUNK = 1 << 16         # characters encoded by one call of the tokenizer
@@ -67,10 +70,110 @@ def vocab_size(tokenizer):
 
 def unknown_token(tokenizer):
     """The text of the token for everything that the tokenizer does not know, or None."""
-    model = json.loads(tokenizer.to_str())["model"]
-    if model["type"] == "Unigram":                  # an index into its list of (text, score)
-        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
-    return model["unk_token"]
+    if not isinstance(tokenizer.model, models.Unigram):
+        return tokenizer.model.unk_token
+    model = json.loads(tokenizer.to_str())["model"]             # it has an index into its list of (text, score)
+    return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+
+
+def completed(tokenizer):
+    """The tokenizer, or a copy of it that has an unknown token, if it needs one for some texts and has none.
+
+    Without one, BPE leaves characters out (and the offsets of the tokens after them are wrong), and the other models
+    make the library raise an Exception. The copy's ids are its own.
+    """
+    about = json.loads(tokenizer.to_str())
+    model, unknown = about["model"], unknown_token(tokenizer)
+    if model["type"] == "Unigram" and unknown is None:
+        model["unk_id"], model["vocab"] = len(model["vocab"]), [*model["vocab"], ["\uffff", 0.0]]
+    elif unknown is None or tokenizer.model.token_to_id(unknown) is None:
+        model["unk_token"] = "\uffff" if unknown is None else unknown
+        model["vocab"][model["unk_token"]] = vocab_size(tokenizer)
+    else:
+        return tokenizer
+    return tokenizers.Tokenizer.from_str(json.dumps(about))
+
+
+def losses(tokenizer):
+    """A function of a text and its ids: bool (len(text),), True for the characters that no id stands for.
+
+    They are in an unknown token, unless the text itself spells it out, or in no token. White space in no token counts
+    only where the tokenizer keeps spaces.
+    """
+    unknown, is_dropped = unknown_token(tokenizer), {}
+    number = None if unknown is None else tokenizer.model.token_to_id(unknown)
+
+    @functools.cache                                # rarely needed, and a copy of a large vocabulary takes a second
+    def complete():
+        whole = completed(tokenizer)
+        word = unknown_token(whole)
+        return whole, word, whole.model.token_to_id(word)
+
+    def covered(spans, n):
+        changes = np.bincount(spans[:, 0], minlength=n + 1) - np.bincount(spans[:, 1], minlength=n + 1)
+        return np.cumsum(changes)[:n] > 0
+
+    def missing(text, encoding):
+        in_none = ~covered(np.array(encoding.offsets, np.intp).reshape(-1, 2), len(text))
+        if not any(text[i] == " " for i in np.flatnonzero(~in_none)):
+            for i in np.flatnonzero(in_none):
+                in_none[i] = not text[i].isspace()
+        return in_none
+
+    def drops(c):
+        """Whether a character is in no token, as the first of a word, inside it or as the last."""
+        try:
+            return missing(word := f"{c}{c}{c} {c}", tokenizer.encode(word, add_special_tokens=False)).any()
+        except Exception:                           # see `completed`
+            return True
+
+    def look(text):
+        whole, word, number = complete()
+        encoding = whole.encode(text, add_special_tokens=False)
+        spans, strange = np.array(encoding.offsets, np.intp).reshape(-1, 2), np.array(encoding.ids) == number
+        for i in np.flatnonzero(strange):
+            strange[i] = text[slice(*spans[i])] != word
+        return missing(text, encoding) | covered(spans[strange], len(text))
+
+    def lost(text, ids):
+        letters = set(text)
+        is_dropped.update((c, drops(c)) for c in letters - is_dropped.keys())
+        if any(is_dropped[c] for c in letters) or (number is not None and ids.count(number) != text.count(unknown)):
+            return look(text)                       # which takes longer than to encode
+        return np.zeros(len(text), bool)
+    return lost
+
+
+def runs(lost):
+    """[[first, last + 1], …] of the runs of True."""
+    return np.flatnonzero(np.diff(lost, prepend=False, append=False)).reshape(-1, 2).tolist()
+
+
+def encode_prompt(tokenizer, text):
+    """The ids of a --prompt: [] if it is empty, or white space that the tokenizer drops.
+
+    Warns of characters that are lost. Raises InputError if all are, or if the tokenizer has no way to lose them.
+    """
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception:                               # see `completed`
+        ids = None
+    lost = losses(tokenizer)(text, ids or [])
+    found = [f"{text[a:b]!r} (character {a + 1})" for a, b in runs(lost)]
+    names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    require(ids is not None, f"--prompt: the tokenizer cannot encode {names}, and has no token for what it does not "
+            "know: leave that out")
+    if found:
+        require(any(not (c.isspace() or is_lost) for c, is_lost in zip(text, lost, strict=True)),
+                f"--prompt: the tokenizer knows nothing of {text!r}: give a text in its own language")
+        warnings.warn(f"--prompt: the tokenizer does not know {names}: {fate(tokenizer)}", stacklevel=2)
+    return ids
+
+
+def fate(tokenizer):
+    """What becomes of characters that a tokenizer does not know, in words."""
+    unknown = unknown_token(tokenizer)
+    return "left out" if unknown is None else f"replaced by {unknown!r}"
 
 
 class Decoder:
@@ -137,23 +240,23 @@ def read_text(path, digest):
 
 
 def find_cut(encode, text, first, last):
-    """(cut, context ids) for a place to cut, first < cut <= last; None where there is none.
+    """(begin, cut, ids of text[begin:cut], the context) for a place to cut, first < cut <= last; None if there is none.
 
-    With k = CONTEXT, the ids of text[cut-k : cut] must be the first of those of text[cut-k : cut+k]: then the text left
-    of the cut is encoded the same way whatever follows. (Newlines would not do: "\\n\\n" is one token in GPT-2's
+    With k = CONTEXT, the ids of text[begin:cut] must be the first of those of text[begin:cut+k]: then the text left of
+    the cut is encoded the same way whatever follows. (Newlines would not do: "\\n\\n" is one token in GPT-2's
     vocabulary, and Llama's tokenizer puts a space before the first word.) Ends of words are tried first.
     Where one side has few ids, as in a long word or among accents that a normalizer strips, agreement proves too
     little, so such a place is rejected.
     """
     few = CONTEXT // 32
     places = range(last, max(first, last - TRIES), -1)
+    begin = max(0, last - TRIES - CONTEXT)      # the same for all places: pieces of 3 characters end at some of them
     for cut in sorted(places, key=lambda c: text[c - 1].isspace() or not text[c].isspace()):
-        begin = max(0, cut - CONTEXT)
-        context = encode(text[begin:cut])
-        both = encode(text[begin:cut + CONTEXT])
+        context = encode(text[begin:cut]).ids
+        both = encode(text[begin:cut + CONTEXT]).ids
         left, right = len(context), len(both) - len(context)        # the number of ids on each side
         if min(left, right) > few and both[:left] == context:
-            return cut, context
+            return begin, cut, context
     return None
 
 
@@ -167,41 +270,91 @@ def cut_text(encode, blocks):
             if not found:
                 last += CHUNK
                 continue
-            yield text[:start], ids, text[start:found[0]]
-            begin = max(0, found[0] - CONTEXT)
-            text, start, ids = text[begin:], found[0] - begin, found[1]
+            begin, cut, context = found
+            yield text[:start], ids, text[start:cut]
+            text, start, ids = text[begin:], cut - begin, context
             last = start + CHUNK
     yield text[:start], ids, text[start:]
 
 
+def counting(tokenizer):
+    """Whether the pre-tokenizer counts characters from where its text begins, as FixedLength does, or Split by "...".
+
+    "seen": yes, and the ends of its pieces show how far. "unseen": yes, but the pieces are long, or a later step cuts
+    them again. None: no. It counts if the ends of a run of one character depend on where the run begins.
+    """
+    whole, steps = tokenizer.pre_tokenizer, json.loads(tokenizer.to_str())["pre_tokenizer"]
+    if whole is None:
+        return None
+    n_step = len(steps.get("pretokenizers", [steps]))
+    parts = [pre_tokenizers.Sequence([whole[i] for i in range(n)]) for n in range(1, n_step)]
+    length = 16 * CONTEXT if re.search(r"FixedLength|\{\d", json.dumps(steps)) else 128     # large numbers have digits
+
+    def ends(part, run):
+        return {end - len(run) for _, (_, end) in part.pre_tokenize_str(run) if len(run) - end < length // 2}
+
+    found = None
+    for run in (c * length for c in "AN0- 却"):
+        for part in [*parts, whole]:
+            here = ends(part, run)
+            if here != ends(part, run + run[0]):
+                if here != ends(whole, run) or len(here) < length // 16:
+                    return "unseen"
+                found = "seen"
+    return found
+
+
 def encode_text(tokenizer, blocks):
-    """Yield (context, body, ids of the body) for each chunk; all these ids are those of the whole text.
+    """Yield (context, body, ids of the body, lost) for each chunk; all these ids are those of the whole text.
+
+    lost, bool (len(body),), says which characters no id stands for (see `losses`).
 
     A chunk is encoded after its context, whose ids are then dropped. That is right if the two chunks that meet there
     agree on those ids: the right one on all of them, the left one on their second half, which is out of reach of where
-    the context happens to begin. Two chunks that disagree are encoded again as one.
-    No special tokens are inserted; those that the text spells out are kept.
+    the context happens to begin. If the pre-tokenizer counts, they also agree on where in the text these tokens and its
+    pieces are, because in a run of unknown tokens the ids say nothing; if it counts unseen, the text is one chunk. Two
+    chunks that disagree are encoded again as one. No special tokens are inserted; those that the text spells out are
+    kept.
     """
+    counts, lost, done = counting(tokenizer), losses(tokenizer), []
+
     def encode(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text, add_special_tokens=False)
 
-    def agree(left, context, right):
-        half = context[len(context) // 2:]
-        return right[:len(context)] == context and left[max(0, len(left) - len(half)):] == half
+    def last(encoding, begin, end, n):
+        """Tokens begin … end-1, of which the last ends with character n."""
+        ids = encoding.ids[begin:end]
+        if not counts:
+            return ids
+        spans, pieces = encoding.offsets[begin:end], encoding.word_ids[begin:end]
+        return [(token, a - n, b - n, piece - pieces[0])
+                for token, (a, b), piece in zip(ids, spans, pieces, strict=True)]
 
-    chunks, done = cut_text(encode, blocks), []     # the last chunk in `done` waits for its right neighbour
-    while several := list(itertools.islice(chunks, PARALLEL)):
-        encodings = tokenizer.encode_batch_fast([c + body for c, _, body in several], add_special_tokens=False)
-        for (context, dropped, body), encoding in zip(several, encodings, strict=True):
-            ids = encoding.ids
-            while done and not agree(done[-1][3], dropped, ids):
+    def agree(before, after):
+        (earlier, _, body, left), (context, dropped, _, right) = before, after
+        n, m = len(dropped), len(left)
+        half = n - n // 2
+        return right.ids[:n] == dropped and m >= half and (
+            last(left, m - half, m, len(earlier + body)) == last(right, n - half, n, len(context)))
+
+    def finished(chunk):
+        context, dropped, body, encoding = chunk
+        ids = encoding.ids
+        return context, body, ids[len(dropped):], lost(context + body, ids)[len(context):]
+
+    encode_batch = tokenizer.encode_batch if counts else tokenizer.encode_batch_fast
+    chunks = iter([("", [], "".join(blocks))]) if counts == "unseen" else cut_text(encode, blocks)
+    while several := list(itertools.islice(chunks, PARALLEL)):      # the last chunk in `done` waits for its neighbour
+        encodings = encode_batch([context + body for context, _, body in several], add_special_tokens=False)
+        for chunk in zip(*zip(*several, strict=True), encodings, strict=True):
+            while done and not agree(done[-1], chunk):
                 context, dropped, left, _ = done.pop()
-                body = left + body
-                ids = encode(context + body)
-            done.append((context, dropped, body, ids))
-        yield from ((context, body, ids[len(dropped):]) for context, dropped, body, ids in done[:-1])
+                body = left + chunk[2]
+                chunk = context, dropped, body, encode(context + body)
+            done.append(chunk)
+        yield from map(finished, done[:-1])
         done = done[-1:]
-    yield from ((context, body, ids[len(dropped):]) for context, dropped, body, ids in done)
+    yield from map(finished, done)
 
 
 # ---------------------------------------------------------------- ids on disk
@@ -209,14 +362,15 @@ def encode_text(tokenizer, blocks):
 class TokenFile:
     """A text's ids in the cache, and where in the text they come from.
 
-    NAME.ids holds only the ids. NAME.json holds their number and type, a CRC-32, how many are unknown, and for each
-    chunk [first id, first byte, first byte of its context]: 0.5 MB for a text of 1 GB. Bytes are counted from
-    after a byte-order mark. Raises OSError, ValueError, KeyError or TypeError if one of the files is damaged.
+    NAME.ids holds only the ids. NAME.json holds their number and type, a CRC-32, the share of the characters that no id
+    stands for, and for each chunk [first id, first byte, first byte of its context]: 0.5 MB for a text of 1 GB. Bytes
+    are counted from after a byte-order mark. Raises OSError, ValueError, KeyError or TypeError if one of the files is
+    damaged.
     """
     def __init__(self, path, text, tokenizer):
         about = read_json(path.with_suffix(".json"))
         self.text, self.tokenizer = text, tokenizer
-        self.n_token, self.n_byte, self.n_unknown = about["tokens"], about["bytes"], about["unknown"]
+        self.n_token, self.n_byte, self.lost = about["tokens"], about["bytes"], about["lost"]
         self.dtype, self.chunks = np.dtype(about["dtype"]), np.array(about["chunks"])
         self.file = open(readable(path), "rb")  # noqa: SIM115
         weakref.finalize(self, self.file.close)
@@ -226,12 +380,14 @@ class TokenFile:
         if crc != about["crc"]:
             raise ValueError(f"{path} does not hold the ids that were written")
 
-    def warn_of_unknown(self, name):
-        """Warn if more than 1 % of the tokens are unknown to the tokenizer.json `name`."""
-        if self.n_unknown > 0.01 * self.n_token:
-            warnings.warn(f"{self.n_unknown / self.n_token:.0%} of the tokens of {self.text} are unknown to {name}, "
-                          "and no model can learn what they were: a byte-level BPE tokenizer knows every text, a "
-                          "WordPiece the languages it was made for (Chinese: bert-base-chinese)", stacklevel=3)
+    def warn_of_lost(self, name):
+        """Warn if no id stands for more than 1 % of the characters, which the tokenizer.json `name` does not know."""
+        if self.lost > 0.01:
+            warnings.warn(f"{self.lost:.0%} of the characters of {self.text} are unknown to {name} and "
+                          f"{fate(self.tokenizer)}. No model can learn what they were, and bits per byte come out too "
+                          "low: their bytes count, but nothing has to predict them. A byte-level BPE tokenizer knows "
+                          "every text, a WordPiece the languages it was made for (Chinese: bert-base-chinese)",
+                          stacklevel=3)
 
     def ids(self, first, last):
         """ids[first:last], mapped again by each call: a map kept for long ends up holding the file in memory."""
@@ -281,30 +437,43 @@ def refuse_short(what, n_token, seq_len):
 def write_tokens(path, text, tokenizer, digest, seq_len):
     """Encode a text into NAME.ids and NAME.json. A bar, or a line every 5 seconds, shows the progress."""
     dtype = np.dtype(np.uint16 if vocab_size(tokenizer) <= 1 << 16 else np.uint32)
-    unknown = unknown_token(tokenizer)
-    n_token = n_byte = n_unknown = crc = 0
-    chunks, total, shown = [], os.path.getsize(text), time.monotonic()
+    n_token = n_byte = n_character = n_lost = crc = 0
+    is_known, chunks, total, shown = False, [], os.path.getsize(text), time.monotonic()
     bar = tqdm(desc=f"encoding {text}", total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
     with bar, whole(path) as draft, open(draft, "wb") as file:
-        for context, body, ids in encode_text(tokenizer, read_text(text, digest)):
+        for context, body, ids, lost in encode_text(tokenizer, read_text(text, digest)):
             data = np.array(ids, dtype).tobytes()
             file.write(data)
             crc = zlib.crc32(data, crc)
             chunks.append((n_token, n_byte, n_byte - len(context.encode())))
-            if unknown:                             # one that the text itself spells out is known
-                n_unknown += ids.count(tokenizer.token_to_id(unknown)) - body.count(unknown)
-            n_token += len(ids)
-            n_byte += len(body.encode())
+            n_token, n_byte = n_token + len(ids), n_byte + len(body.encode())
+            n_lost, n_character = n_lost + int(lost.sum()), n_character + len(body)
+            is_known = is_known or any(not body[i].isspace() for i in np.flatnonzero(~lost))
             bar.update(n_byte - bar.n)
             if bar.disable and time.monotonic() > shown + 5:
                 shown = time.monotonic()
                 print(f"encoding {text}: {n_byte / total:.0%}", file=sys.stderr)
+        require(is_known or not n_lost, f"the tokenizer knows no character of the text {text}: give one that was made "
+                "for this language, or a byte-level BPE, which knows every text")
         refuse_short(f"the text {text}", n_token, seq_len)
         if digest.hexdigest() != path.stem:
             raise InputError(f"the text {text} changed while it was read: start again when it is complete")
     with whole(path.with_suffix(".json")) as draft:
-        draft.write_text(json.dumps({"tokens": n_token, "bytes": n_byte, "unknown": max(0, n_unknown),
+        draft.write_text(json.dumps({"tokens": n_token, "bytes": n_byte, "lost": n_lost / n_character,
                                       "dtype": dtype.str, "crc": crc, "chunks": chunks}))
+
+
+def first_lost(text, tokenizer):
+    """A line on the first characters of a text for which the library raises an Exception; "" if there are none."""
+    n_line = 1
+    for _, body, _, lost in encode_text(completed(tokenizer), read_text(text, hashlib.sha256())):
+        if lost.any():
+            a, b = runs(lost)[0]
+            line = n_line + body.count("\n", 0, a)
+            return (f"{body[a:b][:40]!r} in line {line} of {text}, and has no token for what it does not know: give "
+                    "one that was made for this text")
+        n_line += body.count("\n")
+    return ""
 
 
 def cached_tokens(text, tokenizer, seq_len):
@@ -312,7 +481,7 @@ def cached_tokens(text, tokenizer, seq_len):
 
     A hash of the text, the tokenizer and the library's version names it. Raises InputError; then nothing was written.
     """
-    recipe = hashlib.sha256(f"nanollm tokens 1, {tokenizers.__version__}, {tokenizer.to_str()}".encode())
+    recipe = hashlib.sha256(f"nanollm tokens 2, {tokenizers.__version__}, {tokenizer.to_str()}".encode())
     digest, n_character = recipe.copy(), 0
     for block in read_text(text, digest):
         n_character += len(block)
@@ -334,7 +503,7 @@ def cached_tokens(text, tokenizer, seq_len):
     except Exception as error:
         if type(error) is not Exception:            # the library's own, such as for a vocabulary without its unk_token
             raise
-        raise InputError(f"the tokenizer cannot encode {text}: {error}") from None
+        raise InputError(f"the tokenizer cannot encode {first_lost(text, tokenizer) or error}") from None
     if file := cached():
         return file
     raise InputError(f"cannot write the token cache {path.parent} ({why}): "

@@ -55,6 +55,7 @@ def test_no_validation_part_if_the_fraction_is_0(make):
     assert ds.split(0) == (ds, None)
 
 
+@pytest.mark.filterwarnings("ignore:.* of the characters")         # of a word that is too long for WordPiece
 @every_kind
 def test_source_bytes_of_the_parts_are_those_of_their_characters(kind, make, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK", 90)

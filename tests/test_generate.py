@@ -2,13 +2,14 @@
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import tiny
 from kinds import characters, decoding, in_bytes, streamed
 from tiny import command, lively, logits_of, make_tokenizer, random_ids, refused, small
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, decoders, models, processors
 
 import evaluate
 import generate
@@ -364,6 +365,25 @@ def test_generate_s_flags_reach_the_model(finished, monkeypatch):
 def test_text_without_a_prompt_needs_a_bos_token(finished):
     code, out, err = command(generate.main, finished[0], name="generate.py")
     assert (code, out) == (2, "") and err.startswith("generate.py: ") and "--prompt" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("unknown, prompt, code, out, err", [
+    ("<unk>", "the 5€", 0, "the <unk><unk>", r"warning: --prompt: .* '5€' \(character 5\): replaced by '<unk>'"),
+    ("\n", "the 5€", 0, "the \n\n", r"warning: --prompt: .* '5€' \(character 5\): replaced by '\\n'"),
+    (None, "the 5€", 2, "", r"--prompt: the tokenizer cannot encode '5€' \(character 5\)"),
+    ("\n", "5€", 2, "", "--prompt: the tokenizer knows nothing of '5€'"),
+    ("<unk>", "", 2, "", "this model has no BOS token: give a --prompt\n")])
+def test_a_prompt_that_the_tokenizer_does_not_know(tmp_path, unknown, prompt, code, out, err):
+    """Characters, as docs/characters.py makes them, and as it made them before (None)."""
+    known = dict.fromkeys([*"the catdog\n", *([unknown] if unknown else [])])
+    t = characters("the ", "\n")
+    t.decoder = decoders.Fuse()
+    t.model = models.WordLevel({word: i for i, word in enumerate(known)}, unk_token=unknown or "<unk>")
+    NanoLLM(Config(len(known), 16, 1, 2, 2, 8, 24)).save(tmp_path)
+    t.save(str(tmp_path / "tokenizer.json"))
+    got = command(generate.main, tmp_path, "--prompt", prompt, "--max-new-tokens", 1, name="generate.py")
+    assert got[0] == code and got[1].startswith(out) and (out or not got[1])
+    assert re.search(f"^generate.py: {err}", got[2]) and got[2].count("\n") == 1
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ pytest.importorskip("hypothesis")       # requirements-dev.txt has it
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kinds import CORPUS, KINDS, Ids, decoding, every_kind, streamed, whole
+from kinds import CORPUS, KINDS, Ids, decoding, every_kind, made, streamed, whole
 from test_checkpoint import FILES
 from test_generate import cut_at, expected_distribution
 from tiny import GOOD, command, lively, logits_of, make_cheap, make_text, make_tokenizer
@@ -154,25 +154,35 @@ snippets = st.one_of(
     st.sampled_from([
         *CORPUS, " ", "  ", "\r\n", "\n", "\t", "\r", "a", "aa", "the", " the", "dog", "e\u0301", "\u0301", "ﬁ", "😀",
         "👩\u200d👩\u200d👧", "却说", "。", "12", "345", "[MASK]", "[UNK]", "<|endoftext|>", "<|im_end|>", "</s>",
-        "\x00", "\u200b", "\ufeff", "가", "\u1100\u1161", "▁"]),
+        "\x00", "\u200b", "\ufeff", "가", "\u1100\u1161", "▁", "ACA", "AAC", "CA", "--"]),
     st.text(max_size=12),
-    st.tuples(st.sampled_from([" ", "a", "=", "7", "\r\n", "é", "ab", "\u0301", "却", "e\u0301"]),
+    st.tuples(st.sampled_from([" ", "a", "=", "7", "\r\n", "é", "ab", "\u0301", "却", "e\u0301", "N", "-", "AC"]),
               st.integers(1, 90)).map(lambda t: t[0] * t[1]))
 texts = st.lists(snippets, min_size=1, max_size=30).map("".join)
 
 
-@every_kind
-@settings(fresh, max_examples=40)
-@given(text=texts, chunk=st.integers(1, 90), block=st.integers(1, 400))
-def test_chunks_have_the_ids_of_the_whole_text(kind, text, chunk, block):
-    tokenizer = KINDS[kind]
+def check_chunks(tokenizer, text, chunk, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "CHUNK", chunk)
         patch.setattr(tokens, "CONTEXT", 64)
         patch.setattr(tokens, "PARALLEL", 3)
         parts = list(tokens.encode_text(tokenizer, [text[i:i + block] for i in range(0, len(text), block)]))
-    assert "".join(body for _, body, _ in parts) == text
-    assert [i for _, _, ids in parts for i in ids] == whole(text, tokenizer)
+    assert "".join(body for _, body, *_ in parts) == text
+    assert [i for _, _, ids, _ in parts for i in ids] == whole(text, tokenizer)
+    assert all(len(lost) == len(body) for _, body, _, lost in parts)
+
+
+@every_kind
+@settings(fresh, max_examples=30)
+@given(text=texts, chunk=st.integers(1, 90), block=st.integers(1, 400))
+def test_chunks_have_the_ids_of_the_whole_text(kind, text, chunk, block):
+    check_chunks(KINDS[kind], text, chunk, block)
+
+
+@settings(fresh, max_examples=90)
+@given(kind=st.sampled_from(sorted(made())), text=texts, chunk=st.integers(1, 90), block=st.integers(1, 400))
+def test_chunks_of_any_tokenizer_have_the_ids_of_the_whole_text(kind, text, chunk, block):
+    check_chunks(made()[kind], text, chunk, block)
 
 
 # ---------------------------------------------------------------- windows and batches

@@ -1,6 +1,7 @@
 """Text to ids: for any text and tokenizer, the ids are those of the whole text encoded at once, and none is lost."""
 import errno
 import os
+import random
 import shutil
 import sys
 import threading
@@ -9,8 +10,8 @@ import time
 import numpy as np
 import pytest
 import tokenizers
-from kinds import CORPUS, KINDS, byte_bpe, characters, every_kind, whole, wordpiece
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from kinds import CORPUS, KINDS, byte_bpe, characters, every_kind, made, whole
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import TokenDataset
 from storage import files, tokens
@@ -26,20 +27,20 @@ from storage.tokens import load_tokenizer, vocab_size
 def test_a_text_with_hardly_any_place_to_cut(kind, text, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK", 700)
     parts = tokens.encode_text(KINDS[kind], [text])
-    assert [i for _, _, ids in parts for i in ids] == whole(text, KINDS[kind])
+    assert [i for _, _, ids, _ in parts for i in ids] == whole(text, KINDS[kind])
 
 
 def test_a_special_token_that_takes_the_spaces_before_it(monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK", 1000)
     t, text = byte_bpe(), "the dog " * 100 + " " * 9000 + "<mask> the" + " the" * 3000
     t.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])        # RoBERTa's
-    assert [i for _, _, ids in tokens.encode_text(t, [text]) for i in ids] == whole(text, t)
+    assert [i for _, _, ids, _ in tokens.encode_text(t, [text]) for i in ids] == whole(text, t)
 
 
 @every_kind
 def test_ordinary_text_is_cut_near_the_size_asked_for(kind, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK", 700)
-    sizes = [len(body) for _, body, _ in tokens.encode_text(KINDS[kind], [" ".join(CORPUS) * 4])]
+    sizes = [len(body) for _, body, *_ in tokens.encode_text(KINDS[kind], [" ".join(CORPUS) * 4])]
     assert len(sizes) > 4 and max(sizes) < 3 * 700
 
 
@@ -199,13 +200,42 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(make, monkeypatch, c
 
 # ---------------------------------------------------------------- unknown tokens
 
-@pytest.mark.parametrize("text, share", [("却说那孙悟空 " * 20, "100%"), ("the dog " * 8 + "却", "6%")])
-def test_unknown_tokens_warn_also_from_the_cache(make, text, share):
-    t = wordpiece()
-    t.train_from_iterator(["the dog a cat"], trainers.WordPieceTrainer(special_tokens=["[UNK]"], show_progress=False))
-    for _ in range(2):
-        with pytest.warns(UserWarning, match=f"{share} of the tokens of .*text.txt are unknown to .*byte-level BPE"):
-            make(text, t)
+def words_only():
+    t = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "dog": 2, "cat": 3, "##s": 4}, unk_token="[UNK]"))
+    t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    t.add_special_tokens(["[UNK]"])
+    return t
+
+
+@pytest.mark.parametrize("kind, text, share, fate", [
+    ("words", "the dog " * 6 + "却", "2%", r"replaced by '\[UNK\]'"), ("words", "the dogma " * 6, "50%", ""),
+    ("no unknown", "the 汉字 a" * 9, "25%", "left out"), ("fused", "the 汉字 a" * 9, "25%", r"replaced by '\?'"),
+    ("unigram", "the 汉字 a" * 9, "25%", ""), ("suffix", "th é " * 9, "40%", ""), ("prefix", "the " * 9, "50%", ""),
+    ("removed", "xa " * 9, "33%", ""), ("no a", "the a " * 9, "17%", ""), ("words only", "the 12 " * 9, "29%", ""),
+    ("every 3", "ACAACN" * 9, "50%", ""), ("▁ only", "the\f" * 9, "25%", ""), ("lines", "ab\nab\n" * 9, "33%", "")])
+def test_lost_characters_are_counted(make, kind, text, share, fate):
+    """A word of WordPiece is lost as a whole, characters of a BPE one by one; white space where spaces are kept."""
+    tokenizer = {"words": words_only(), "lines": characters("ab ", "?")}.get(kind) or made()[kind]
+    for _ in range(2):                                  # encoded, and from the cache
+        with pytest.warns(UserWarning, match=f"{share} of the characters of .*text.txt are unknown to .*{fate}.* low:"):
+            make(text, tokenizer, seq_len=2)
+
+
+@pytest.mark.parametrize("kind", ["words", "no unknown", "fused", "unigram ▁"])
+def test_a_text_of_which_nothing_is_known_is_refused(make, kind, cache_folder):
+    with pytest.raises(InputError, match=r"the tokenizer knows no character of the text .*text\.txt"):
+        make("汉字 字\n" * 9, words_only() if kind == "words" else made()[kind])
+    assert not list(cache_folder.glob("*"))
+
+
+def test_lost_characters_are_counted_in_every_chunk(monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK", 700)
+    text = "the a " * 200 + "the 汉 字汉" * 30 + "the 字" * 500
+    for kind in "no unknown", "fused", "white space", "unigram":
+        parts = list(tokens.encode_text(made()[kind], [text]))
+        assert len(parts) > 4
+        assert [[c for c, is_lost in zip(body, lost, strict=True) if is_lost] for _, body, _, lost in parts] == [
+            [c for c in body if c in "汉字"] for _, body, *_ in parts]
 
 
 def test_the_unknown_token_of_every_kind_of_model():
@@ -295,12 +325,76 @@ def test_a_tokenizer_may_begin_with_a_byte_order_mark(make, tmp_path):
     assert load_tokenizer(path).to_str() == before
 
 
-def test_a_tokenizer_without_its_unknown_token_cannot_encode_everything(make, cache_folder):
-    t = Tokenizer(models.WordLevel({"the": 0, "dog": 1}, unk_token="[UNK]"))
-    t.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(InputError, match=r"cannot encode .*text\.txt"):
-        make("the dog the dog the dog the cat", t)
-    assert not list(cache_folder.glob("*"))
+def without_unknown(model):
+    """A tokenizer of "the" and "dog" (a Unigram: of letters) with which the library raises an Exception."""
+    letters = [(letter, -1.0) for letter in "▁thedog\n"]
+    t = Tokenizer({"WordLevel": models.WordLevel({"the": 0, "dog": 1}, unk_token="[UNK]"),
+                   "WordPiece": models.WordPiece({"the": 0, "dog": 1}, unk_token="[UNK]"),
+                   "Unigram": models.Unigram(letters)}[model])
+    t.pre_tokenizer = pre_tokenizers.Metaspace() if model == "Unigram" else pre_tokenizers.Whitespace()
+    return t
+
+
+every_model = pytest.mark.parametrize("model, unknown", [
+    ("WordLevel", "'cat'"), ("WordPiece", "'cat'"), ("Unigram", "'ca'")])
+
+
+@every_model
+def test_a_tokenizer_without_its_unknown_token_cannot_encode_everything(make, cache_folder, model, unknown):
+    make("the dog the\ndog the dog the", without_unknown("WordLevel"), seq_len=4)
+    before = list(cache_folder.glob("*"))
+    with pytest.raises(InputError, match=rf"cannot encode {unknown} in line 3 of .*text\.txt, and has no token for"):
+        make("the dog the\ndog the dog\nthe cat", without_unknown(model))
+    assert list(cache_folder.glob("*")) == before
+
+
+# ---------------------------------------------------------------- prompts
+
+def test_a_prompt_is_encoded_without_special_tokens():
+    t = KINDS["wordpiece"]
+    assert tokens.encode_prompt(t, "the [SEP] dog") == whole("the [SEP] dog", t)
+    assert tokens.encode_prompt(t, "") == tokens.encode_prompt(t, " \n") == []
+    for kind in KINDS.values():                         # pytest makes every warning an error
+        tokens.encode_prompt(kind, "the dog")
+    assert tokens.encode_prompt(without_unknown("WordLevel"), "the dog") == [0, 1]
+
+
+@pytest.mark.parametrize("kind, prompt, named, left", [
+    ("characters", "ab5€aï c", r"'5€' \(character 3\), 'ï' \(character 6\): replaced by '\\n'", "ab\n\na\n c"),
+    ("no unknown", "the 汉字 a", r"'汉字' \(character 5\): left out", "the  a"),
+    ("fused", "the 汉字 a", r"'汉字' \(character 5\): replaced by '\?'", "the ? a"),
+    ("words", "the dogma cats", r"'dogma' \(character 5\): replaced by '\[UNK\]'", "the [UNK] cats"),
+    ("no unknown", "汉a" * 9, r"'汉' \(character 9\) and 4 more: left out", "a" * 9)])
+def test_what_a_prompt_loses_is_named(kind, prompt, named, left):
+    t = {"characters": characters("abc ", "\n"), "words": words_only()}.get(kind) or made()[kind]
+    with pytest.warns(UserWarning, match=named):
+        assert tokens.encode_prompt(t, prompt) == whole(left, t)
+
+
+@pytest.mark.parametrize("kind", ["no unknown", "characters", "words"])
+def test_a_prompt_of_which_nothing_is_left_is_refused(kind):
+    t = {"characters": characters("abc ", "\n"), "words": words_only()}.get(kind) or made()[kind]
+    with pytest.raises(InputError, match="--prompt: the tokenizer knows nothing of '汉 字'"):
+        tokens.encode_prompt(t, "汉 字")
+
+
+@every_model
+def test_a_prompt_that_cannot_be_encoded_is_refused(model, unknown):
+    with pytest.raises(InputError, match=rf"--prompt: the tokenizer cannot encode {unknown} \(character 5\)"):
+        tokens.encode_prompt(without_unknown(model), "the cat")
+
+
+# ---------------------------------------------------------------- tokens that depend on how far the text has come
+
+@pytest.mark.parametrize("kind", [kind for kind in made() if kind.startswith("every")])
+def test_pieces_counted_from_the_beginning_of_a_text(kind, monkeypatch):
+    """Genomes have runs of N. There all ids are those of the unknown token, however the pieces are counted."""
+    monkeypatch.setattr(tokens, "CHUNK", 700)
+    rng = random.Random(kind)
+    text = "".join("N" * rng.randint(1, 3000) + "".join(rng.choices("AC", k=rng.randint(1, 900))) for _ in range(6))
+    parts = list(tokens.encode_text(made()[kind], [text]))
+    assert [i for _, _, ids, _ in parts for i in ids] == whole(text, made()[kind])
+    assert (len(parts) > 1) == (tokens.counting(made()[kind]) == "seen")
 
 
 def test_a_cache_that_cannot_be_written(make, tmp_path, monkeypatch):

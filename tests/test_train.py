@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tiny
 from conftest import reference
-from tiny import QUICK, SHAPE, command, rows, set_gradients
+from tiny import QUICK, SHAPE, check, command, rows, set_gradients
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 import train
-from console import metrics
+from console import metrics, options
 from data import TokenDataset
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
@@ -198,13 +199,29 @@ def test_a_sample_begins_with_the_unseen_text_and_holds_no_broken_character(file
     tokenizer = load_tokenizer(files[3])
     _, val = TokenDataset.from_text(files[1], files[3], 8).split(0.1)
     model = NanoLLM(Config(290, 16, 2, 2, 1, 8, 24))
-    text = train.sample_text(model, tokenizer, None, val, 0)
+    text = train.sample_text(model, tokenizer, [], val, 0)
     assert text.startswith(tokenizer.decode(val.tokens[:8].tolist()).strip("\ufffd"))
-    assert text == train.sample_text(model, tokenizer, None, val, 0)
+    assert text == train.sample_text(model, tokenizer, [], val, 0)
     cut = tokenizer.encode("却").ids[:-1]
-    assert train.sample_text(model, tokenizer, "却", val, 0).startswith("却")
+    assert train.sample_text(model, tokenizer, tokenizer.encode("却").ids, val, 0).startswith("却")
     model.generate = lambda *_, **__: iter(cut)
-    assert train.sample_text(model, tokenizer, "a dog", val, 0) == "a dog"
+    assert train.sample_text(model, tokenizer, tokenizer.encode("a dog").ids, val, 0) == "a dog"
+
+
+def test_a_prompt_that_cannot_be_encoded_stops_before_the_first_step_but_not_a_run_that_has_it(files, tmp_path):
+    t = Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(set(Path(files[1]).read_text("utf-8"))))}))
+    t.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    t.save("characters.json")
+    flags = [*SHAPE, *QUICK, *files[:2], "--tokenizer", "characters.json", "--artifact-dir", "run", "--prompt", "a Zoë"]
+    check(command(train.main, *flags), "--prompt: the tokenizer cannot encode 'Z' .character 3., 'ë' .character 5.")
+    assert not (tmp_path / "run").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "encode_prompt", lambda *_: [])          # as before prompts were checked
+        assert command(train.main, *flags, "--max-steps", 2)[0] == 0
+    resume = ["--resume", "--artifact-dir", "run", "--max-steps", 4]
+    code, out, err = command(train.main, *resume)
+    assert (code, err) == (0, "") and "cannot encode 'Z'" in out and "validation text\n" in out
+    check(command(train.main, *resume, "--prompt", "Zoë"), "cannot encode 'Z'")
 
 
 def test_folders_have_names_of_their_own_by_default(files, tmp_path):

@@ -1,5 +1,6 @@
 """Tokenizers of every kind, trained here, and what a text's ids must be."""
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,65 @@ def characters(known, unknown):
 KINDS = {"wordpiece": wordpiece(), "wordpiece-cased": wordpiece(False), "byte-bpe": byte_bpe(),
          "digits-bpe": digits_bpe(), "llama-bpe": llama_bpe(), "characters": characters("".join(CORPUS), "?")}
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@functools.cache
+def made():
+    """{name: tokenizer}: one for each way to cut a text and to encode the pieces, over a few letters."""
+    pre, norm, added = pre_tokenizers, normalizers, tokenizers.AddedToken
+    pairs = [tuple(pair.split()) for pair in ("t h", "th e", "a a", "aa aa", "N N", "▁ t", "1 2", "却 说", "- -")]
+    words = ["?", *dict.fromkeys("abcdehort ANC0129-=.,:\n\r\té却说。\u0301#▁"), *map("".join, pairs)]
+    ids = {word: i for i, word in enumerate(words)}
+
+    def bpe(cut=None, normalizer=None, merges=pairs, unknown="?", **settings):
+        t = Tokenizer(models.BPE(ids, merges, unk_token=unknown, **settings))
+        t.pre_tokenizer, t.normalizer = cut, normalizer
+        return t
+
+    def kmers(*steps):
+        known = ["?", "the", *("".join(kmer) for n in (3, 4, 6) for kmer in itertools.product("AC", repeat=n))]
+        t = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="?"))
+        t.pre_tokenizer = pre.Sequence(list(steps))
+        return t
+
+    def unigram(cut=None):
+        t = Tokenizer(models.Unigram([(word, -len(word) - i / 100) for i, word in enumerate(words)], unk_id=0))
+        t.pre_tokenizer = cut
+        return t
+
+    def gpt(cut=None, **settings):
+        t = byte_bpe()
+        t.pre_tokenizer = cut or t.pre_tokenizer
+        if settings:
+            t.add_tokens([added("the", **settings), added("--", **settings)])
+        return t
+
+    cuts = {"white space": pre.Whitespace(), "spaces": pre.WhitespaceSplit(), "bert": pre.BertPreTokenizer(),
+            "digits": pre.Digits(), "each digit": pre.Digits(True), "punctuation": pre.Punctuation(),
+            "delimiter": pre.CharDelimiterSplit("a"), "scripts": pre.UnicodeScripts(),
+            **{f"▁ {when}": pre.Metaspace("▁", when) for when in ("first", "always", "never")},
+            "▁ only": pre.Metaspace(split=False), "words only": pre.Split(Regex("[a-z]+"), "removed", invert=True),
+            **{how: pre.Split(" ", how) for how in ("removed", "isolated", "merged_with_previous", "merged_with_next",
+                                                    "contiguous")}}
+    changes = {"NFC": norm.NFC(), "NFD": norm.NFD(), "NFKC": norm.NFKC(), "strip": norm.Strip(),
+               "lower": norm.Lowercase(), "accents": norm.Sequence([norm.NFD(), norm.StripAccents()]),
+               "one space": norm.Replace(Regex(" +"), " "), "no a": norm.Replace("a", "")}
+    every = pre.FixedLength
+    return ({name: bpe(cut) for name, cut in cuts.items()}
+            | {name: bpe(pre.Whitespace(), change) for name, change in changes.items()}
+            | {"no unknown": bpe(unknown=None), "fused": bpe(fuse_unk=True), "ignore merges": bpe(ignore_merges=True),
+               "suffix": bpe(pre.Whitespace(), None, [], end_of_word_suffix="▁"),
+               "prefix": bpe(pre.Whitespace(), None, [], continuing_subword_prefix="#"),
+               "unigram": unigram(), "unigram ▁": unigram(pre.Metaspace()),
+               "bytes ▁": gpt(pre.ByteLevel(True)), "bytes only": gpt(pre.ByteLevel(False, use_regex=False))}
+            | {side: gpt(**{side: True}) for side in ("lstrip", "rstrip", "single_word", "normalized")}
+            | {"every 3": kmers(every(3)), "every 4": kmers(every(4)), "every 6": kmers(every(6)),
+               "every 3 of a word": kmers(pre.WhitespaceSplit(), every(3)),
+               "every ...": kmers(pre.Split(Regex("..."), "isolated")),
+               "every .{3}": kmers(pre.Split(Regex(".{3}"), "isolated")), "every 6, letters": bpe(every(6)),
+               "every 6, then 4": kmers(every(6), every(4)),
+               "every 6, then N": bpe(pre.Sequence([every(6), pre.Split("N", "isolated")])),
+               "every 70": bpe(every(70)), "every .{70}": bpe(pre.Split(Regex(r"[\s\S]{70}"), "isolated"))})
 
 
 def whole(text, tokenizer):
