@@ -171,8 +171,8 @@ def run(main, name=None):
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:        # closed, as in a service; no other file may get its number
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
-    if any(action == "error" for action, *_ in warnings.filters):
-        warnings.simplefilter("default")        # -W error: a warning is shown, but ends nothing
+    # with -W error a warning is shown, but ends nothing
+    warnings.filters[:] = [("default" if action == "error" else action, *rest) for action, *rest in warnings.filters]
     warnings.showwarning = lambda message, *_: fail(name, f"warning: {message}")
     handle(SIGNALS[1:], lambda number, frame: sys.exit(128 + number))       # so half-written files are removed
     reconfigure(errors="backslashreplace")      # a terminal without Chinese is no reason to stop
