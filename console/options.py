@@ -376,7 +376,8 @@ def note_horizon(request, settings, n_window, rate):
     """Say so if a resumed run's end has moved and its learning rate therefore rises. `rate` is train.py's."""
     before, step = request.before.resolved(request.state, n_window), request.state.step
     last, now = rate(before, max(step - 1, 0)), rate(settings, step)
-    if step and settings.max_steps > before.max_steps and now > rate(before, min(step, before.max_steps - 1)):
+    later = settings.max_steps > before.max_steps and settings.lr_schedule == "cosine"
+    if step and later and now > rate(before, min(step, before.max_steps - 1)):
         say(f"training ends after step {settings.max_steps} now, not {before.max_steps}, which stretches the cosine: "
             f"the learning rate rises from {last:.3g} to {now:.3g}; to stay at {last:.3g}, add --lr-schedule constant "
             f"--learning-rate {last:.3g} --warmup-steps 0")
