@@ -82,9 +82,9 @@ def product(m, k, n, size, into=None):
     if device.on_gpu:
         return 0
     copies = WIDE * (m * k + k * n + (m * n if into is None else 0)) if size == 2 else 0
-    if into == "sum":       # a block of the rows in each thread, of one thread all of them
+    if into == "sum":       # a block of the rows in each thread
         rows = m
-        if device.threads > 1 and m >= min(n, 128):
+        if m >= min(n, 128):
             rows = min(m, device.threads * min(math.ceil(m / device.threads), max(device._TILE // n, 128)))
         copies += WIDE * rows * n
     return copies

@@ -352,7 +352,8 @@ def _blas(a, b, out, accumulate):
         return
     m, n = out.shape[-2:]
     multiplications = out.size // m * max(m, _FEW) * a.shape[-1]
-    if multiplications < _SMALL or threads == 1 or getattr(_here, "busy", False):
+    alone, tiles = threads == 1 or getattr(_here, "busy", False), accumulate and out.ndim == 2 and m >= 64
+    if multiplications < _SMALL or (alone and not tiles):
         _product(a, b, out, accumulate)
     elif out.ndim > 2:
         sweep(lambda s: _product(a[s], b[s], out[s], accumulate), len(out), math.ceil(len(out) / threads))
