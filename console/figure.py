@@ -22,16 +22,16 @@ FONTS = ("DejaVu Sans Mono",                    # the first and the last come wi
 ASIDE = {"\n": "↵", "\t": "⇥", "\r": "←"}       # shown in place of characters that are invisible
 
 
-def check_path(path):
+def check_path(path, flag="--figure"):
     """Raise InputError unless a PNG can be written there. Tests by making a temporary folder."""
     path = Path(path)
-    require(path.suffix.lower() == ".png", f"--figure {path}: only a PNG can be drawn, name a file that ends in .png")
+    require(path.suffix.lower() == ".png", f"{flag} {path}: only a PNG can be drawn, name a file that ends in .png")
     try:
-        require(not path.is_dir(), f"--figure {path} is a folder: name a file in it")
+        require(not path.is_dir(), f"{flag} {path} is a folder: name a file in it")
         with tempfile.TemporaryDirectory(".nanollm", f".{path.name}.", path.parent):    # the name that `whole` takes
             pass
     except OSError as problem:
-        raise InputError(f"cannot write to --figure {path} ({problem.strerror}): name another file") from None
+        raise InputError(f"cannot write to {flag} {path} ({problem.strerror}): name another file") from None
 
 
 # ---------------------------------------------------------------- the loss by position

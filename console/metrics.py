@@ -17,12 +17,12 @@ COLUMNS = ("step", "epoch", "tokens", "train_loss", "val_loss", "val_perplexity"
 
 # ---------------------------------------------------------------- metrics.csv
 
-def read(path):
+def read(path, columns=COLUMNS):
     """The rows of metrics.csv, a dict of strings each."""
-    return parse(path)[0]
+    return parse(path, columns)[0]
 
 
-def parse(path):
+def parse(path, columns):
     """(rows, intact): the rows of metrics.csv, and whether there is nothing else in it, except for a last line that a
     crash cut short.
 
@@ -37,16 +37,16 @@ def parse(path):
         names, *lines = csv.reader(text.split("\n"), delimiter=max(",;\t", key=header.count))
     except csv.Error:                   # so many characters without a comma are no table
         return [], False
-    found = [_row(names, line) for line in lines if line]
+    found = [_row(names, line, columns) for line in lines if line]
     if found and not found[-1] and "step" in names:
         found.pop()
     return list(filter(None, found)), None not in found
 
 
-def _row(names, cells):
+def _row(names, cells, columns):
     """{column: text} of a line of metrics.csv, None where it is no row of numbers."""
     given = dict(zip(names, (cell.replace(",", ".") for cell in cells), strict=False))
-    row = {name: given.get(name, "") for name in COLUMNS}
+    row = {name: given.get(name, "") for name in columns}
     try:
         finite = all(math.isfinite(float(value)) for value in row.values() if value)
     except ValueError:
@@ -54,11 +54,11 @@ def _row(names, cells):
     return row if finite and len(cells) == len(names) and row["step"].isdecimal() else None
 
 
-def rewind(path, step):
+def rewind(path, step, columns=COLUMNS):
     """Begin the file, or drop its rows after `step`, from which the run continues. A file that holds anything else is
     kept under another name.
     """
-    rows, intact = parse(path)
+    rows, intact = parse(path, columns)
     if not intact:
         names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
         kept = path.rename(next(name for name in names if not name.exists()))
@@ -66,17 +66,17 @@ def rewind(path, step):
                       f"is kept as {kept.name}, and {len(rows)} of its rows were read", stacklevel=2)
     rows = [row for row in rows if int(row["step"]) <= step]
     with whole(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def append(path, row):
-    """Add a row, a dict of some of COLUMNS. Numbers read back as they were; a number that is not finite leaves its cell
-    empty.
+def append(path, row, columns=COLUMNS):
+    """Add a row, a dict of some of the columns. Numbers read back as they were; a number that is not finite leaves its
+    cell empty.
     """
     with open(path, "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(
+        csv.DictWriter(file, columns, restval="", lineterminator="\n").writerow(
             {name: value for name, value in row.items() if math.isfinite(value)})
 
 
@@ -90,11 +90,11 @@ def draw_loss(folder):
     rows = read(folder / "metrics.csv")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, label, style in (("train_loss", "training", "-"), ("val_loss", "validation (unseen text)", "o-")):
+    for name, label, style in (("train_loss", "training", "-"), ("val_loss", "validation (unseen)", "o-")):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
@@ -132,16 +132,22 @@ def flops_per_token(config, seq_len):
     return 6 * n + 6 * config.n_block * config.embedding_dim * seq_len
 
 
-def first_not_finite(model, ids):
+def hidden_states(model, ids):
+    """Yield what each block of a language model makes of ids (B, T)."""
+    h = cast(embedding(model.embed, ids), model.compute_dtype)
+    for i in range(model.config.n_block):
+        h = model.run_block(i, h)
+        yield h
+
+
+def first_not_finite(model, x, blocks=hidden_states):
     """Where NaN or infinity comes from, in words: the first weights, activations or gradients that hold any."""
     finite, parameters = device.xp.isfinite, model.parameters()
     for name, parameter in parameters.items():
         if not finite(parameter.data).all():
             return f"weights of {name}"
     with no_grad():
-        h = cast(embedding(model.embed, ids), model.compute_dtype)
-        for i in range(model.config.n_block):
-            h = model.run_block(i, h)
+        for i, h in enumerate(blocks(model, x)):
             if not finite(h.data).all():
                 return f"activations after block {i}"
     for name, parameter in reversed(parameters.items()):        # the order in which backward runs

@@ -44,21 +44,42 @@ class Observer:
     """Watches a training. After each step it reports, evaluates or saves if that is due.
 
     validate() gives the loss, perplexity and bits_per_byte on the validation text; it is None where there is no such
-    text. sample() gives a text that the model writes. `saved` is the step that has a checkpoint already.
+    text. sample() gives a text that the model writes. `saved` is the step that has a checkpoint already. What else is
+    a text's own are the attributes and methods down to `explain`; images.train has others.
 
     Each rank of a team has one, because they evaluate and save together. Only rank 0's has a run, and writes.
     """
+    columns, unit = metrics.COLUMNS, "tokens"       # of metrics.csv; what a window consists of
+    blocks = staticmethod(metrics.hidden_states)
+
+    def per_window(self):
+        return self.train_set.seq_len
+
+    def first_words(self):
+        """How good the first loss is."""
+        V, entropy = self.train_set.vocab_size, metrics.unigram_entropy(self.train_set)
+        return (f"guessing evenly among {V} tokens gives ln V = {math.log(V):.3f}, guessing from token frequencies "
+                f"gives {entropy:.3f}")
+
+    def on_training_set(self, loss):
+        """What `validate` would say about the training set, for its mean loss since the last report."""
+        bits = loss / math.log(2) * len(self.train_set.tokens) / self.train_set.source_bytes
+        return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
+
+    def explain(self, result):
+        """The loss and what else `validate` says, in words."""
+        return (f"loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
+                f"{result['bits_per_byte']:.4f} bits per byte")
+
     def __init__(self, run, settings, train_set, progress, validate, sample, team=ranks.ALONE, saved=None):
         self.run, self.settings, self.train_set, self.progress = run, settings, train_set, progress
         self.validate, self.sample, self.team, self.saved = validate, sample, team, saved
 
     def after_step(self, model, optimizer, state, lr, loss, norm):
         """Do what is due after a step that had this learning rate, loss and gradient norm."""
-        self.progress.advance(self.settings.windows_per_step() * self.train_set.seq_len)
+        self.progress.advance(self.settings.windows_per_step() * self.per_window())
         if state.step == 1:
-            V, entropy = self.train_set.vocab_size, metrics.unigram_entropy(self.train_set)
-            say(f"step 0: loss {loss:.3f} before training; guessing evenly among {V} tokens gives ln V = "
-                f"{math.log(V):.3f}, guessing from token frequencies gives {entropy:.3f}")
+            say(f"step 0: loss {loss:.3f} before training; {self.first_words()}")
         self.report_if_due(model, state, lr, norm)
         if due(state.step, self.settings.save_every):
             self.save(model, optimizer, state)
@@ -85,30 +106,28 @@ class Observer:
         """Show the mean loss since the last report and add a row to metrics.csv; evaluate at a milestone."""
         loss = state.loss_sum / state.loss_count if state.loss_count else math.nan
         progress, speed = self.progress, self.progress.speed
-        row = {"step": state.step, "epoch": round(state.epoch, 6), "tokens": state.windows * self.train_set.seq_len,
+        row = {"step": state.step, "epoch": round(state.epoch, 6), self.unit: state.windows * self.per_window(),
                "train_loss": loss, "learning_rate": lr, "grad_norm": norm, "loss_scale": state.loss_scale,
-               "skipped": state.skipped, "tokens_per_second": round(speed),
+               "skipped": state.skipped, f"{self.unit}_per_second": round(speed),
                "flops_per_second": round(speed * progress.flops_per_token)}
         progress.show(state.step, loss, lr, norm)
         if milestone:
             row |= self.evaluate(model, state, loss)
         state.loss_sum, state.loss_count = 0.0, 0
         if self.run:
-            metrics.append(self.run.folder / "metrics.csv", row | {"seconds": round(progress.seconds, 1)})
+            row["seconds"] = round(progress.seconds, 1)
+            metrics.append(self.run.folder / "metrics.csv", row, self.columns)
             progress.redraw(self.run.folder)
         progress.restart()
 
     def evaluate(self, model, state, loss):
         """Show the training and validation loss and keep the best model. Return metrics.csv's validation columns."""
-        bits = loss / math.log(2) * len(self.train_set.tokens) / self.train_set.source_bytes
-        line = (f"epoch {state.epoch:.2f}: training loss {loss:.4f}, perplexity {perplexity(loss):,.1f}, "
-                f"{bits:.4f} bits per byte")
+        line = f"epoch {state.epoch:.2f}: training {self.explain(self.on_training_set(loss))}"
         if not self.validate:
             say(line)
             return {}
         result = self.validate()
-        line += (f"; validation loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
-                 f"{result['bits_per_byte']:.4f} bits per byte")
+        line += f"; validation {self.explain(result)}"
         state.without_better += 1
         if result["loss"] < (math.inf if state.best_loss is None else state.best_loss):
             state.best_loss, state.without_better = result["loss"], 0
@@ -116,7 +135,7 @@ class Observer:
             if self.run:
                 self.run.write_best(model)
         say(line)
-        return {f"val_{name}": result[name] for name in ("loss", "perplexity", "bits_per_byte")}
+        return {f"val_{name}": value for name, value in result.items() if f"val_{name}" in self.columns}
 
     def save(self, model, optimizer, state):
         """Write a checkpoint, unless this step has one."""
@@ -137,7 +156,7 @@ class Observer:
 
     def give_up(self, model, ids):
         """Raise, on rank 0, an InputError that says where NaN or infinity comes from."""
-        places = self.team.exchange(metrics.first_not_finite(model, ids))
+        places = self.team.exchange(metrics.first_not_finite(model, ids, self.blocks))
         if self.run:
             raise InputError("10 steps in a row were not finite; the first NaN or inf is in the "
                              f"{next((place for place in places if place != 'loss'), 'loss')}. The checkpoints in "

@@ -44,8 +44,58 @@ in_data, in_machine = partial(setting, "the data"), partial(setting, "speed and 
 in_training, in_reports = partial(setting, "the training"), partial(setting, "reports and checkpoints")
 
 
+class Training:
+    """What the Settings of every command that trains can do. They have the fields that these methods name."""
+    program, runs = "train.py", "llm"           # what is typed after "python"; where runs go by default, in runs/
+    title = "Train a Llama-style language model on a text, from scratch."
+    needed = "--text FILE --tokenizer FILE"
+    paths = "text", "tokenizer", "init_from"
+    windows, more = "windows", "--grad-accum, --seq-len or --stride, or give more text"
+
+    def windows_per_step(self):
+        return self.batch_size * self.grad_accum
+
+    def resolved(self, state, n_window):
+        """The last stage, once the data is read: fill in what depends on its number of windows, which is the last step,
+        the warm-up and the lowest rate.
+
+        Training ends with its epochs of `n_window` windows, or at --max-steps if that comes first. Raises InputError.
+        """
+        require(self.windows_per_step() <= n_window,
+                f"a step takes {self.windows_per_step()} {self.windows} (--batch-size {self.batch_size} × --grad-accum "
+                f"{self.grad_accum}), but there are only {n_window} training {self.windows}: lower --batch-size, "
+                f"{self.more}")
+        left = max(self.num_epochs * n_window - state.windows, 0)
+        end = state.step + math.ceil(left / self.windows_per_step())
+        steps = min(end, self.max_steps or end)
+        if self.warmup_steps is not None and self.warmup_steps > steps:
+            raise InputError(f"--warmup-steps {self.warmup_steps} is more than the {steps} steps of training: lower it")
+        warmup = min(100, steps // 100) if self.warmup_steps is None else self.warmup_steps
+        low = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        return replace(self, max_steps=steps, warmup_steps=warmup, min_lr=low)
+
+    def check(self, typed):
+        """Raise InputError if flags contradict each other, of which `typed` were typed."""
+        require(self.min_lr is None or self.min_lr <= self.learning_rate or self.lr_schedule == "constant",
+                f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}, from which the rate falls: "
+                "give a lower --min-lr")
+        require("patience" not in typed or self.validates(),
+                "--patience needs a validation part: leave it out, or give a --val-fraction above 0")
+        require("min_lr" not in typed or self.lr_schedule == "cosine",
+                f"--min-lr has no effect with --lr-schedule {self.lr_schedule}: leave it out, or give "
+                "--lr-schedule cosine")
+
+    def validates(self):
+        return self.val_fraction > 0
+
+    def to_json(self):
+        """What trainer.json holds: files by their whole paths, so that a run can be resumed from any folder."""
+        paths = {name: os.path.abspath(getattr(self, name)) for name in self.paths if getattr(self, name)}
+        return asdict(self) | paths
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(Training):
     """What a training is: the flags of train.py, and what "command" in a checkpoint's trainer.json holds."""
     text: str | None = in_run(None, cli.path, "the text to learn from, in UTF-8", "FILE")
     tokenizer: str | None = in_run(None, cli.path, "a Hugging Face tokenizer.json", "FILE")
@@ -120,9 +170,6 @@ class Settings:
         """The first stage, before any file is read: fill in what follows from other flags. Raises InputError if two
         contradict each other.
         """
-        require(self.min_lr is None or self.min_lr <= self.learning_rate or self.lr_schedule == "constant",
-                f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}, from which the rate falls: "
-                "give a lower --min-lr")
         seq_len = self.seq_len or self.max_context
         stride = self.stride or max(seq_len // 2, 1)
         require(seq_len <= self.max_context,
@@ -135,34 +182,6 @@ class Settings:
         """The fields of Config, except for the size of the vocabulary."""
         return {name: getattr(self, name) for name in SHAPE}
 
-    def windows_per_step(self):
-        return self.batch_size * self.grad_accum
-
-    def resolved(self, state, n_window):
-        """The last stage, once the text is read: fill in what depends on its number of windows, which is the last step,
-        the warm-up and the lowest rate.
-
-        Training ends with its epochs of `n_window` windows, or at --max-steps if that comes first. Raises InputError.
-        """
-        require(self.windows_per_step() <= n_window,
-                f"a step takes {self.windows_per_step()} windows (--batch-size {self.batch_size} × --grad-accum "
-                f"{self.grad_accum}), but there are only {n_window} training windows: lower --batch-size, "
-                "--grad-accum, --seq-len or --stride, or give more text")
-        left = max(self.num_epochs * n_window - state.windows, 0)
-        end = state.step + math.ceil(left / self.windows_per_step())
-        steps = min(end, self.max_steps or end)
-        if self.warmup_steps is not None and self.warmup_steps > steps:
-            raise InputError(f"--warmup-steps {self.warmup_steps} is more than the {steps} steps of training: lower it")
-        warmup = min(100, steps // 100) if self.warmup_steps is None else self.warmup_steps
-        low = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        return replace(self, max_steps=steps, warmup_steps=warmup, min_lr=low)
-
-    def to_json(self):
-        """What trainer.json holds: files by their whole paths, so that a run can be resumed from any folder."""
-        paths = {name: os.path.abspath(getattr(self, name)) for name in ("text", "tokenizer", "init_from")
-                 if getattr(self, name)}
-        return asdict(self) | paths
-
     def hashes(self):
         """{"text": …, "tokenizer": …}: of the contents of these two files."""
         return {name: file_hash(getattr(self, name)) for name in ("text", "tokenizer")}
@@ -172,39 +191,39 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def command_line():
-    """The parser of these flags and of the four that belong to one call (--artifact-dir, --resume, --processes,
-    --device), which are not stored. Its result holds only what was typed.
+def command_line(kind=Settings):
+    """The parser of the flags of this kind of Training and of the four that belong to one call (--artifact-dir,
+    --resume, --processes, --device), which are not stored. Its result holds only what was typed.
     """
-    parser = cli.Parser(usage="python train.py --text FILE --tokenizer FILE [options]",
-                        description="Train a Llama-style language model on a text, from scratch.",
+    parser = cli.Parser(usage=f"python {kind.program} {kind.needed} [options]", description=kind.title,
                         argument_default=argparse.SUPPRESS)
-    for group, members in itertools.groupby(fields(Settings), lambda field: field.metadata["group"]):
+    for group, members in itertools.groupby(fields(kind), lambda field: field.metadata["group"]):
         parser.begin(group)
         for field in members:
             parser.add(flag(field.name), field.default, field.metadata["kind"], field.metadata["help"],
                        field.metadata["metavar"])
         if group == "the run":
-            parser.add("--artifact-dir", kind=cli.path, help="folder of the run; default: runs/llm, then runs/llm-2, …",
-                       metavar="FOLDER")
+            parser.add("--artifact-dir", kind=cli.path, metavar="FOLDER",
+                       help=f"folder of the run; default: runs/{kind.runs}, then runs/{kind.runs}-2, …")
             parser.add("--resume", False, bool,
-                       "continue from the newest checkpoint of --artifact-dir (or of the last runs/llm)")
-        if group == "speed and memory":
+                       f"continue from the newest checkpoint of --artifact-dir (or of the last runs/{kind.runs})")
+        if group == "speed and memory" and kind is Settings:
             parser.add("--processes", None, COUNT, "number of processes that share the windows of a step; default: as "
                        "many as there are cores or GPUs, if they can share them evenly")
+        if group == "speed and memory":
             parser.add_device()
     return parser
 
 
-def from_json(values):
+def from_json(values, kind=Settings):
     """The Settings that `to_json` gave, read as a command line is. Raises InputError naming a value that its flag
     cannot have.
     """
-    if unknown := values.keys() - {field.name for field in fields(Settings)}:
-        raise InputError(f"{flag(min(unknown))} is no flag of train.py")
+    if unknown := values.keys() - {field.name for field in fields(kind)}:
+        raise InputError(f"{flag(min(unknown))} is no flag of {kind.program}")
     words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in values.items()
              if value is not None and value is not False]
-    return Settings(**vars(command_line().parse_args(words)))
+    return kind(**vars(command_line(kind).parse_args(words)))
 
 
 # ---------------------------------------------------------------- from a command line to a run
@@ -212,12 +231,12 @@ def from_json(values):
 @dataclass(frozen=True)
 class Request:
     """What a command line asks for: a run with these settings, from its beginning or from a checkpoint."""
-    settings: Settings
+    settings: Training
     folder: str | None                  # --artifact-dir
     checkpoint: Path | None = None      # from which --resume continues; its State, the hashes of its text and tokenizer
     state: State = dataclasses.field(default_factory=State)
     hashes: dict = dataclasses.field(default_factory=dict)
-    before: Settings | None = None      # the Settings in that checkpoint
+    before: Training | None = None      # the Settings in that checkpoint
     own_tokenizer: Path | None = None   # the checkpoint's, if the original has gone or changed
     processes: int | None = None        # --processes, and in the end how many there will be
     config: Config | None = None        # of the model, in the end
@@ -245,16 +264,11 @@ def read_flags(argv, parser):
     typed = vars(parser.parse_args(argv))
     folder, where, processes = (typed.pop(name, None) for name in ("artifact_dir", "device", "processes"))
     if typed.pop("resume", False):
-        request = resumed(folder or last_run(), typed)
+        request = resumed(folder, typed)
     else:
         request = Request(Settings(**(defaults(typed) | typed)).complete(), folder)
-    settings = request.settings
-    require("patience" not in typed or settings.val_fraction > 0,
-            "--patience needs a validation part: leave it out, or give a --val-fraction above 0")
-    require("min_lr" not in typed or settings.lr_schedule == "cosine",
-            f"--min-lr has no effect with --lr-schedule {settings.lr_schedule}: leave it out, or give "
-            "--lr-schedule cosine")
-    device.use(where, settings.tf32)
+    request.settings.check(typed)
+    device.use(where, request.settings.tf32)
     return replace(request, processes=processes)
 
 
@@ -271,31 +285,37 @@ def defaults(typed):
     return {}
 
 
-def resumed(folder, typed):
-    """For --resume: the Request that continues the run in this folder, with its settings except where others were
-    typed. Raises InputError.
+def continued(folder, typed, kind=Settings):
+    """For --resume: the Request that continues the run in this folder (None: the last), with its settings except where
+    others were typed. Raises InputError.
     """
-    newest = newest_checkpoint(folder)
+    newest = newest_checkpoint(folder or last_run(kind.runs))
     state, about = read_trainer(newest)
     try:
-        before = from_json(about["command"])
+        before = from_json(about["command"], kind)
     except InputError as problem:
         raise InputError(f"{newest / 'trainer.json'}: command: {problem}") from None
     settings = replace(before, **typed)
     old, new = before.to_json(), settings.to_json()
-    for name in (field.name for field in fields(Settings) if field.metadata["fixed"]):
+    for name in (field.name for field in fields(kind) if field.metadata["fixed"]):
         if new[name] != old[name]:
             raise InputError(f"--resume: {flag(name)} was {old[name]} in this run and cannot become {typed[name]}")
     if settings.windows_per_step() != before.windows_per_step():
-        say("the batch size has changed: training continues with the next windows, but not as it would have")
-    own = newest / "tokenizer.json"
-    if is_tokenizer(settings.tokenizer or "", about["hashes"].get("tokenizer"), own):
+        say(f"the batch size has changed: training continues with the next {kind.windows}, but not as it would have")
+    return Request(settings, str(newest.parent), newest, state, about["hashes"], before)
+
+
+def resumed(folder, typed):
+    """`continued` for a text: its settings complete, and the run's own copy of the tokenizer if the file has gone."""
+    request = continued(folder, typed)
+    settings, own = request.settings, request.checkpoint / "tokenizer.json"
+    if is_tokenizer(settings.tokenizer or "", request.hashes.get("tokenizer"), own):
         own = None
     elif "tokenizer" in typed:
         load_tokenizer(settings.tokenizer)      # a file that cannot be read is another mistake
         raise InputError(f"--resume: {settings.tokenizer} is not the tokenizer that this run began with: leave out "
                          "--tokenizer, because the run has a copy of its own, or begin a new run")
-    return Request(settings.complete(), str(folder), newest, state, about["hashes"], before, own)
+    return replace(request, settings=settings.complete(), own_tokenizer=own)
 
 
 def is_tokenizer(path, expected, own):

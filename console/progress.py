@@ -22,10 +22,11 @@ class Progress:
     """The bar on a terminal, or lines elsewhere; and the clock: the speed, the time left, the total time.
 
     steps: the number of steps of the whole run. step, seconds: where an earlier process left off. shown: no bar if not.
+    `unit` is what a token is called, which may also be a picture.
     """
-    def __init__(self, steps, flops_per_token, step=0, seconds=0.0, shown=True):
+    def __init__(self, steps, flops_per_token, step=0, seconds=0.0, shown=True, unit="tok"):
         tqdm.set_lock(threading.RLock())        # its own is for processes that share a bar: a killed one would leave it
-        self.steps, self.flops_per_token = steps, flops_per_token
+        self.steps, self.flops_per_token, self.unit = steps, flops_per_token, unit
         self.began, self.drawn = time.monotonic() - seconds, time.monotonic()
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
                         disable=not (shown and sys.stderr.isatty()))
@@ -66,7 +67,7 @@ class Progress:
 
     def show(self, step, loss, lr, norm):
         text = (f"loss {loss:.4f}  ppl {metrics.perplexity(loss):,.1f}  lr {lr:.1e}  |g| {norm:.2f}  "
-                f"{self.speed:,.0f} tok/s  {self.speed * self.flops_per_token / 1e9:,.1f} GFLOP/s")
+                f"{self.speed:,.0f} {self.unit}/s  {self.speed * self.flops_per_token / 1e9:,.1f} GFLOP/s")
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
             return

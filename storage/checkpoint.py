@@ -75,42 +75,42 @@ def check_free(folder=None):
                          f"cannot write to {place} ({problem.strerror}): name another --artifact-dir") from None
 
 
-def new_run(folder=None):
-    """Make the folder of a new run: `folder`, or the first free one of runs/llm, runs/llm-2, …"""
+def new_run(folder=None, name="llm"):
+    """Make the folder of a new run: `folder`, or the first free one of runs/NAME, runs/NAME-2, …"""
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         return Path(folder)
-    made, numbers = Path("runs/llm"), itertools.count(2)
+    made, numbers = Path("runs", name), itertools.count(2)
     made.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with contextlib.suppress(FileExistsError):      # of two processes that try at once, one makes it
             made.mkdir()
             return made
-        made = Path(f"runs/llm-{next(numbers)}")
+        made = Path("runs", f"{name}-{next(numbers)}")
 
 
-def last_run():
+def last_run(name="llm"):
     """The folder that a run without --artifact-dir made last. Raises InputError where there is none."""
-    runs = [(int(match[1] or 1), path) for path in Path("runs").glob("llm*")
-            if path.is_dir() and (match := re.fullmatch(r"llm(?:-(\d+))?", path.name))]
-    require(runs, "--resume: there is no run in runs/llm; name its folder with --artifact-dir")
+    runs = [(int(match[1] or 1), path) for path in Path("runs").glob(f"{name}*")
+            if path.is_dir() and (match := re.fullmatch(rf"{name}(?:-(\d+))?", path.name))]
+    require(runs, f"--resume: there is no run in runs/{name}; name its folder with --artifact-dir")
     return max(runs)[1]
 
 
-def resume_command(folder):
-    return f"python train.py --resume --artifact-dir {shlex.quote(str(folder))}"
+def resume_command(folder, program="train.py"):
+    return f"python {program} --resume --artifact-dir {shlex.quote(str(folder))}"
 
 
-def check_ended(folder):
+def check_ended(folder, program="train.py"):
     """Raise InputError if a run in this folder has not ended, because the model is written then."""
     if (folder / "metrics.csv").exists() and not (folder / "config.json").exists():
         ready = [path for path in (folder / "best", *reversed(checkpoints(folder))) if path.exists()]
-        remedy = f"use {ready[0]}" if ready else f"continue it with {resume_command(folder)}"
+        remedy = f"use {ready[0]}" if ready else f"continue it with {resume_command(folder, program)}"
         raise InputError(f"{folder} has no model yet because its training has not ended: {remedy}")
 
 
 @contextlib.contextmanager
-def held(folder):
+def held(folder, program="train.py"):
     """Keep a run's folder for this process while it trains. Raises InputError if another process has it.
 
     If the disk is full or becomes read-only in that time, this raises InputError too; complete checkpoints stay.
@@ -127,7 +127,7 @@ def held(folder):
             where, why = getattr(problem, "filename", None) or folder, getattr(problem, "strerror", None) or problem
             saved = "nothing was saved yet: name an --artifact-dir on another disk"
             if done := checkpoints(folder):
-                saved = f"{done[-1]} is complete: once that is fixed, continue with {resume_command(folder)}"
+                saved = f"{done[-1]} is complete: once that is fixed, continue with {resume_command(folder, program)}"
             raise InputError(f"cannot write {where} ({why}); {saved}") from None
 
 

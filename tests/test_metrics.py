@@ -70,13 +70,13 @@ def test_loss_png_is_drawn_with_labelled_axes(finished, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self) or Path(path).touch())
     draw_loss(folder)
     axes = drawn[0].axes[0]
-    assert axes.get_xlabel() == "step" and axes.get_ylabel() == "loss (nats per token)"
+    assert axes.get_xlabel() == "step" and axes.get_ylabel() == "loss (nats)"
     train_line, val_line = axes.lines
     table = rows(folder)
     assert train_line.get_xdata().tolist() == [int(row["step"]) for row in table]
     assert train_line.get_ydata().tolist() == [float(row["train_loss"]) for row in table]
     assert val_line.get_ydata().tolist() == [float(row["val_loss"]) for row in table if row["val_loss"]]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation (unseen text)"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation (unseen)"]
 
 
 @pytest.mark.parametrize("name", ["a$^$b", "训练", "%s{"])
