@@ -22,6 +22,7 @@ import autograd as ag
 from autograd import Tensor, gradcheck, no_grad
 from evaluate import token_losses
 from hardware import device
+from images import ops
 
 
 @pytest.fixture(autouse=True, params=[os.environ["NANOLLM_DEVICE"]])
@@ -139,6 +140,21 @@ def embedding(about, ids, V=4):
     return case(f"embedding-{about}", lambda w: ag.embedding(w, ids), lambda t, w: w[t.tensor(ids.astype(int))], (V, 3))
 
 
+def conv2d(about, N, H, W, C, F, k):
+    """Images and kernel as ours; PyTorch has the channels first."""
+    return case(f"conv2d-{about}", ops.conv2d, lambda t, x, w, b: t.nn.functional.conv2d(
+        x.permute(0, 3, 1, 2), w, b, padding="same").permute(0, 2, 3, 1), (N, H, W, C), (F, C, k, k), (F,))
+
+
+def max_pool2d(about, *shape):
+    return case(f"max_pool2d-{about}", ops.max_pool2d, lambda t, x: t.nn.functional.max_pool2d(
+        x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1), shape)
+
+
+def relu(about, *shape):
+    return case(f"relu-{about}", ops.relu, lambda t, x: t.relu(x), shape)
+
+
 MASK = np.array([[0, 0, -np.inf], [-np.inf, 0, -np.inf]])
 
 CASES = [
@@ -212,6 +228,11 @@ CASES = [
     cross_entropy("vocabulary_of_1", (2,), 1),
     linear_cross_entropy("rows", (3,), 4, 2), linear_cross_entropy("batch", (2, 3), 4, 3),
     linear_cross_entropy("one_row", (1,), 4, 2), linear_cross_entropy("size_1", (2,), 1, 1),
+
+    conv2d("kernel_3", N=3, H=2, W=3, C=2, F=3, k=3), conv2d("kernel_5", N=1, H=4, W=2, C=1, F=2, k=5),
+    conv2d("kernel_1", N=3, H=2, W=1, C=3, F=2, k=1), conv2d("size_1", N=1, H=1, W=1, C=1, F=1, k=3),
+    max_pool2d("even", 3, 4, 2, 2), max_pool2d("odd", 1, 3, 5, 1), max_pool2d("one_place", 3, 2, 2, 1),
+    relu("images", 2, 3, 1, 2), relu("rows", 5, 3), relu("width_1", 3, 1),
 ]
 
 # Sizes that no block of rows, queries or logits divides, and more of them than one block holds.
@@ -230,6 +251,8 @@ LARGE = [
     case("linear-large", ag.linear, lambda t, x, w: x @ w.T, (521, 131), (67, 131)),
     case("linear-few_rows", ag.linear, lambda t, x, w: x @ w.T, (3, 300), (2500, 300)),
     embedding("many_ids", some_ids((521,), 40), V=40),
+    conv2d("many_images", N=11, H=33, W=17, C=3, F=5, k=3), max_pool2d("many_images", 11, 61, 37, 5),
+    relu("many_rows", 521, 131),
 ]
 
 # On a GPU an embedding's gradient is summed in any order: autograd.embedding says so.
@@ -627,11 +650,22 @@ def softmax_whole(x):
     *((lambda x, a=a: ag.glu(x, activation=a), lambda x, a=a: glu_whole(x, a), shapes)
       for a in ag.ACTIVATIONS for shapes in [((2, 3, 6),), ((1, 2),), ((999, 262),)]),
     *((ag.softmax, softmax_whole, shapes) for shapes in [((2, 3, 5),), ((1, 1),), ((999, 131),)]),
+    *((ops.conv2d, ops.conv2d_plain, case.inputs) for case in CASES + LARGE if case.name.startswith("conv2d")),
+    *((ops.max_pool2d, ops.max_pool2d_plain, case.inputs) for case in CASES + LARGE if case.name.startswith("max_p")),
 ])
 def test_an_op_is_its_plain_form(fast, plain, shapes, dtype, rng):
     """The form that the model uses has the value and the gradients of the form that reads as the derivation."""
     inputs = shapes() if callable(shapes) else [rng.standard_normal(shape) for shape in shapes]
     assert_close(value_and_gradients(fast, inputs, dtype), value_and_gradients(plain, inputs, dtype), dtype)
+
+
+@pytest.mark.parametrize("pool", [ops.max_pool2d, ops.max_pool2d_plain])
+def test_of_equal_pixels_max_pool2d_takes_the_first_in_row_order(pool, rng):
+    x = rng.integers(0, 2, (3, 5, 8, 4)).astype(np.float64)
+    theirs = next(case.torch for case in CASES if case.name.startswith("max_pool2d"))
+    for got, expected in zip(value_and_gradients(pool, [x], np.float64),
+                             torch_value_and_gradients(theirs, [x], np.float64), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("N, V, C", [(1, 5, 3), (64, 7, 2), (200, 7, 2), (321, 1, 1), (129, 203, 17)])

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_EXAMPLES = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts)
-                       for pattern in ("*.py", "hardware/*.py", "storage/*.py", "console/*.py", "extras/*.py")
-                       for file in ROOT.glob(pattern) if ">>> " in file.read_text(encoding="utf-8"))
+                       for room in (".", "hardware", "storage", "console", "images", "extras")
+                       for file in (ROOT / room).glob("*.py") if ">>> " in file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)

@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {   # the functions in which bugs are planted; None: all
-    "autograd.py": None, "hardware/device.py": ("add_rows", "add_scaled", "_product"), "hardware/random_bits.py": None}
+    "autograd.py": None, "hardware/device.py": ("add_rows", "add_scaled", "_product"), "hardware/random_bits.py": None,
+    "images/ops.py": None}
 TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 
 # Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
@@ -195,9 +196,10 @@ def in_message(node):
 
 @functools.cache
 def uses():
-    """For each name that autograd.py defines, the names that its definition mentions."""
+    """For each name that these two files define, the names that its definition mentions."""
     found = {}
-    for top in ast.parse((ROOT / "autograd.py").read_text(encoding="utf-8")).body:
+    for top in [top for file in ("autograd.py", "images/ops.py")
+                for top in ast.parse((ROOT / file).read_text(encoding="utf-8")).body]:
         names = {node.id for node in ast.walk(top) if isinstance(node, ast.Name)}
         names |= {node.attr for node in ast.walk(top) if getattr(node, "attr", "") in FILES["hardware/device.py"]}
         targets = top.targets if isinstance(top, ast.Assign) else [top]
@@ -222,7 +224,7 @@ def workplace(folder):
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(file, folder)
-    for name in ("hardware", "storage", "console"):
+    for name in ("hardware", "storage", "console", "images"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
