@@ -25,6 +25,8 @@ import nanollm  # noqa: E402
 import train  # noqa: E402
 from autograd import Tensor  # noqa: E402
 from hardware import device  # noqa: E402
+from images import network  # noqa: E402
+from images.network import ConvNet  # noqa: E402
 from nanollm import Config  # noqa: E402
 
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
@@ -140,6 +142,20 @@ def test_training_steps_equal_numpy(rng, config):
             adam.step(scale=1 / train.gradient_norm(model))
             losses.append(loss.data)
         return [*losses, model.weights.flat, adam.m, adam.v]
+    on_both(work, 1e-4)
+
+
+def test_steps_on_pictures_equal_numpy(rng):
+    pixels, labels = rng.integers(0, 256, (3, 4, 16, 16, 3), np.uint8), rng.integers(0, 3, (3, 4))
+
+    def work():
+        model = ConvNet(network.Config(("a", "b", "c"), 16, (3, 4, 5, 6)))
+        adam = train.Adam(model, lr=1e-2, weight_decay=0.1)
+        for x, y in zip(pixels, labels, strict=True):
+            adam.zero_grad()
+            model.loss(x, y, 0.5, (1, 2)).backward()
+            adam.step()
+        return [model(pixels[0]).data, model.weights.flat, model.weights.grad]
     on_both(work, 1e-4)
 
 

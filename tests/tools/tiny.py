@@ -87,7 +87,7 @@ def rows(folder, without=()):
         return [{name: value for name, value in row.items() if name not in without} for row in csv.DictReader(file)]
 
 
-TIMINGS = "tokens_per_second", "flops_per_second", "seconds"
+TIMINGS = "tokens_per_second", "images_per_second", "flops_per_second", "seconds"
 
 
 def snapshot(folder):

@@ -1,0 +1,230 @@
+"""Train an image classifier on a folder of pictures:  python -m images.train --images FOLDER
+
+The loop, Adam, the checkpoints and most flags are those of train.py. Here are the flags that pictures need and what is
+reported about them.
+"""
+import dataclasses
+import math
+import os
+import shlex
+import sys
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+if not __package__:             # run by its path, as editors do
+    sys.path[0] += "/.."
+
+from autograd import cross_entropy, no_grad
+from console import cli, metrics, options
+from console.cli import number
+from console.observer import Observer
+from console.options import Request, Training
+from console.progress import Progress, say
+from hardware import device
+from images import demo
+from images.network import Config, ConvNet, preprocessor
+from images.reading import ImageDataset
+from storage import checkpoint
+from storage.files import InputError, require
+from train import Adam, is_over, rate, train
+
+COMMAND = "-m images.train"
+LIKE = {field.name: field for field in fields(options.Settings)}
+
+
+def like(name, default=None, **changes):
+    """train.py's flag of this name, perhaps with another default, help or group."""
+    field = LIKE[name]
+    return dataclasses.field(default=field.default if default is None else default, metadata=field.metadata | changes)
+
+
+@dataclass(frozen=True)
+class Settings(Training):
+    """What a training is: the flags of images.train, and what "command" in a checkpoint's trainer.json holds."""
+    program, runs = COMMAND, "images"
+    title = "Train an image classifier on a folder of pictures, from scratch."
+    needed = "--images FOLDER"
+    paths = "images", "val_images"
+    windows, more = "pictures", "--grad-accum, or give more pictures"
+    dtype, sample_every = "float32", math.inf
+
+    images: str | None = options.in_run(None, cli.path, "a folder with one subfolder of pictures for each class",
+                                        "FOLDER")
+    val_images: str | None = options.in_run(None, cli.path, "another such folder to validate on, in place of "
+                                            "--val-fraction of the first", "FOLDER")
+    demo: bool = like("demo", help="train on digits drawn in matplotlib's fonts: no files needed")
+
+    size: int = options.in_data(
+        128, number(int, 16, 2048), "pictures become squares with so many pixels a side", fixed=True)
+    val_fraction: float = like("val_fraction", 0.2, help="share of each class held out for validation; 0: none")
+    num_epochs: int = like("num_epochs", help="passes over the training pictures")
+    max_steps: int | None = like("max_steps")
+    batch_size: int = like("batch_size", 64, help="number of pictures in a batch")
+
+    tf32: bool = like("tf32")
+
+    dropout: float = like("dropout", 0.5, help="share of the last features that becomes 0 in training")
+    grad_accum: int = like("grad_accum")
+    learning_rate: float = like("learning_rate", 1e-3, help="highest learning rate; with 1e-4, constant, as the "
+                                "original has it, the validation accuracy was lower after the same steps")
+    lr_schedule: str = like("lr_schedule")
+    warmup_steps: int | None = like("warmup_steps")
+    min_lr: float | None = like("min_lr")
+    beta1: float = like("beta1")
+    beta2: float = like("beta2")
+    weight_decay: float = like("weight_decay")
+    clip_norm: float = like("clip_norm", 0.0)
+    patience: int | None = like("patience")
+    seed: int = like("seed", help="random seed for the initial weights, the order of the pictures and dropout")
+
+    eval_every: int | None = like("eval_every")
+    save_every: int = like("save_every")
+    keep_last: int = like("keep_last")
+    log_every: int = like("log_every")
+
+    def validates(self):
+        return self.val_fraction > 0 or self.val_images is not None
+
+
+# ---------------------------------------------------------------- what is reported
+
+class ImageObserver(Observer):
+    """An Observer of a training on pictures: a window is a picture, and what counts is the accuracy."""
+    columns = ("step", "epoch", "images", "train_loss", "val_loss", "val_accuracy", "learning_rate", "grad_norm",
+               "loss_scale", "skipped", "images_per_second", "flops_per_second", "seconds")
+    unit, blocks = "images", staticmethod(ConvNet.run_blocks)
+
+    def per_window(self):
+        return 1
+
+    def first_words(self):
+        K = len(self.train_set.classes)
+        return f"guessing evenly among {K} classes gives ln K = {math.log(K):.3f}"
+
+    def on_training_set(self, loss):
+        return {"loss": loss}
+
+    def explain(self, result):
+        accuracy = f", accuracy {result['accuracy']:.1%}" if "accuracy" in result else ""
+        return f"loss {result['loss']:.4f}{accuracy}"
+
+
+def evaluate(model, dataset, batch_size=64, watch=iter):
+    """{loss, accuracy, confusion}: the mean loss in nats, the share of pictures whose class has the largest logit, and
+    confusion[i, j], how many pictures of class i were taken for class j. `watch` wraps what is iterated over.
+    """
+    nats, confusion = 0.0, np.zeros((len(dataset.classes),) * 2, np.int64)
+    with no_grad():
+        for pixels, labels in watch(dataset.in_order(batch_size)):
+            logits = model(pixels)
+            nats += float(cross_entropy(logits, labels).data) * len(labels)
+            np.add.at(confusion, (labels, device.to_host(logits.data).argmax(-1)), 1)
+    return {"loss": nats / len(dataset), "accuracy": confusion.trace() / len(dataset), "confusion": confusion}
+
+
+def announce(model, train_set, val_set, settings, state, folder):
+    """Say what is about to be trained, and what the most naive answer would score."""
+    (name, share), K = (val_set or train_set).most_frequent(), len(train_set.classes)
+    unseen = f"{len(val_set):,} for validation" if val_set else "none for validation"
+    say(f"device     {device.reason}\n"
+        f"pictures   {settings.images}: {len(train_set):,} for training, {unseen}, in {K} classes; always answering "
+        f"{name!r} would be right for {share:.1%}\n"
+        f"model      {model.weights.flat.size:,} parameters, {settings.size} x {settings.size} pixels, "
+        f"{', '.join(map(str, model.config.widths))} channels\n"
+        f"training   step {state.step} to {settings.max_steps}, {settings.windows_per_step()} pictures a step\n"
+        f"folder     {folder}")
+
+
+# ---------------------------------------------------------------- the command
+
+def parse(argv):
+    """The Request of these flags, after all checks that need no pictures. Raises InputError."""
+    typed = vars(options.command_line(Settings).parse_args(argv))
+    folder, where = (typed.pop(name, None) for name in ("artifact_dir", "device"))
+    if typed.pop("resume", False):
+        request = options.continued(folder, typed, Settings)
+    else:
+        checkpoint.check_free(folder)
+        request = Request(Settings(**defaults(typed) | typed), folder)
+    settings = request.settings
+    settings.check(typed)
+    device.use(where, settings.tf32)
+    if settings.demo and not os.path.isdir(settings.images or ""):
+        images, val_images = demo.folders()
+        settings = replace(settings, images=images, val_images=val_images)
+    require(settings.images, "--images FOLDER is needed (or --demo, which needs no files)")
+    return replace(request, settings=settings)
+
+
+def defaults(typed):
+    """For a new run: the settings that --demo gives in place of Settings' defaults."""
+    if not typed.get("demo"):
+        return {}
+    if given := [name for name in Settings.paths if typed.get(name)]:
+        raise InputError(f"--demo brings its own pictures: leave out {options.flag(given[0])}")
+    return demo.SETTINGS
+
+
+def read_folders(request):
+    """(train_set, val_set or None, the hashes of both). Raises InputError if a resumed run's pictures have changed."""
+    settings, val_set = request.settings, None
+    train_set = ImageDataset.from_folder(settings.images, settings.size)
+    if settings.val_images:
+        val_set = ImageDataset.from_folder(settings.val_images, settings.size, train_set.classes)
+        if count := train_set.shared_with(val_set):
+            warnings.warn(f"{count} pictures are both in {settings.images} and in {settings.val_images}", stacklevel=2)
+    hashes = {"images": train_set.fingerprint(), "val_images": val_set.fingerprint() if val_set else ""}
+    for name, value in request.hashes.items():
+        require(hashes.get(name) == value, f"--resume: the pictures in {getattr(settings, name)} are not those with "
+                "which this run began: put them back, or begin a new run")
+    if not settings.val_images:
+        train_set, val_set = train_set.split(settings.val_fraction)
+    return train_set, val_set, hashes
+
+
+def main(argv=None):
+    request = parse(argv)
+    settings, state, resumed = request.settings, request.state, request.checkpoint
+    train_set, val_set, hashes = read_folders(request)
+    about = {"command": settings.to_json(), "hashes": hashes, "versions": checkpoint.versions()}
+    settings = settings.resolved(state, len(train_set))
+    if resumed:
+        options.note_horizon(request, settings, len(train_set), rate)
+    config = Config(tuple(train_set.classes), settings.size)
+    model = ConvNet.load(resumed) if resumed else ConvNet(config, settings.seed)
+    optimizer = Adam(model, settings.learning_rate, (settings.beta1, settings.beta2),
+                     weight_decay=settings.weight_decay)
+    if resumed:
+        checkpoint.read_moments(resumed, optimizer)
+        optimizer.t = state.updates
+    folder = Path(request.folder) if resumed else checkpoint.new_run(request.folder, Settings.runs)
+    run = checkpoint.Run(folder, preprocessor(config), {}, about)
+    if resumed and is_over(settings, state) and run.is_finished(resumed):
+        say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to train further")
+        return 0
+
+    validate = lambda: evaluate(model, val_set, settings.batch_size, stop.watch)
+    with checkpoint.held(folder, COMMAND), cli.Stop() as stop, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
+        announce(model, train_set, val_set, settings, state, folder)
+        metrics.rewind(folder / "metrics.csv", state.step, ImageObserver.columns)
+        flops = config.flops_per_picture()
+        with Progress(settings.max_steps, flops, state.step, state.seconds, unit="images") as progress:
+            observer = ImageObserver(run, settings, train_set, progress, validate if val_set else None, None,
+                                     saved=state.step if resumed else None)
+            train(model, optimizer, train_set, settings, state, observer, stop)
+        observer.finish(model, is_over(settings, state))
+    if is_over(settings, state):
+        say(f"\n{folder} holds the model, metrics.csv and loss.png; let it look at a picture with\n"
+            f"    python -m images.infer {shlex.quote(str(folder))} --image PATH")
+        return 0
+    say(f"\nstopped after step {state.step}; continue with\n"
+        f"    {checkpoint.resume_command(folder, COMMAND)}")
+    return 128 + stop.signal
+
+
+if __name__ == "__main__":
+    cli.run(main, f"python {COMMAND}")
