@@ -67,7 +67,7 @@ def use(name=None, tf32=False, team=None):
             why = " ".join(str(problem).split()) or type(problem).__name__
             if name == "gpu":
                 raise Unavailable(
-                    f"device gpu: {why}; use --device cpu, or install CuPy and CUDA (see README)") from None
+                    f"{source} gpu: {why}; use --device cpu, or install CuPy and CUDA (see README)") from None
             _no_gpu = f"; no GPU: {why}"
     xp, on_gpu, threads, tf32_products = library, card is not None, count, tf32
     several = f"{team.size} processes of " if team else ""
