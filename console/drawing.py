@@ -4,9 +4,9 @@ All pictures are drawn inside `defaults`; those of train.py and evaluate.py insi
 imported only then, because that takes as long as a small model's start.
 """
 import contextlib
-import importlib.util
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -17,8 +17,8 @@ _failed = set()         # pictures of which `optional` has warned
 def load():
     """The package matplotlib, imported as anyone in this process would import it: it may be the user's notebook.
 
-    If that fails because of MPLBACKEND or a matplotlibrc, it is imported from the folder with its own matplotlibrc,
-    because one in the current folder counts before all others.
+    If that fails, MPLBACKEND or a matplotlibrc may be why: it is imported again where neither counts, in a folder with
+    an empty matplotlibrc. (That of the current folder counts, and no other.)
     """
     try:
         import matplotlib
@@ -27,8 +27,9 @@ def load():
     except Exception:
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
             del sys.modules[name]               # parts of it refer to the one that has failed
-        folder = Path(importlib.util.find_spec("matplotlib").origin).with_name("mpl-data")
-        with contextlib.chdir(folder), mock.patch.dict(os.environ, MPLBACKEND="agg"):
+        with (tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder),
+              mock.patch.dict(os.environ, MPLBACKEND="agg")):
+            Path("matplotlibrc").touch()
             import matplotlib
     return matplotlib
 
