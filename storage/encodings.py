@@ -18,8 +18,8 @@ SIGNATURES = {      # how files begin that are not texts
 MARKUP = {b"<!doctype html": "HTML", b"<html": "HTML", b"{\\rtf": "RTF"}
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",       # before UTF-16: LE begins with its mark
          codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-ENCODINGS = ["cp1252", "gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1250", "cp1253", "cp1254",
-             "cp1255", "cp1256", "cp874", "cp866", "iso8859_5", "iso8859_2"]        # the commonest first
+ENCODINGS = ["cp1252", "euc_jp", "gb18030", "big5", "cp932", "cp949", "cp1251", "koi8_r", "cp1250", "cp1253", "cp1254",
+             "cp1255", "cp1256", "cp874", "cp866", "iso8859_5", "iso8859_2"]        # the likelier first
 SAMPLE = 1 << 16        # bytes read at once, and enough of them to tell an encoding
 ESCAPED = re.compile("[\udc80-\udcff]")         # bytes that are not UTF-8, under errors="surrogateescape"
 
@@ -93,13 +93,16 @@ def refuse_bytes(path, at, n_good):
 def probable_encoding(sample):
     """Which of ENCODINGS bytes that are not UTF-8 most probably have; None if they do not look like text."""
     from charset_normalizer import from_bytes  # here, because hardly any run needs it
+    end = 1 + max(map(sample.rfind, b"\n ,.-"))         # not inside a character: no other character has these bytes
+    sample = sample[:end] if end > len(sample) / 2 else sample
     lines = b"\n".join(line for line in sample.splitlines() if not line.isascii())
     matches = list(from_bytes(lines, cp_isolation=ENCODINGS, threshold=0.6)) if b"\0" not in sample else []
     if not matches:
         return None
-    first, names = matches[0], [matches[0].encoding]
-    if first.coherence == 0:            # it speaks no known language: of those that are about as clean, does one?
-        near = [match for match in matches if match.chaos < first.chaos + 0.03]
-        best = max(match.coherence for match in near)
-        names = [match.encoding for match in near if match.coherence == best]
-    return next(name for name in ENCODINGS if name in names or lines.decode(name, "replace") == str(first))
+    best, margin = matches[0], 0
+    if best.coherence == 0:             # it speaks no known language: of those that are about as clean, does one?
+        best = max((match for match in matches if match.chaos < best.chaos + 0.1), key=lambda match: match.coherence)
+        margin = 0 if best.coherence else 0.03
+    equals = [match.encoding for match in matches
+              if match.chaos <= best.chaos + margin and match.coherence == best.coherence]
+    return next(name for name in ENCODINGS if name in equals or lines.decode(name, "replace") == str(best))

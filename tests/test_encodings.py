@@ -110,6 +110,12 @@ def test_markup_is_a_text_with_a_warning(text, name, tmp_path):
         assert problem_of(tmp_path / "text", text.encode()) is None
 
 
+@pytest.mark.parametrize("sample", [400, 401, 402, 403])
+def test_a_sample_that_ends_inside_a_character(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(encodings, "SAMPLE", sample)
+    assert "perhaps GB18030" in problem_of(tmp_path / "text", (CHINESE * 90).encode("gb18030"))
+
+
 def test_damage_is_counted_in_the_whole_text_and_only_a_sample_is_guessed_from(tmp_path, monkeypatch):
     monkeypatch.setattr(encodings, "SAMPLE", 64)
     content = (CHINESE.encode() * 9 + b"\xff") * 5
