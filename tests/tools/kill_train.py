@@ -1,6 +1,7 @@
 """Kill training with SIGKILL at random moments and resume it each time; it must end as if nothing had happened.
 
     python tests/tools/kill_train.py                  50 kills
+    python tests/tools/kill_train.py --processes 2    each of a random process of the two
     python tests/tools/kill_train.py --disk-full      30 times a limit on the size of files ends training (RLIMIT_FSIZE)
 
 Short runs save every third step. Whenever one reaches its end, its folder must equal that of an undisturbed run
@@ -9,6 +10,7 @@ byte for byte: weights, moments, every column of metrics.csv except the timings.
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import resource
@@ -32,9 +34,17 @@ FLAGS = ("--embedding-dim 8 --n-block 1 --n-head 2 --hidden-dim 8 --max-context 
          "--sample-every 1000000").split()
 
 
+def others(pid):
+    """The processes that a training process has started, except for multiprocessing's tracker."""
+    with contextlib.suppress(OSError):          # it has just ended
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+                if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    return []
+
+
 class Victim:
     """A training process in folder `run`: new, or resumed if there is a checkpoint."""
-    steps = 700
+    steps, processes = 700, 1
 
     def __init__(self, folder, files, limit=None):
         self.run = folder / "run"
@@ -43,7 +53,8 @@ class Victim:
         else:
             shutil.rmtree(self.run, ignore_errors=True)     # killed before the first checkpoint
             flags = [*FLAGS, "--max-steps", str(self.steps), *files]
-        command = [sys.executable, ROOT / "train.py", "--device", "cpu", "--artifact-dir", "run", *flags]
+        command = [sys.executable, ROOT / "train.py", "--device", "cpu", "--artifact-dir", "run",
+                   "--processes", str(self.processes), *flags]
         environment = os.environ | {"NANOLLM_CACHE": str(folder / "cache"), "NANOLLM_THREADS": "1"}
         self.out = folder / "out"
         with open(self.out, "w") as out:
@@ -61,10 +72,19 @@ class Victim:
         while self.process.poll() is None and not any(self.run.glob(".*")):
             pass
 
-    def kill(self):
-        """The phase in which SIGKILL struck, or "ended" if it came too late."""
-        self.process.send_signal(signal.SIGKILL)
+    def kill(self, rng):
+        """The phase in which SIGKILL struck one of the processes, or "ended" if it came too late."""
+        all_of_them = [self.process.pid, *others(self.process.pid)]
+        struck = rng.choice(all_of_them)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(struck, signal.SIGKILL)
         _, err = self.process.communicate()
+        until = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in all_of_them):
+            assert time.monotonic() < until, "a process is left"
+        if self.process.returncode == 2 and struck != self.process.pid:
+            assert "has ended (SIGKILL), and the training with it" in err and err.count("\n") == 1, err
+            return "training, another process"
         if self.process.returncode != -signal.SIGKILL:
             assert self.process.returncode == 0, err
             return "ended"
@@ -91,15 +111,15 @@ def kill(folder, files, kills, rng):
         victim = Victim(folder, files)
         if rng.random() < 0.08:
             time.sleep(rng.uniform(0, 0.5))
-            phase = victim.kill()
-            phases["start-up" if phase == "training" else phase] += 1
+            phase = victim.kill(rng)
+            phases["start-up" if phase.startswith("training") else phase] += 1
         else:
             victim.wait_for_training()
             time.sleep(rng.uniform(0, 0.5))
             if rng.random() < 0.3:
                 victim.wait_for_saving()
                 time.sleep(rng.uniform(0, 0.005))
-            phases[victim.kill()] += 1
+            phases[victim.kill(rng)] += 1
         for path in checkpoints(folder / "run"):
             check_sums(path)
         if (folder / f"run/checkpoint-{Victim.steps}").exists() and rng.random() < 0.5:
@@ -135,7 +155,7 @@ def fill(folder, files, times, rng):
         victim = Victim(folder, files)                      # the disk has room again
         victim.wait_for_training()
         time.sleep(rng.uniform(0, 0.2))
-        victim.kill()
+        victim.kill(rng)
     assert Victim(folder, files).end() == (0, [])
     check(folder)
     print(f"the disk was full {times} times, each time code 2 and one line, in")
@@ -148,8 +168,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--times", type=int, help="kills (50) or full disks (30)")
     parser.add_argument("--disk-full", action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    Victim.processes = args.processes
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None     # fsync is free there
     began = time.monotonic()
     Victim.steps = 300 if args.disk_full else Victim.steps
