@@ -2,7 +2,8 @@
 
 They are: the lines of each Python file at the root, the line of each op in autograd.py and the number of its tests, and
 the comparison in docs/speed.json, which benchmarks/speed.py writes. README.zh.md gets the parts of README.md that
-docs/results.py wrote, with its captions translated. People write the words, scripts write the numbers.
+docs/results.py wrote, with its captions translated. docs/scaling.md is written anew. People write the words, scripts
+write the numbers.
 
 Exit status 1: README's table of the root has no row for a file or folder there, or names something that does not
 exist. With --check nothing is written, and the status is also 1 if a page is out of date.
@@ -14,6 +15,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "README.md", ROOT / "README.zh.md"
@@ -138,10 +141,10 @@ def filled(page):
 
 
 def main():
-    wrong = []
-    for page in PAGES:
-        before, after = filled(page)
-        wrong += [f"{page.name} {error}" for error in map_errors(after)]
+    pages = {page: filled(page) for page in PAGES}
+    wrong = [f"{page.name} {error}" for page in PAGES for error in map_errors(pages[page][1])]
+    pages[scaling.PAGE] = scaling.PAGE.read_text(encoding="utf-8"), scaling.page()
+    for page, (before, after) in pages.items():
         if "--check" not in sys.argv:
             page.write_text(after, encoding="utf-8")
         elif after != before:

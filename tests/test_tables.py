@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
+import scaling
 import tables
 
 README = tables.PAGES[0].read_text(encoding="utf-8")
@@ -31,3 +32,12 @@ def test_only_a_python_file_has_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     assert tables.lines_of("| [`a.py`](a.py) | 9 | x |\n| [`b/`](b) | | y |\n") == (
         "| [`a.py`](a.py) | 3 | x |\n| [`b/`](b) | | y |\n")
+
+
+def test_an_exchange_sends_gradients_and_weights_once():
+    """Two ranks: half of 4 bytes a weight, gradients and then weights. 1 Gbit/s is 125 MB/s."""
+    n = scaling.n_weight(scaling.BASE)
+    seconds = scaling.exchange_seconds(scaling.BASE, 2, 125e6)
+    assert seconds == pytest.approx(4 * n / 125e6) and scaling.exchange_seconds(scaling.BASE, 1, 1) == 0
+    rate = scaling.step_seconds(scaling.BASE, 4, 1) / seconds       # so that a step takes as long as an exchange
+    assert scaling.efficiency(scaling.BASE, 4, rate, 2, 125e6) == pytest.approx(0.5)
