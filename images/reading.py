@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import permutation
 from hardware import device
-from storage.files import InputError, require
+from storage.files import InputError, readable, require
 
 FORMATS = "JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"    # whatever a file is called; no others are opened
 ENDINGS = ".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"
@@ -28,8 +28,8 @@ def read_image(path, size):
     """The picture in a file as (size, size, 3) uint8: the right way up, squeezed to a square, on white where it is
     transparent; of a moving picture the first frame. Raises InputError naming the file and what is wrong with it.
     """
+    readable(path)
     try:
-        require(os.path.isfile(path), "there is no such file")              # opening a pipe would block forever
         require(os.path.getsize(path), "the file is empty")
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)                          # a camera held sideways says so there

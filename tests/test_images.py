@@ -209,8 +209,11 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.jpg")            # opening it would wait for ever
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
-    for name in ("pipe.jpg", "folder.jpg", "link.jpg", "none.jpg"):
-        refused(lambda name=name: read_image(tmp_path / name, 16), name, "there is no such file")
+    (tmp_path / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, words in (("pipe.jpg", "is a pipe or a device"), ("folder.jpg", "is a folder"),
+                        ("link.jpg", "is a link to"), ("none.jpg", "there is no such file"),
+                        ("pointer.jpg", "is only Git LFS's pointer")):
+        refused(lambda name=name: read_image(tmp_path / name, 16), name, words)
     (tmp_path / "1.jpg").write_bytes(JPEG)
     monkeypatch.setattr(Image, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     refused(lambda: read_image(tmp_path / "1.jpg", 16), "1.jpg: Permission denied")
