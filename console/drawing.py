@@ -22,6 +22,8 @@ def load():
     """
     try:
         import matplotlib
+    except ImportError:
+        raise
     except Exception:
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
             del sys.modules[name]               # parts of it refer to the one that has failed
