@@ -70,11 +70,11 @@ def use(name=None, tf32=False, team=None):
                     f"{source} gpu: {why}; use --device cpu, or install CuPy and CUDA (see README)") from None
             _no_gpu = f"; no GPU: {why}"
     xp, on_gpu, threads, tf32_products = library, card is not None, count, tf32
-    several = f"{team.size} processes of " if team else ""
     if on_gpu:
-        reason = f"gpu (CuPy {xp.__version__}, {several}{card})"
+        reason = f"gpu (CuPy {xp.__version__}, {f'{team.size} x ' if team else ''}{card})"
         _blas_threads(None)
     else:
+        several = f"{team.size} processes of " if team else ""
         reason = f"cpu (NumPy {np.__version__}, {several}{threads} thread{'s' if threads > 1 else ''}){_no_gpu}"
         _keep_freed_memory()
         _blas_threads(1)                        # `sweep` splits the work: BLAS must not split it again

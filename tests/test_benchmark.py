@@ -23,13 +23,13 @@ def run(*options):
 @pytest.mark.skipif(not CI, reason="it takes half a minute: only continuous integration runs it")
 def test_both_sides_agree_and_everything_is_reported(tmp_path):
     file = tmp_path / "speed.json"
-    done = run("--megabytes", "0.01", "--threads", "1", "--json", str(file))
+    done = run("--megabytes", "0.01", "--threads", "2", "--processes", "2", "--json", str(file))
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
 
     header = result["header"]
     assert {"date", "commit", "command", "cpu", "threads", "seed", "versions", "gemm_flops_per_second"} <= header.keys()
-    assert header["threads"] == 1 and {"numpy", "torch"} == header["gemm_flops_per_second"].keys()
+    assert header["threads"] == 2 and {"numpy", "torch"} == header["gemm_flops_per_second"].keys()
 
     rows = result["rows"]
     assert [(row["what"], row["against"]) for row in rows] == [
