@@ -109,13 +109,16 @@ def losses(tokenizer):
         word = unknown_token(whole)
         return whole, word, whole.model.token_to_id(word)
 
+    def spans_of(encoding):
+        return np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.intp, 2 * len(encoding)).reshape(-1, 2)
+
     def covered(spans, n):
         changes = np.bincount(spans[:, 0], minlength=n + 1) - np.bincount(spans[:, 1], minlength=n + 1)
         return np.cumsum(changes)[:n] > 0
 
-    def missing(text, encoding):
-        in_none = ~covered(np.array(encoding.offsets, np.intp).reshape(-1, 2), len(text))
-        if not any(text[i] == " " for i in np.flatnonzero(~in_none)):
+    def missing(text, spans):
+        in_none = ~covered(spans, len(text))
+        if in_none[[space.start() for space in re.finditer(" ", text)]].all():
             for i in np.flatnonzero(in_none):
                 in_none[i] = not text[i].isspace()
         return in_none
@@ -123,17 +126,17 @@ def losses(tokenizer):
     def drops(c):
         """Whether a character is in no token, as the first of a word, inside it or as the last."""
         try:
-            return missing(word := f"{c}{c}{c} {c}", tokenizer.encode(word, add_special_tokens=False)).any()
+            return missing(word := f"{c}{c}{c} {c}", spans_of(tokenizer.encode(word, add_special_tokens=False))).any()
         except Exception:                           # see `completed`
             return True
 
     def look(text):
         whole, word, number = complete()
         encoding = whole.encode(text, add_special_tokens=False)
-        spans, strange = np.array(encoding.offsets, np.intp).reshape(-1, 2), np.array(encoding.ids) == number
+        spans, strange = spans_of(encoding), np.array(encoding.ids) == number
         for i in np.flatnonzero(strange):
             strange[i] = text[slice(*spans[i])] != word
-        return missing(text, encoding) | covered(spans[strange], len(text))
+        return missing(text, spans) | covered(spans[strange], len(text))
 
     def lost(text, ids):
         letters = set(text)
