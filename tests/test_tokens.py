@@ -212,7 +212,8 @@ def words_only():
     ("no unknown", "the 汉字 a" * 9, "25%", "left out"), ("fused", "the 汉字 a" * 9, "25%", r"replaced by '\?'"),
     ("unigram", "the 汉字 a" * 9, "25%", ""), ("suffix", "th é " * 9, "40%", ""), ("prefix", "the " * 9, "50%", ""),
     ("removed", "xa " * 9, "33%", ""), ("no a", "the a " * 9, "17%", ""), ("words only", "the 12 " * 9, "29%", ""),
-    ("every 3", "ACAACN" * 9, "50%", ""), ("▁ only", "the\f" * 9, "25%", ""), ("lines", "ab\nab\n" * 9, "33%", "")])
+    ("every 3", "ACAACN" * 9, "50%", ""), ("▁ only", "the\f" * 9, "25%", ""), ("lines", "ab\nab\n" * 9, "33%", ""),
+    ("NFC", "e\u0301 Z " * 9, "20%", "")])
 def test_lost_characters_are_counted(make, kind, text, share, fate):
     """A word of WordPiece is lost as a whole, characters of a BPE one by one; white space where spaces are kept."""
     tokenizer = {"words": words_only(), "lines": characters("ab ", "?")}.get(kind) or made()[kind]
