@@ -808,7 +808,7 @@ def cross_entropy(logits, targets):
     return record((L[:, 0] - z[target]).mean(), (logits,), backward)
 
 
-_LOGITS = 1 << 24       # elements of a block of logits: 64 MB in float32
+_LOGITS = 3 << 22       # elements of a block of logits: 48 MB in float32
 
 
 def logit_blocks(rows, weight):
@@ -845,7 +845,7 @@ def linear_cross_entropy(x, w, targets):
 
     With a large vocabulary the logits, N·V, would be a model's largest array. But a row's logits
     serve only its own loss and gradient, which backward only scales by dout/N. So each block of
-    rows (2²⁴ logits, 64 MB) computes its logits z, overwrites them with dz = p - onehot and adds
+    rows (3·2²² logits, 48 MB) computes its logits z, overwrites them with dz = p - onehot and adds
         dx_block = dz @ w,   dw += dzᵀ @ x_block
     (The idea of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, §3.2.)
 

@@ -1,6 +1,6 @@
 """Train a language model on a text:  python train.py --text FILE --tokenizer FILE
 
-One step in its plainest form (`train`, below, adds accumulation, clipping and half precision):
+One step in its plainest form (`train`, below, adds clipping, half precision, several processes):
 
     optimizer.zero_grad()
     loss = model.loss(x, y)             # x, y: the next windows of the text
@@ -270,8 +270,8 @@ def work(request, team):
         return 0
 
     validate = lambda: evaluate(model, val_set, settings.batch_size, watch=stop.watch, team=team)
-    shown = val_set or train_set
-    sample = lambda: sample_text(model, tokenizer, request.opening, shown, seed=state.step)
+    sample = lambda: sample_text(model, tokenizer, request.opening, val_set or train_set,
+                                 seed=state.step)
     held = checkpoint.held(folder) if leads else contextlib.nullcontext()
     with held, cli.Stop(team) as stop, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
@@ -284,14 +284,14 @@ def work(request, team):
                                 sample, team, saved=state.step if resumed else None)
             train(model, optimizer, train_set, settings, state, observer, stop, team)
         observer.finish(model, is_over(settings, state))
-    if is_over(settings, state):
-        prompt = shlex.quote(settings.prompt or "Once upon a time")
-        say(f"\n{folder} holds the model, metrics.csv and loss.png; generate text with\n"
-            f"    python generate.py {shlex.quote(str(folder))} --prompt {prompt}")
-        return 0
-    say(f"\nstopped after step {state.step}; continue with\n"
-        f"    {checkpoint.resume_command(folder)}")
-    return 128 + stop.signal
+    if not is_over(settings, state):
+        say(f"\nstopped after step {state.step}; continue with\n"
+            f"    {checkpoint.resume_command(folder)}")
+        return 128 + stop.signal
+    prompt = shlex.quote(settings.prompt or "Once upon a time")
+    say(f"\n{folder} holds the model, metrics.csv and loss.png; generate text with\n"
+        f"    python generate.py {shlex.quote(str(folder))} --prompt {prompt}")
+    return 0
 
 
 def main(argv=None):
