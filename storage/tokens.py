@@ -94,54 +94,61 @@ def completed(tokenizer):
     return tokenizers.Tokenizer.from_str(json.dumps(about))
 
 
-def losses(tokenizer):
-    """A function of a text and its ids: bool (len(text),), True for the characters that no id stands for.
+class Losses:
+    """Which characters of a text no id stands for: a call (text, its ids) gives bool (len(text),), True for those.
 
     They are in an unknown token, unless the text itself spells it out, or in no token. White space in no token counts
     only where the tokenizer keeps spaces.
     """
-    unknown, is_dropped = unknown_token(tokenizer), {}
-    number = None if unknown is None else tokenizer.model.token_to_id(unknown)
+    def __init__(self, tokenizer):
+        self.tokenizer, self.unknown = tokenizer, unknown_token(tokenizer)
+        self.number = None if self.unknown is None else tokenizer.model.token_to_id(self.unknown)
+        self.is_dropped = {}            # of each character seen so far
 
-    @functools.cache                                # rarely needed, and a copy of a large vocabulary takes a second
-    def complete():
-        whole = completed(tokenizer)
-        word = unknown_token(whole)
-        return whole, word, whole.model.token_to_id(word)
+    def __call__(self, text, ids):
+        letters = set(text)
+        self.is_dropped.update((c, self.drops(c)) for c in letters - self.is_dropped.keys())
+        if (any(self.is_dropped[c] for c in letters)
+                or (self.number is not None and ids.count(self.number) != text.count(self.unknown))):
+            return self.look(text)                      # which takes longer than to encode
+        return np.zeros(len(text), bool)
 
-    def spans_of(encoding):
-        return np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.intp, 2 * len(encoding)).reshape(-1, 2)
-
-    def covered(spans, n):
-        changes = np.bincount(spans[:, 0], minlength=n + 1) - np.bincount(spans[:, 1], minlength=n + 1)
-        return np.cumsum(changes)[:n] > 0
-
-    def drops(c):
+    def drops(self, c):
         """Whether a character is in no token, as the first of a word, inside it or as the last."""
         try:
-            in_none = ~covered(spans_of(tokenizer.encode(f"{c}{c}{c} {c}", add_special_tokens=False)), 5)
-        except Exception:                           # see `completed`
+            encoding = self.tokenizer.encode(f"{c}{c}{c} {c}", add_special_tokens=False)
+        except Exception:                               # see `completed`
             return True
+        in_none = ~covered(spans_of(encoding), 5)
         return in_none[[0, 1, 2, 4]].any() and not (c.isspace() and in_none[3])
 
-    def look(text):
-        whole, word, number = complete()
-        encoding = whole.encode(text, add_special_tokens=False)
+    @functools.cached_property          # rarely needed, and a copy of a large vocabulary takes a second
+    def complete(self):
+        tokenizer = completed(self.tokenizer)
+        unknown = unknown_token(tokenizer)
+        return tokenizer, unknown, tokenizer.model.token_to_id(unknown)
+
+    def look(self, text):
+        tokenizer, unknown, number = self.complete
+        encoding = tokenizer.encode(text, add_special_tokens=False)
         spans, strange = spans_of(encoding), np.array(encoding.ids) == number
         for i in np.flatnonzero(strange):
-            strange[i] = text[slice(*spans[i])] != word
+            strange[i] = text[slice(*spans[i])] != unknown
         missing = ~covered(spans, len(text))
-        for i in np.flatnonzero(missing):           # an accent that a normalizer joins to its letter is in none either
-            missing[i] = is_dropped[text[i]]
+        for i in np.flatnonzero(missing):       # an accent that a normalizer joins to its letter is in no token either
+            missing[i] = self.is_dropped[text[i]]
         return missing | covered(spans[strange], len(text))
 
-    def lost(text, ids):
-        letters = set(text)
-        is_dropped.update((c, drops(c)) for c in letters - is_dropped.keys())
-        if any(is_dropped[c] for c in letters) or (number is not None and ids.count(number) != text.count(unknown)):
-            return look(text)                       # which takes longer than to encode
-        return np.zeros(len(text), bool)
-    return lost
+
+def spans_of(encoding):
+    """[first, last + 1], int (number of tokens, 2), of the characters of each token."""
+    return np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.intp, 2 * len(encoding)).reshape(-1, 2)
+
+
+def covered(spans, n):
+    """bool (n,): which of n characters are in any of these spans."""
+    changes = np.bincount(spans[:, 0], minlength=n + 1) - np.bincount(spans[:, 1], minlength=n + 1)
+    return np.cumsum(changes)[:n] > 0
 
 
 def runs(lost):
@@ -158,7 +165,7 @@ def encode_prompt(tokenizer, text):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     except Exception:                               # see `completed`
         ids = None
-    lost = losses(tokenizer)(text, ids or [])
+    lost = Losses(tokenizer)(text, ids or [])
     found = [f"{text[a:b]!r} (character {a + 1})" for a, b in runs(lost)]
     names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     require(ids is not None, f"--prompt: the tokenizer cannot encode {names}, and has no token for what it does not "
@@ -307,7 +314,7 @@ def counting(tokenizer):
 def encode_text(tokenizer, blocks):
     """Yield (context, body, ids of the body, lost) for each chunk; all these ids are those of the whole text.
 
-    lost, bool (len(body),), says which characters no id stands for (see `losses`).
+    lost, bool (len(body),), says which characters no id stands for (see Losses).
 
     A chunk is encoded after its context, whose ids are then dropped. That is right if the two chunks that meet there
     agree on those ids: the right one on all of them, the left one on their second half, which is out of reach of where
@@ -316,7 +323,7 @@ def encode_text(tokenizer, blocks):
     chunks that disagree are encoded again as one. No special tokens are inserted; those that the text spells out are
     kept.
     """
-    counts, lost, done = counting(tokenizer), losses(tokenizer), []
+    counts, lost, done = counting(tokenizer), Losses(tokenizer), []
 
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)
