@@ -39,21 +39,21 @@ def class_map(model, pixels, label):
 
 
 @drawing.defaults()
-def draw_map(path, pixels, scores, title):
-    """The picture (S, S, 3), and beside it, in grey, under the map: red where a place adds to the logit, blue where it
-    takes from it.
+def draw_map(path, pixels, scores, name, answer):
+    """The picture (S, S, 3), and beside it, in grey, under the map: red where a place adds to the logit of the class
+    `name`, blue where it takes from it.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(answer)
     left, right = figure.subplots(1, 2)
     size, most = len(pixels), max(abs(scores).max(), 1e-9)
     left.imshow(pixels)
     right.imshow(pixels.mean(-1), cmap="gray", vmin=-128, vmax=383)         # pale: the map is what counts
     shades = right.imshow(scores, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.6, interpolation="bicubic",
                           extent=(-0.5, size - 0.5, size - 0.5, -0.5))
-    figure.colorbar(shades, ax=right, label="adds to the logit")
+    figure.colorbar(shades, ax=right, label=f"adds to the logit of {name}")
     for axes in (left, right):
         axes.set_axis_off()
     with whole(path) as draft:
@@ -91,7 +91,8 @@ def main(argv=None):
         answer = ", ".join(f"{model.config.classes[k]} {p[k]:.1%}" for k in best)
         print(f"{path}: {answer}")
         if args.map is not None:
-            draw_map(Path(args.map), pixels[i], class_map(model, pixels[i:i + 1], best[0]), answer)
+            scores = class_map(model, pixels[i:i + 1], best[0])
+            draw_map(Path(args.map), pixels[i], scores, model.config.classes[best[0]], answer)
     return 0
 
 

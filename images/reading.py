@@ -28,9 +28,8 @@ def read_image(path, size):
     """The picture in a file as (size, size, 3) uint8: the right way up, squeezed to a square, on white where it is
     transparent; of a moving picture the first frame. Raises InputError naming the file and what is wrong with it.
     """
-    readable(path)
+    require(os.path.getsize(readable(path)), f"{path}: the file is empty")
     try:
-        require(os.path.getsize(path), "the file is empty")
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)                          # a camera held sideways says so there
             if image.mode.startswith("I;16"):
@@ -114,14 +113,14 @@ class ImageDataset:
                 f"{folder} has the classes {', '.join(names)}, not {', '.join(classes or ())} as --images")
         pixels, digests, bad = read_images(paths, size)
         if bad:
-            warnings.warn(f"{len(bad)} of {len(paths)} pictures cannot be read and are left out; the first is "
+            warnings.warn(f"{len(bad)} of {len(paths)} pictures cannot be read and are left out, such as "
                           f"{bad[min(bad)]}", stacklevel=2)
         data = cls(pixels, np.array(labels, np.int64), names, digests, [i for i in range(len(paths)) if i not in bad])
         for name, count in zip(names, data.counts(), strict=True):
             require(count, f"{Path(folder, name)} holds no picture that can be read ({' '.join(ENDINGS)})")
         shown = {(digests[i], labels[i]) for i in data.at}
         if torn := len(shown) - len({digest for digest, _ in shown}):
-            warnings.warn(f"{torn} pictures in {folder} are in more than one class", stacklevel=2)
+            warnings.warn(f"{folder}: pictures that are in more than one class: {torn}", stacklevel=2)
         return data
 
     def __len__(self):

@@ -175,7 +175,8 @@ def read_folders(request):
     if settings.val_images:
         val_set = ImageDataset.from_folder(settings.val_images, settings.size, train_set.classes)
         if count := train_set.shared_with(val_set):
-            warnings.warn(f"{count} pictures are both in {settings.images} and in {settings.val_images}", stacklevel=2)
+            warnings.warn(f"pictures that are both in {settings.images} and in {settings.val_images}: {count}; the "
+                          "validation is no test of unseen pictures", stacklevel=2)
     hashes = {"images": train_set.fingerprint(), "val_images": val_set.fingerprint() if val_set else ""}
     for name, value in request.hashes.items():
         require(hashes.get(name) == value, f"--resume: the pictures in {getattr(settings, name)} are not those with "
