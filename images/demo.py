@@ -23,8 +23,9 @@ SIZE = 32                               # pixels a side; drawn four times as lar
 
 
 def draw(digit, font, rng):
-    """A digit as an Image of SIZE · SIZE pixels."""
-    large = 4 * SIZE
+    """A digit in the font of this name, as an Image of SIZE · SIZE pixels."""
+    path, large = Path(drawing.load().get_data_path(), "fonts/ttf", f"{font}.ttf"), 4 * SIZE
+    font = ImageFont.truetype(path, rng.integers(80, 120))
     mask = Image.new("L", (large, large))
     ImageDraw.Draw(mask).text((large / 2, large / 2), digit, 255, font, anchor="mm")
     angle, shear, centre = rng.uniform(-0.3, 0.3), rng.uniform(-0.2, 0.2), np.full(2, large / 2)
@@ -41,7 +42,7 @@ def folders():
     """The paths of the training and the validation folder, made in the cache folder unless they are there."""
     root = cache_folder() / "digits"
     if not root.exists():
-        fonts, rng = Path(drawing.load().get_data_path(), "fonts/ttf"), np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         root.parent.mkdir(parents=True, exist_ok=True)
         with whole(root) as draft:
             for part, names in FONTS.items():
@@ -49,6 +50,5 @@ def folders():
                     folder = draft / part / digit
                     folder.mkdir(parents=True)
                     for i in range(EACH[part]):
-                        font = ImageFont.truetype(fonts / f"{names[i % len(names)]}.ttf", rng.integers(80, 120))
-                        draw(digit, font, rng).save(folder / f"{i}.png")
+                        draw(digit, names[i % len(names)], rng).save(folder / f"{i}.png")
     return str(root / "train"), str(root / "val")

@@ -1,12 +1,14 @@
-"""What the six lessons share: a text, a small model, a short training, and the style of a figure."""
+"""What the lessons share: a text or pictures, a small model, a short training, and the style of a figure."""
 import pydoc_data.topics
 from pathlib import Path
 
 import numpy as np
 
-from autograd import no_grad
+from autograd import Tensor, cross_entropy, matmul, no_grad
 from console.drawing import defaults  # noqa: F401  (each lesson's `draw` is decorated with it)
 from hardware import device
+from images import demo, network
+from images.network import ConvNet
 from nanollm import Config, NanoLLM
 from train import Adam, learning_rate
 
@@ -67,6 +69,43 @@ def loss_by_position(model, x, y):
     z -= z.max(-1, keepdims=True)
     log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
     return -np.take_along_axis(log_p, y[..., None], -1)[..., 0].mean(0)
+
+
+def digits(pair, n, seed):
+    """pixels (n, 32, 32, 3) and labels (n,), 0 or 1: drawings of two digits, in many fonts, by turns."""
+    rng, fonts = np.random.default_rng(seed), demo.FONTS["train"]
+    drawn = [np.asarray(demo.draw(pair[i % 2], fonts[rng.integers(len(fonts))], rng)) for i in range(n)]
+    return np.stack(drawn), np.arange(n) % 2
+
+
+def one_logit():
+    """A new small network with a single logit z: σ(z) is the probability of label 1."""
+    return ConvNet(network.Config(("1",), 32, (8, 16, 32, 64)), seed=0)
+
+
+def two_columns(z):
+    """z (N, 1) -> logits (N, 2): (0, z), whose softmax is (1 - σ(z), σ(z))."""
+    return matmul(z, Tensor(device.xp.asarray([[0, 1]], z.dtype)))
+
+
+def train_on_pictures(model, pixels, labels, forward, epochs, wrong=0.0, B=32, lr=3e-3, watch=lambda epoch: None):
+    """The mean loss of each epoch of Adam, with forward(pixels, key) -> z (B, 1). watch(epoch) is called after each.
+
+    Each time a picture is shown, its label is turned round with probability `wrong`.
+    """
+    optimizer, rng, losses = Adam(model), np.random.default_rng(0), []
+    for epoch in range(epochs):
+        sums = []
+        for at in np.split(rng.permutation(len(labels)), range(B, len(labels), B)):
+            shown = np.where(rng.random(len(at)) < wrong, 1 - labels[at], labels[at])
+            loss = cross_entropy(two_columns(forward(pixels[at], (epoch, len(sums), 0))), shown)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step(lr)
+            sums.append(float(loss.data) * len(at))
+        losses.append(sum(sums) / len(labels))
+        watch(epoch)
+    return losses
 
 
 def figure(title, *labels):

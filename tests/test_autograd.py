@@ -668,6 +668,12 @@ def test_of_equal_pixels_max_pool2d_takes_the_first_in_row_order(pool, rng):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_relu_is_flat_at_0():
+    x = Tensor([[-1.0, 0.0, 2.0]], requires_grad=True)
+    ops.relu(x).backward([[5.0, 6.0, 7.0]])
+    assert x.grad.tolist() == [[0, 0, 7]]
+
+
 @pytest.mark.parametrize("N, V, C", [(1, 5, 3), (64, 7, 2), (200, 7, 2), (321, 1, 1), (129, 203, 17)])
 def test_linear_cross_entropy_in_several_blocks_equals_the_plain_loss(N, V, C, dtype, monkeypatch):
     monkeypatch.setattr(ag, "_LOGITS", 1)           # the smallest block of logits that there is

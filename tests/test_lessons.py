@@ -11,7 +11,7 @@ from lessons import common
 
 FOLDER = Path(common.__file__).parent
 NAMES = ["gradcheck_of_ones", "no_causal_mask", "validation_on_training_text", "unequal_batches",
-         "float16_without_loss_scaling", "rope_pairing"]
+         "float16_without_loss_scaling", "rope_pairing", "accuracy_of_one_column", "dropout_on_the_logit"]
 SMALL = {"T": 8, "C": 32, "n_block": 1}
 NOISE = np.random.default_rng(0).integers(0, 8, 4000), np.frombuffer(b"abcdefgh", np.uint8)
 SONG = np.tile([0, 1, 2, 3, 0, 2, 1, 3, 3, 1], 200), NOISE[1]      # what comes next depends on several letters before
@@ -77,6 +77,19 @@ def test_a_pairing_goes_with_its_weights(lesson):
     assert neighbours[0] == pytest.approx(halves[0], abs=1e-6)
     assert neighbours[1:].mean() > halves[1:].mean() + 0.4
     np.testing.assert_allclose(sorted_rows, halves, atol=1e-5)
+
+
+def test_argmax_over_one_column_is_a_constant(lesson):
+    losses, rows = lesson("accuracy_of_one_column", pair="01", n=120, epochs=12)
+    assert set(rows[:, 0]) == {0.5} and losses[-1] < losses[0]
+    assert rows[:, 1].max() > 0.6
+
+
+def test_dropout_on_the_logit_makes_it_too_small(lesson):
+    logit, features = lesson("dropout_on_the_logit", n=120, epochs=20).values()
+    assert logit[0] > features[0] + 0.02                # half of the batch can only guess
+    assert logit[2] < logit[1] and features[2] > features[1]        # with doubled logits
+    assert logit[3].argmin() > features[3].argmin() + 3
 
 
 def test_the_scale_is_taken_out_again():

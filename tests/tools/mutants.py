@@ -38,6 +38,13 @@ EQUIVALENT = {
     ("repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, n in enumerate(shape) if n == 1)"): "a sum over one element is a copy",
     ("if p == 0:", "if False:"): "nothing is dropped",
+    **{("count = _PATCHES // (H * W * k * k * C)", f"count = _PATCHES // ({fewer})"): "larger blocks" for fewer in (
+        "(C)", "(H * W * k * k)", "(H * W * k) * C", "(k) * C", "(k) * k * C", "(H * W) * k * C", "(H) * k * k * C",
+        "(W) * k * k * C")},
+    **{("count = _PATCHES // (H * W * C)", f"count = _PATCHES // ({fewer})"): "larger blocks"
+       for fewer in ("(C)", "(H * W)", "(H) * C", "(W) * C")},
+    ("dx = device.xp.empty(images.shape, images.dtype) if wanted else None",
+     "dx = device.xp.empty(images.shape, images.dtype) if True else None"): "a gradient that nobody reads",
     ("L = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None",
      "L = xp.empty((B * K, G, T, 1), wide) if True else None"): "an array more",
     ("if n > 1:", "if n >= 1:"): "a 0 is added",
