@@ -248,6 +248,9 @@ def report(config, settings):
             (name, ", ".join(f"{part} {mb(value)}" for part, value in parts.items() if value and part != "activations"),
              mb(parts["activations"]), mb(sum(fixed.values()) + sum(parts.values()))) for name, parts in now.items()))]
     lines.append(f"--batch-size {B} takes {mb(needed(B))} MB.")
+    if not device.on_gpu:           # the activations are divided; the block of logits and dw are not
+        more = WIDE * n + share + now["loss"]["logits"] + now["loss"]["dw"]
+        lines[-1] += f" That is one process; each further one of --processes adds about {mb(more)} MB."
     if room is None:
         lines.append(where)
     else:

@@ -140,14 +140,14 @@ def run(prepare, work, end):
     """
     team = ALONE
     if launched() > 1:
-        from hardware.mpi import Mpi  # each way is imported where it is gone
+        from hardware.mpi import Mpi  # here, because importing it starts MPI
         team = Mpi()
     task = team.exchange((work, prepare(), device.on_gpu, device.tf32_products) if team.rank == 0 else None)[0]
     if team.rank:
         follow(team, end, task)
     if task[1].processes == team.size:
         return do(team, *task)
-    from hardware.local import started
+    from hardware.local import started  # here, because it needs Team
     with started(end, task) as team:
         return do(team, *task)
 
@@ -161,17 +161,17 @@ def follow(team, end, task):
 
 def do(team, work, plan, on_gpu, tf32):
     """Do one rank's work, on its share of the machine."""
-    ways = team
-    if team.size > 1:
-        device.use("gpu" if on_gpu else "cpu", tf32, team)
-    if team.size > 1 and on_gpu:
-        from hardware.nccl import Nccl
-        ways = Nccl(team)
+    world = team
+    if world.size > 1:
+        device.use("gpu" if on_gpu else "cpu", tf32, world)
+    if world.size > 1 and on_gpu:
+        from hardware.nccl import Nccl  # here, because it needs Team
+        team = Nccl(world)
     try:
-        code = work(plan, ways)
+        code = work(plan, team)
     except Gone:
         if team.rank == 0:
             raise
         sys.exit(2)                             # rank 0 says why
-    team.done = True
+    world.done = True
     return code

@@ -101,6 +101,14 @@ def test_activations_do_not_change_what_is_kept():
     assert len({tuple(plan.kept_by_a_block(Config(9, activation=name), 2, 4)) for name in ACTIVATIONS}) == 1
 
 
+def test_a_further_process_has_gradients_of_its_own(tokenizer, quick):
+    out = planned("--tokenizer", tokenizer, *SHAPE)
+    more = float(re.search(r"each further one of --processes adds about ([\d,.]+) MB", out)[1].replace(",", ""))
+    n = sum(plan.parameters(Config(290, 16, 2, 2, 1, 8, 24)).values())
+    logits, dw = 4 * 4 * 8 * 290, 4 * 290 * 16
+    assert more == pytest.approx(cell(out, "Python and libraries") + (4 * n + logits + dw) / 1e6, abs=0.11)
+
+
 def test_the_largest_batch_fits_and_one_more_does_not(tokenizer, quick):
     def takes(size):
         return planned("--tokenizer", tokenizer, *SHAPE, "--batch-size", size)
