@@ -6,7 +6,7 @@
     h ─ rmsnorm ─ lm_head ─► logits (B, T, V): a score for every token as the next one
 
 (Touvron et al. 2023, §2.2: pre-normalisation, SwiGLU, rotary positions.) Shapes: B batch, T time,
-S positions read so far, C embedding_dim, H n_head, K n_kv_head, D = C/H, F hidden_dim,
+S positions read so far, C embedding_dim, H n_head, K n_kv_head, D head_dim, F hidden_dim,
 V vocab_size. Weights are (out, in), under Hugging Face's names.
 """
 import itertools
@@ -40,6 +40,7 @@ from storage.files import require
 # ---------------------------------------------------------------- the shape
 
 _LARGEST = 1 << 20      # the limit of every size in a Config: a file that asks for more is broken
+_is_positive = lambda value: type(value) in (int, float) and 1e-30 < value < 1e30
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Config:
     rope_theta: float = 10000.0
     activation: str = "silu"
     tie_embeddings: bool = False        # the embedding matrix is the output layer, too
+    head_dim: int | None = None         # None: embedding_dim / n_head
+    qkv_bias: bool = False              # q, k and v are products plus a vector (Qwen2)
+    qk_norm: bool = False               # each head of q and k is normalised before RoPE (Qwen3)
+    rope_scaling: tuple = ()            # Llama 3.1's four numbers, see `rope_table`
 
     def __post_init__(self):
         if self.n_kv_head is None:
@@ -67,21 +72,28 @@ class Config:
                     f"{name} must be a whole number from 1 to {_LARGEST}, not {size!r}")
         for name in ("eps", "rope_theta"):
             value = getattr(self, name)
-            require(type(value) in (int, float) and 1e-30 < value < 1e30,
+            require(_is_positive(value),
                     f"{name} must be a number above 0 that a float32 can hold, not {value!r}")
-        require(self.embedding_dim % (2 * self.n_head) == 0,
-                f"embedding_dim ({self.embedding_dim}) must be a multiple of twice n_head "
-                f"({self.n_head}): all heads have one even size, because RoPE rotates pairs")
+        D = self.embedding_dim / self.n_head if self.head_dim is None else self.head_dim
+        require(type(D) in (int, float) and 2 <= D <= _LARGEST and D % 2 == 0,
+                f"head_dim must be an even whole number because RoPE rotates pairs, not {D!r}: give "
+                f"another, or an embedding_dim ({self.embedding_dim}) that is a multiple of twice "
+                f"n_head ({self.n_head})")
+        object.__setattr__(self, "head_dim", int(D))
         require(self.n_head % self.n_kv_head == 0,
                 f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
         require(self.activation in list(ACTIVATIONS), "activation must be one of "
                 f"{', '.join(ACTIVATIONS)}, not {self.activation!r}")
-        require(isinstance(self.tie_embeddings, bool),
-                f"tie_embeddings must be True or False, not {self.tie_embeddings!r}")
-
-    @property
-    def head_dim(self):
-        return self.embedding_dim // self.n_head
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} must be True or False, not {value!r}")
+        require(not (self.qkv_bias and self.qk_norm),
+                "qkv_bias and qk_norm exclude each other: no model of transformers has both")
+        scaling = self.rope_scaling
+        require(scaling == () or (type(scaling) is tuple and len(scaling) == 4
+                                  and all(map(_is_positive, scaling)) and scaling[1] < scaling[2]),
+                "rope_scaling must be () or (factor, low, high, length), numbers above 0, low below "
+                f"high, not {scaling!r}")
 
     def shapes(self):
         """{Hugging Face name: shape} of every parameter, in the order of `Parameters`.
@@ -89,16 +101,21 @@ class Config:
         Matrices come first, because only they decay (weight decay: train.py). q, k, v of a block
         are adjacent, and so are gate and up, because each group is computed as one product.
         """
-        C, F, kv = self.embedding_dim, self.hidden_dim, self.n_kv_head * self.head_dim
+        C, F, D = self.embedding_dim, self.hidden_dim, self.head_dim
+        q, kv = self.n_head * D, self.n_kv_head * D
         matrices, vectors = {"model.embed_tokens.weight": (self.vocab_size, C)}, {}
         for i in range(self.n_block):
             for name, shape in {
-                    "self_attn.q": (C, C), "self_attn.k": (kv, C), "self_attn.v": (kv, C),
-                    "self_attn.o": (C, C), "mlp.gate": (F, C), "mlp.up": (F, C), "mlp.down": (C, F),
+                    "self_attn.q": (q, C), "self_attn.k": (kv, C), "self_attn.v": (kv, C),
+                    "self_attn.o": (C, q), "mlp.gate": (F, C), "mlp.up": (F, C), "mlp.down": (C, F),
             }.items():
                 matrices[f"model.layers.{i}.{name}_proj.weight"] = shape
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                vectors[f"model.layers.{i}.{name}.weight"] = (C,)
+            widths = {"input_layernorm.weight": C, "post_attention_layernorm.weight": C}
+            if self.qkv_bias:
+                widths |= {f"self_attn.{x}_proj.bias": n for x, n in (("q", q), ("k", kv), ("v", kv))}
+            if self.qk_norm:
+                widths |= {"self_attn.q_norm.weight": D, "self_attn.k_norm.weight": D}
+            vectors |= {f"model.layers.{i}.{name}": (n,) for name, n in widths.items()}
         if not self.tie_embeddings:
             matrices["lm_head.weight"] = (self.vocab_size, C)
         return matrices | vectors | {"model.norm.weight": (C,)}
@@ -190,7 +207,7 @@ class KVCache:
 
 # ---------------------------------------------------------------- the transformer
 
-Block = namedtuple("Block", "norm1 qkv o norm2 gate_up down")
+Block = namedtuple("Block", "norm1 qkv bias q_norm k_norm o norm2 gate_up down")    # or None
 
 
 def rope_table(config, dtype):
@@ -198,9 +215,18 @@ def rope_table(config, dtype):
 
     Pair i turns at position t by t θ^(-2i/D), θ = rope_theta: from one full turn in 2π positions
     (i = 0) to one in 2πθ^(1-2/D). Each angle appears twice, once for each half of a row.
+
+    With rope_scaling a model that was trained on texts of `length` tokens learns to read longer
+    ones (Llama 3.1). A pair that makes `high` full turns or more within `length` stays as it is. One
+    that makes fewer than `low` becomes slower by `factor`, so it meets no angle that is new to it.
+    In between the two are blended.
     """
     D = config.head_dim
     frequencies = config.rope_theta ** (-np.arange(0, D, 2) / D)                # (D/2,)
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        stays = np.clip((length * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
+        frequencies *= stays + (1 - stays) / factor
     angles = np.outer(np.arange(config.max_context), np.tile(frequencies, 2))  # (max_context, D)
     return [device.xp.asarray(table.astype(dtype)) for table in (np.cos(angles), np.sin(angles))]
 
@@ -231,7 +257,10 @@ class NanoLLM:
             attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
             self.blocks.append(Block(
                 norm1=tensor(f"model.layers.{i}.input_layernorm.weight"),
-                qkv=tensor(*(f"{attn}{x}_proj.weight" for x in ("q", "k", "v"))),
+                qkv=tensor(*(f"{attn}{x}_proj.weight" for x in "qkv")),
+                bias=tensor(*(f"{attn}{x}_proj.bias" for x in "qkv")) if config.qkv_bias else None,
+                q_norm=tensor(attn + "q_norm.weight") if config.qk_norm else None,
+                k_norm=tensor(attn + "k_norm.weight") if config.qk_norm else None,
                 o=tensor(attn + "o_proj.weight"),
                 norm2=tensor(f"model.layers.{i}.post_attention_layernorm.weight"),
                 gate_up=tensor(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
@@ -240,6 +269,8 @@ class NanoLLM:
 
     def _draw_weights(self, rng):
         for name, w in self.weights.views(self.weights.flat).items():
+            if name.endswith(".bias"):
+                w[...] = 0
             if w.ndim == 2:
                 std = 0.02
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -256,17 +287,24 @@ class NanoLLM:
 
     def _attend(self, i, x, cache):
         """Block i's attention on x (B, T, C): one product for q, k and v, and one back to C."""
-        block, (B, T, C) = self.blocks[i], x.shape
-        H, K = self.config.n_head, self.config.n_kv_head
-        heads = linear(x, block.qkv).reshape(B, T, H + 2 * K, C // H)
-        heads = heads.transpose(0, 2, 1, 3)                                 # (B, H + 2K, T, D)
+        block, config, (B, T, _) = self.blocks[i], self.config, x.shape
+        H, K, D = config.n_head, config.n_kv_head, config.head_dim
         start = 0 if cache is None else cache.length
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
-        rotated, v = rope(heads[:, :H + K], cos, sin), heads[:, H + K:]
-        q, k = rotated[:, :H], rotated[:, H:]
+        heads = linear(x, block.qkv)
+        if config.qkv_bias:
+            heads = heads + cast(block.bias, x.dtype)
+        heads = heads.reshape(B, T, H + 2 * K, D).transpose(0, 2, 1, 3)     # (B, H + 2K, T, D)
+        if config.qk_norm:
+            q = rope(rmsnorm(heads[:, :H], block.q_norm, config.eps), cos, sin)
+            k = rope(rmsnorm(heads[:, H:H + K], block.k_norm, config.eps), cos, sin)
+        else:
+            rotated = rope(heads[:, :H + K], cos, sin)          # the same for all, so in one call
+            q, k = rotated[:, :H], rotated[:, H:]
+        v = heads[:, H + K:]
         if cache is not None:
             k, v = cache.extend(i, k, v)                                    # (B, K, S, D)
-        out = attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, C)
+        out = attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, H * D)
         return linear(out, block.o)
 
     def run_block(self, i, h, cache=None, p=0.0, key=()):

@@ -123,13 +123,13 @@ def flops_per_token(config, seq_len):
 
     Each of a matrix's N weights is multiplied and added once forward and twice backward (dx, dw): 6 N. An embedding is
     looked up, not multiplied, so it does not count unless it is the lm_head, too. A token meets T/2 keys on average, in
-    two products of width C: 6 C T per block. What is computed twice to save memory does not count.
-    (PaLM, Chowdhery et al. 2022, appendix B; it counts all T keys, masked or not: 12 C T.)
+    two products of width H D, usually C: 6 H D T per block. What is computed twice to save memory does not count.
+    (PaLM, Chowdhery et al. 2022, appendix B; it counts all T keys, masked or not: 12 H D T.)
     """
     n = sum(math.prod(shape) for shape in config.shapes().values() if len(shape) == 2)
     if not config.tie_embeddings:
         n -= config.vocab_size * config.embedding_dim
-    return 6 * n + 6 * config.n_block * config.embedding_dim * seq_len
+    return 6 * n + 6 * config.n_block * config.n_head * config.head_dim * seq_len
 
 
 def hidden_states(model, ids):

@@ -28,7 +28,6 @@ from storage.tokens import encode_prompt, load_tokenizer, vocab_size
 COUNT, SIZE = number(int, 1, 10**9), number(int, 1, 10**6)
 POSITIVE, SHARE = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
 RATE = number(float, 0, 1, open_low=True)
-SHAPE = [field.name for field in fields(Config) if field.name != "vocab_size"]
 
 
 def setting(group, default, kind, help, metavar="N", fixed=False):
@@ -110,14 +109,17 @@ class Settings(Training):
         None, SIZE, "number of key/value heads (grouped-query attention); default: as many as heads")
     max_context: int = in_model(Config.max_context, SIZE, "longest context in tokens")
     hidden_dim: int = in_model(Config.hidden_dim, SIZE, "F, the width inside the gated linear unit")
+    head_dim: int | None = in_model(None, SIZE, "D, the width of a head; default: --embedding-dim / --n-head")
     eps: float = in_model(Config.eps, RATE, "RMSNorm's epsilon")
     rope_theta: float = in_model(Config.rope_theta, POSITIVE, "RoPE's base")
     activation: str = in_model(
         Config.activation, list(ACTIVATIONS), "activation function of the gated linear unit")
     tie_embeddings: bool = in_model(False, bool, "use the embedding matrix as the output layer too")
+    qk_norm: bool = in_model(False, bool, "normalise each head's queries and keys, as Qwen3 does")
 
     seq_len: int | None = in_data(
-        None, SIZE, "tokens in a training window, at most --max-context; default: --max-context", fixed=True)
+        None, SIZE, "tokens in a training window, at most --max-context; default: --max-context, with --init-from "
+        "no more than 512", fixed=True)
     stride: int | None = in_data(
         None, SIZE, "tokens between the starts of two windows; default: half of --seq-len", fixed=True)
     val_fraction: float = in_data(
@@ -170,7 +172,7 @@ class Settings(Training):
         """The first stage, before any file is read: fill in what follows from other flags. Raises InputError if two
         contradict each other.
         """
-        seq_len = self.seq_len or self.max_context
+        seq_len = self.seq_len or (min(self.max_context, 512) if self.init_from else self.max_context)
         stride = self.stride or max(seq_len // 2, 1)
         require(seq_len <= self.max_context,
                 f"--seq-len {seq_len} is more than the longest context, --max-context {self.max_context}")
@@ -179,12 +181,15 @@ class Settings(Training):
         return replace(self, seq_len=seq_len, stride=stride, n_kv_head=self.n_kv_head or self.n_head)
 
     def shape(self):
-        """The fields of Config, except for the size of the vocabulary."""
+        """The fields of Config that have a flag."""
         return {name: getattr(self, name) for name in SHAPE}
 
     def hashes(self):
         """{"text": …, "tokenizer": …}: of the contents of these two files."""
         return {name: file_hash(getattr(self, name)) for name in ("text", "tokenizer")}
+
+
+SHAPE = [field.name for field in fields(Config) if field.name in Settings.__dataclass_fields__]
 
 
 def flag(name):
@@ -423,7 +428,7 @@ def make_config(request, tokenizer):
         raise InputError(f"{settings.tokenizer} ({size} tokens) does not have the vocabulary with which the model in "
                          f"{source} ({V}) was trained: use its own tokenizer")
     for name, given in settings.shape().items():
-        if given != getattr(config, name):
+        if given not in (None, getattr(config, name)):
             raise InputError(f"{flag(name)} is {given}, but the model in {source} has {getattr(config, name)}: "
                              "leave it out")
     return config

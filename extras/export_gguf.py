@@ -4,7 +4,8 @@ It needs the package `gguf`. The file holds the weights in float32, the hyperpar
 
 llama.cpp's RoPE rotates neighbours (2i, 2i + 1); ours rotates halves (i, i + D/2), as Hugging Face's does. A product
 q · k does not depend on the order of its D terms, as long as q and k have the same one. So within each head the rows of
-q and k get the order 0, D/2, 1, D/2 + 1, …: then llama.cpp rotates the pairs that the model was trained with.
+q and k get the order 0, D/2, 1, D/2 + 1, …: then llama.cpp rotates the pairs that the model was trained with. (A Qwen's
+rows stay as they are, because llama.cpp rotates halves there.)
 
 Hyperparameters and tokenizer are collected in dicts {name of a method of gguf.GGUFWriter: its argument}, such as
 {"add_block_count": 6}. At the end `export` calls these methods. A name with dots is a key for which gguf has no method.
@@ -13,6 +14,7 @@ import itertools
 import json
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,21 @@ if not __package__:             # run by its path, as editors do
 from console import cli
 from generate import open_model
 from hardware import device
+from nanollm import rope_table
+from storage import huggingface
 from storage.files import InputError, refuse_existing, require, whole
 
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+         "mlp.down_proj": "ffn_down", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def architecture(config):
+    """llama.cpp's name for models with this nanollm.Config."""
+    kind = huggingface.family(config)
+    return "llama" if kind == "mistral" else kind
 
 
 def interleave(w, heads):
@@ -42,18 +53,22 @@ def tensors(model):
     if not model.trainable:
         raise InputError("a quantised model cannot be exported: give the model from which it was made")
     result, config = {}, model.config
+    heads = {"q_proj": config.n_head, "k_proj": config.n_kv_head} if architecture(config) == "llama" else {}
     for name, w in model.weights.arrays().items():
-        name = name.removesuffix(".weight")
-        if name.endswith("q_proj"):
-            w = interleave(w, config.n_head)
-        elif name.endswith("k_proj"):
-            w = interleave(w, config.n_kv_head)
+        name, kind = name.rsplit(".", 1)
+        if name[-6:] in heads:
+            w = interleave(w, heads[name[-6:]])
         if name in OUTSIDE:
             name = OUTSIDE[name]
         else:
             block, part = name.removeprefix("model.layers.").split(".", 1)
             name = f"blk.{block}.{NAMES[part]}"
-        result[name + ".weight"] = np.ascontiguousarray(w)
+        result[f"{name}.{kind}"] = np.ascontiguousarray(w)
+    if config.rope_scaling:         # llama.cpp divides the angles by these
+        cos, sin = rope_table(replace(config, max_context=2), np.float64)
+        angles = np.arctan2(sin[1], cos[1])[:config.head_dim // 2]
+        plain = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        result["rope_freqs.weight"] = (plain / angles).astype(np.float32)
     return result
 
 
@@ -196,18 +211,21 @@ def export(folder, path):
 
     model, tokenizer, ends = open_model(folder)
     config, path = model.config, Path(path)
+    kind = architecture(config)
     if config.activation != "silu":
-        raise InputError(f"{folder}: llama.cpp's Llama has no activation {config.activation!r}, only silu")
+        raise InputError(f"{folder}: llama.cpp's {kind} has no activation {config.activation!r}, only silu")
+    require(kind == "llama" or not config.rope_scaling, f"{folder}: llama.cpp's {kind} has no rope_scaling")
     require(len(ends.front) < 2, f"{folder}: llama.cpp puts one token in front of a text, not {len(ends.front)}")
     require(len(ends.eos) < 4, f"{folder}: llama.cpp ends a text at three tokens at most, not {len(ends.eos)}")
     with whole(path) as draft:
-        writer = GGUFWriter(draft, "llama")
+        writer = GGUFWriter(draft, kind)
         about = {
             "add_name": Path(folder).resolve().name, "add_context_length": config.max_context,
             "add_embedding_length": config.embedding_dim, "add_block_count": config.n_block,
             "add_feed_forward_length": config.hidden_dim, "add_head_count": config.n_head,
             "add_head_count_kv": config.n_kv_head, "add_layer_norm_rms_eps": config.eps,
             "add_rope_freq_base": config.rope_theta, "add_rope_dimension_count": config.head_dim,
+            "add_key_length": config.head_dim, "add_value_length": config.head_dim,
             "add_vocab_size": config.vocab_size, "add_file_type": LlamaFileType.ALL_F32,
         } | vocabulary(tokenizer, config.vocab_size)
         if bos := ends.front or ends.bos:

@@ -98,10 +98,10 @@ class QuantizedParameters:
         self.made = {}                  # {names: what `tensor` returned for them}
 
     def tensor(self, *names):
-        """The vector, or the Quantized of matrices of one width, their rows below each other."""
+        """One vector of all, or the Quantized of matrices of one width, their rows below each other."""
         shape = self.shapes[names[0]]
         if len(shape) == 1:
-            self.made[names] = self.vector(self.read(names[0]))
+            self.made[names] = self.vector(np.concatenate([self.read(name) for name in names]))
         else:
             q, scale = (np.concatenate([self.read(name + kind) for name in names]) for kind in ("", ".scale"))
             self.made[names] = Quantized(q, scale, shape[1])
@@ -111,11 +111,9 @@ class QuantizedParameters:
         """{name: array on the host}: what a model's file holds."""
         found = {}
         for names, made in self.made.items():
-            if isinstance(made, Quantized):
-                ends = np.cumsum([self.shapes[name][0] for name in names])[:-1]
-                for kind, array in (("", made.q), (".scale", made.scale)):
-                    parts = np.split(device.to_host(array), ends)
-                    found |= {name + kind: part for name, part in zip(names, parts, strict=True)}
-            else:
-                found[names[0]] = device.to_host(made.data)
+            ends = np.cumsum([self.shapes[name][0] for name in names])[:-1]
+            arrays = {"": made.q, ".scale": made.scale} if isinstance(made, Quantized) else {"": made.data}
+            for kind, array in arrays.items():
+                parts = np.split(device.to_host(array), ends)
+                found |= {name + kind: part for name, part in zip(names, parts, strict=True)}
         return found

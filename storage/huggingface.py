@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from hardware.quantized import LEVELS, packed_shapes
-from storage.files import InputError, read_json, readable, whole
+from storage.files import InputError, read_json, readable, require, whole
 from storage.tokens import load_tokenizer
 
 # ---------------------------------------------------------------- config.json
@@ -21,48 +21,71 @@ from storage.tokens import load_tokenizer
 NAMES = {"vocab_size": "vocab_size", "embedding_dim": "hidden_size", "n_block": "num_hidden_layers",
          "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "hidden_dim": "intermediate_size",
          "max_context": "max_position_embeddings", "eps": "rms_norm_eps", "rope_theta": "rope_theta",
-         "activation": "hidden_act", "tie_embeddings": "tie_word_embeddings"}
+         "activation": "hidden_act", "tie_embeddings": "tie_word_embeddings", "head_dim": "head_dim"}
 REQUIRED = "vocab_size", "embedding_dim", "n_block", "n_head", "hidden_dim"
 NO_IDS = {"bos_token_id": None, "eos_token_id": None}       # if absent, transformers takes 1 and 2
 TANH_GELU = "gelu_pytorch_tanh"         # is our "gelu"; their "gelu" is the exact one
 ACTIVATIONS = {"swish": "silu", TANH_GELU: "gelu", "gelu_new": "gelu", "gelu_fast": "gelu"}     # three spellings of it
-MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096}      # its defaults
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"     # Config.rope_scaling
+
+# model_type: the fields of Config in which it is no Llama; the settings that transformers takes where the file has none
+FAMILIES = {
+    "llama": ({}, {"max_position_embeddings": 2048}),
+    "mistral": ({}, {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32}),
+    "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32, "max_position_embeddings": 32768}),
+    "qwen3": ({"qk_norm": True}, {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128})}
+
+
+def family(config):
+    """The model_type of a nanollm.Config. A Mistral is a Llama whose width need not be a multiple of n_head."""
+    llama = "mistral" if config.embedding_dim % config.n_head else "llama"
+    return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else llama
 
 
 def to_config(config, bits=None):
-    """The settings in config.json of a LlamaForCausalLM; `config` is a nanollm.Config, `bits` as in tensor_reader."""
+    """The settings in config.json of a model with this nanollm.Config; `bits` as in tensor_reader.
+
+    RoPE's settings are spelt twice, as version 5 of transformers and as version 4 read them.
+    """
+    kind, scaling = family(config), {}
+    if config.rope_scaling:
+        scaling = {"rope_type": "llama3", **dict(zip(LLAMA3, config.rope_scaling, strict=True))}
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
         **{name: getattr(config, field) for field, name in NAMES.items()},
-        "head_dim": config.head_dim, "hidden_act": {"gelu": TANH_GELU}.get(config.activation, config.activation),
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},   # version 5 of transformers
-        "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
+        "hidden_act": {"gelu": TANH_GELU}.get(config.activation, config.activation),
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
+        **({"rope_scaling": scaling} if scaling else {}),
+        **({} if config.qkv_bias else {"attention_bias": False}), "mlp_bias": False, "torch_dtype": "float32",
+        **({"sliding_window": None} if kind == "mistral" else {}),
         **NO_IDS,
         **({"quantization_config": quantization(bits)} if bits else {}),
     }
 
 
 def to_fields(hf):
-    """{field of nanollm.Config: value} of the settings in a Llama-type config.json; Config checks the values.
+    """{field of nanollm.Config: value} of the settings in config.json; Config checks the values.
 
-    A Mistral without a sliding window is a Llama.
     Raises InputError that names any setting that is not implemented here.
     """
-    if hf.get("model_type") == "mistral":
-        hf = MISTRAL | hf
-        if hf["sliding_window"] is not None:
-            raise InputError(f"sliding_window {hf['sliding_window']!r} is not implemented: for shorter texts set it "
-                             "to null, and max_position_embeddings to this number")
-    elif hf.get("model_type") != "llama":
-        raise InputError(f"model_type {hf.get('model_type')!r} is not implemented, only 'llama' and 'mistral'")
-    ropes = {name: hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
-    for name, rope_settings in ropes.items():
-        if not isinstance(rope_settings, dict):
-            raise InputError(f"{name} must be an object, not {rope_settings!r}")
-        unscaled = "default" if set(rope_settings) <= {"rope_theta"} else None
-        kind = rope_settings.get("rope_type", rope_settings.get("type", unscaled))
-        if kind != "default":
-            raise InputError(f"{name}: RoPE scaling (rope_type {kind!r}) is not implemented")
+    kind = hf.get("model_type")
+    require(kind in list(FAMILIES), f"model_type {kind!r} is not implemented, only {', '.join(FAMILIES)}")
+    own, defaults = FAMILIES[kind]
+    hf = defaults | hf
+    window = hf.get("sliding_window", 4096)
+    slides = {"llama": False, "mistral": True}.get(kind, hf.get("use_sliding_window"))
+    require(not slides or window is None, f"sliding_window {window!r} is not implemented: for shorter texts set it to "
+            "null, and max_position_embeddings to this number")
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"      # as transformers decides
+    rope, scaling = hf.get(name) or {}, ()
+    require(isinstance(rope, dict), f"{name} must be an object, not {rope!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default" if set(rope) <= {"rope_theta"} else None))
+    if rope_type == "llama3":
+        missing = [part for part in LLAMA3 if part not in rope]
+        require(not missing, f"{name}: {', '.join(missing)} is missing")
+        scaling = tuple(rope[part] for part in LLAMA3)
+    elif rope_type != "default":
+        raise InputError(f"{name}: RoPE scaling (rope_type {rope_type!r}) is not implemented")
     for name in ("attention_bias", "mlp_bias"):
         if hf.get(name):
             raise InputError(f"{name} is not implemented")
@@ -71,8 +94,9 @@ def to_fields(hf):
     for field in REQUIRED:
         if NAMES[field] not in hf:
             raise InputError(f"{NAMES[field]} is missing")
-    fields = {"max_context": 2048} | {field: hf[name] for field, name in NAMES.items() if name in hf}
-    fields |= next(({"rope_theta": r["rope_theta"]} for r in ropes.values() if "rope_theta" in r), {})
+    fields = {field: hf[name] for field, name in NAMES.items() if name in hf} | own | {"rope_scaling": scaling}
+    if "rope_theta" in rope:
+        fields["rope_theta"] = rope["rope_theta"]
     match fields.get("activation"):
         case "gelu":
             raise InputError(f"hidden_act 'gelu' is not implemented, {TANH_GELU!r} is")
@@ -143,10 +167,7 @@ def load_config(folder, Config):
 def config_of(settings, path, Config):
     """The nanollm.Config of the settings in the file `path`; an InputError names that file and its settings."""
     try:
-        config = Config(**to_fields(settings))
-        if settings.get("head_dim") not in (None, config.head_dim):
-            raise InputError(f"head_dim {settings['head_dim']} is not embedding_dim / n_head; not implemented")
-        return config
+        return Config(**to_fields(settings))
     except InputError as problem:
         words = re.sub(r"\b(" + "|".join(NAMES) + r")\b", lambda found: NAMES[found[0]], str(problem))
         raise InputError(f"{path}: {words}") from None
@@ -251,7 +272,7 @@ def find_tensors(folder, config, bits=None):
         if name.endswith("rotary_emb.inv_freq"):
             continue        # RoPE's angles follow from the config
         if name not in expected | heads:
-            raise InputError(f"{path}: tensor {name!r} is not part of a Llama of this config.json")
+            raise InputError(f"{path}: tensor {name!r} is not part of the model of this config.json")
         right, dtypes = (expected | heads)[name]
         if shape != right:
             raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {right}")

@@ -77,7 +77,7 @@ CASES = {
     "no model to start from": ("--init-from none", "none/config.json", "no such file", "a model's folder"),
     "heads that do not divide": ("--n-head 3 --n-kv-head 3", r"--embedding-dim \(16\)", "multiple of",
                                  r"--n-head \(3\)"),
-    "an odd head size": ("--embedding-dim 6 --n-head 2", r"--embedding-dim \(6\)", r"twice --n-head \(2\)", "even"),
+    "an odd head size": ("--embedding-dim 6 --n-head 2", "even", r"--embedding-dim \(6\)", r"twice --n-head \(2\)"),
     "key/value heads that do not divide": ("--n-head 4 --n-kv-head 3", r"--n-kv-head \(3\)",
                                            r"must divide --n-head \(4\)"),
     "a stride with gaps": ("--stride 9", "--stride 9 is more than a window, 8 tokens"),

@@ -79,31 +79,40 @@ def field(reader, name):
     return reader.get_field(name).contents()
 
 
-@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-def test_every_tensor_and_setting_reads_back(tmp_path, tie):
-    model, folder = folder_of(tmp_path, byte_level(), tie_embeddings=tie)
+SCALED = {"rope_scaling": (8.0, 0.3, 1.0, 32)}          # of the two pairs one stays, one is slowed
+
+
+@pytest.mark.parametrize("fields, kind", [
+    ({}, "llama"), ({"tie_embeddings": True}, "llama"), ({"head_dim": 8, "embedding_dim": 18}, "llama"),
+    (SCALED, "llama"), ({"qkv_bias": True}, "qwen2"), ({"qk_norm": True, "head_dim": 8}, "qwen3")])
+def test_every_tensor_and_setting_reads_back(tmp_path, fields, kind):
+    model, folder = folder_of(tmp_path, byte_level(), **fields)
+    C, D = model.config.embedding_dim, model.config.head_dim
     assert export_gguf.main([str(folder), str(tmp_path / "m.gguf")]) == 0
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     got = {t.name: np.array(t.data) for t in reader.tensors}
+    if fields == SCALED:
+        np.testing.assert_allclose(got.pop("rope_freqs.weight"), [1, 8], rtol=1e-6)
     assert len(got) == len(model.parameters())
 
     hf_names = {v: k for k, v in export_gguf.NAMES.items()} | {v: k for k, v in export_gguf.OUTSIDE.items()}
     for name, value in got.items():
-        *block, part, _ = name.split(".")
-        ours = (f"model.layers.{block[1]}." if block else "") + hf_names[part] + ".weight"
+        *block, part, suffix = name.split(".")
+        ours = (f"model.layers.{block[1]}." if block else "") + hf_names[part] + "." + suffix
         expected = to_host(model.parameters()[ours].data)
-        if part in ("attn_q", "attn_k"):            # llama.cpp's row 2i + j of a head is our row i + j D/2, D = 4
+        if kind == "llama" and part in ("attn_q", "attn_k"):    # llama.cpp's row 2i + j of a head is our row i + j D/2
             heads = 4 if part == "attn_q" else 2
-            order = [4 * h + i + 2 * j for h in range(heads) for i in range(2) for j in range(2)]
+            order = [D * h + i + D // 2 * j for h in range(heads) for i in range(D // 2) for j in range(2)]
             expected = expected[order]
         np.testing.assert_array_equal(value, expected, err_msg=name)
-    for name, value in {"general.architecture": "llama", "llama.block_count": 2, "llama.context_length": 8,
-                        "llama.embedding_length": 16, "llama.feed_forward_length": 24,
-                        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
-                        "llama.rope.dimension_count": 4, "llama.vocab_size": model.config.vocab_size}.items():
-        assert field(reader, name) == value, name
-    assert field(reader, "llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
-    assert field(reader, "llama.rope.freq_base") == pytest.approx(500)
+    assert field(reader, "general.architecture") == kind
+    for name, value in {"block_count": 2, "context_length": 8, "embedding_length": C, "feed_forward_length": 24,
+                        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": D,
+                        "attention.value_length": D, "rope.dimension_count": D,
+                        "vocab_size": model.config.vocab_size}.items():
+        assert field(reader, f"{kind}.{name}") == value, name
+    assert field(reader, f"{kind}.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
+    assert field(reader, f"{kind}.rope.freq_base") == pytest.approx(500)
 
 
 def test_turning_neighbours_of_interleaved_rows_is_turning_halves_of_the_original_ones(rng):
@@ -282,6 +291,8 @@ def test_refusals(tmp_path):
     characters = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     _, folder = folder_of(tmp_path, characters)
     refused(lambda: export_gguf.export(folder, tmp_path / "m.gguf"), tmp_path, "WordLevel")
+    _, folder = folder_of(tmp_path, byte_level(), qk_norm=True, **SCALED)
+    refused(lambda: export_gguf.export(folder, tmp_path / "m.gguf"), tmp_path, "qwen3 has no rope_scaling")
     (tmp_path / "there").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("there", "link"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import reference
 from safetensors.numpy import load_file, save_file
-from tiny import QUICK, command, edit_config, every_shape, lively, logits_of, random_ids, refused, small
+from tiny import QUICK, command, edit_config, every_model, every_shape, lively, logits_of, random_ids, refused, small
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import evaluate
@@ -208,12 +208,14 @@ def test_a_tied_output_layer_must_be_the_embedding(tmp_path, kind):
 @pytest.mark.parametrize("setting, value, words", [
     ("model_type", "gpt2", ["gpt2"]), ("model_type", None, []), ("model_type", ["llama"], []),
     ("rope_scaling", {"type": "linear", "factor": 2.0}, ["linear"]), ("rope_scaling", {"factor": 2.0}, []),
-    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, ["llama3"]), ("rope_scaling", "linear", []),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, ["high_freq_factor", "missing"]),
+    ("rope_scaling", dict.fromkeys(huggingface.LLAMA3, 4.0) | {"rope_type": "llama3"}, ["low", "high", "4.0"]),
+    ("rope_scaling", "linear", []), ("rope_parameters", {"type": "longrope"}, ["longrope"]),
     ("rope_scaling", [1], []), ("rope_scaling", 2.0, []), ("rope_scaling", {"type": ["default"]}, []),
     ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}, ["yarn"]), ("rope_parameters", "default", []),
     ("rope_parameters", {"full_attention": {"rope_type": "default"}}, []),
     ("attention_bias", True, []), ("mlp_bias", True, []), ("quantization_config", {"bits": 4}, []),
-    ("head_dim", 4, ["4"]), ("head_dim", "2", []), ("head_dim", 0, []),
+    ("head_dim", 3, ["3"]), ("head_dim", "2", []), ("head_dim", 0, []),
     ("hidden_act", "gelu", ["gelu"]), ("hidden_act", "tanh", []), ("hidden_act", None, []), ("hidden_act", 1, []),
     ("hidden_act", ["silu"], []), ("hidden_act", {}, []),
     *((name, value, []) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -477,12 +479,19 @@ def transformers(torch):
 
 
 def their_model(transformers, torch, config, **settings):
-    """Hugging Face's Llama of the same shape, with random weights that are all large enough to matter."""
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.embedding_dim, intermediate_size=config.hidden_dim,
+    """Hugging Face's model of the same shape, with random weights that are all large enough to matter."""
+    kind = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "mistral" if config.n_head == 5 else "llama"
+    rope = {"rope_type": "default"}
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                "original_max_position_embeddings": length}
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
+        kind, vocab_size=config.vocab_size, head_dim=config.head_dim, sliding_window=None,
+        hidden_size=config.embedding_dim, intermediate_size=config.hidden_dim,
         num_hidden_layers=config.n_block, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
         max_position_embeddings=config.max_context, rms_norm_eps=config.eps, tie_word_embeddings=config.tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters=rope | {"rope_theta": config.rope_theta},
         hidden_act={"gelu": "gelu_pytorch_tanh"}.get(config.activation, config.activation), **settings))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -503,12 +512,12 @@ def assert_same_text(theirs, torch, ours, length=40):
     assert clear.mean() > 0.9 and (text[:, 5:][clear] == logits[:, 4:-1].argmax(-1)[clear]).all()
 
 
-@every_shape
-def test_logits_and_gradients_equal_those_of_transformers(transformers, torch, tmp_path, activation, n_kv_head, tied):
-    config = small(activation=activation, n_kv_head=n_kv_head, tie_embeddings=tied, max_context=64, rope_theta=500.0,
-                   eps=1e-3)
+@every_model
+def test_logits_and_gradients_equal_those_of_transformers(transformers, torch, tmp_path, fields, kind):
+    config = small(**{"max_context": 64, "rope_theta": 500.0, "eps": 1e-3} | fields)
     theirs = their_model(transformers, torch, config)
     theirs.save_pretrained(tmp_path)
+    assert theirs.config.model_type == kind
     ours = NanoLLM.load(tmp_path)
     assert ours.config == config
     assert_same_text(theirs, torch, ours)
@@ -527,13 +536,13 @@ def test_logits_and_gradients_equal_those_of_transformers(transformers, torch, t
         np.testing.assert_allclose(to_host(t.grad), gradients[name], atol=1e-4 * scale, err_msg=name)
 
 
-@every_shape
-def test_transformers_opens_what_is_saved_here(transformers, torch, tmp_path, activation, n_kv_head, tied):
-    ours = lively(small(activation=activation, n_kv_head=n_kv_head, tie_embeddings=tied, max_context=64,
-                        rope_theta=500.0, eps=1e-3))
+@every_model
+def test_transformers_opens_what_is_saved_here(transformers, torch, tmp_path, fields, kind):
+    ours = lively(small(**{"max_context": 64, "rope_theta": 500.0, "eps": 1e-3} | fields))
     ours.save(tmp_path)
+    assert NanoLLM.load(tmp_path).config == ours.config
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.dtype == torch.float32
+    assert type(theirs).__name__ == f"{kind.capitalize()}ForCausalLM" and theirs.dtype == torch.float32
     assert not any(info[x] for x in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert theirs.config.bos_token_id is None and theirs.config.eos_token_id is None
     assert_same_text(theirs.eval(), torch, ours)

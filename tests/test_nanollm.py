@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
-from tiny import every_shape, lively, logits_of, random_ids, refused, small
+from tiny import every_model, lively, logits_of, random_ids, refused, small
 
 from hardware import device
 from hardware.device import to_host
@@ -20,7 +20,7 @@ WHOLE = ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head", "max_c
 
 def test_what_config_works_out():
     assert Config(100, n_head=4).n_kv_head == 4         # None: as many as query heads
-    assert small().head_dim == 6
+    assert small().head_dim == 6 and small(head_dim=8).head_dim == 8
 
 
 def test_config_is_frozen():
@@ -47,8 +47,13 @@ def test_numbers_above_0(name, value):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"embedding_dim": 26}, ("embedding_dim", "26", "n_head", "4", "multiple")),        # heads of 6.5
-    ({"embedding_dim": 12}, ("embedding_dim", "12", "n_head", "even")),                 # heads of 3
+    ({"embedding_dim": 26}, ("embedding_dim", "26", "n_head", "4", "multiple")),
+    ({"embedding_dim": 12}, ("embedding_dim", "12", "n_head", "even")),
+    *(({"head_dim": value}, ("head_dim", "even")) for value in (5, 0, -2, 4.5, True, "4", [4], 2**30)),
+    ({"qkv_bias": 1}, ("qkv_bias", "True or False")), ({"qk_norm": None}, ("qk_norm", "True or False")),
+    ({"qkv_bias": True, "qk_norm": True}, ("qkv_bias", "qk_norm", "exclude")),
+    *(({"rope_scaling": value}, ("rope_scaling", "(factor, low, high, length)")) for value in (
+        None, [8, 1, 4, 32], (8, 1, 4), (8, 4, 4, 32), (0, 1, 4, 32), (8, None, 4, 32), (8, 1, True, 32))),
     ({"n_kv_head": 3}, ("n_kv_head", "3", "n_head", "4", "divide")),
     ({"n_kv_head": 8}, ("n_kv_head", "8", "n_head", "divide")),
     ({"activation": "swish"}, ("activation", "silu", "sigmoid", "gelu", "relu", "'swish'")),
@@ -105,10 +110,11 @@ def test_parameters_and_gradients_are_views_into_two_flat_buffers(tied):
             assert start[a] + math.prod(parameters[a].shape) == start[b]
 
 
-def test_one_tensor_for_each_memory():
+@pytest.mark.parametrize("fields", [{}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 10}])
+def test_one_tensor_for_each_memory(fields):
     """What a name gives is what the model multiplies by; nothing can be replaced that the model would then ignore."""
-    model, ids = NanoLLM(small()), np.array([[1, 2, 3]])
-    tensors = [model.embed, model.lm_head, model.norm, *(tensor for block in model.blocks for tensor in block)]
+    model, ids = lively(small(**fields)), np.array([[1, 2, 3]])
+    tensors = [model.embed, model.lm_head, model.norm, *(x for block in model.blocks for x in block if x)]
     spans = sorted((tensor.data.__array_interface__["data"][0], tensor.data.nbytes) for tensor in tensors) \
         if device.xp is np else [(0, model.weights.flat.nbytes)]
     assert sum(n for _, n in spans) == model.weights.flat.nbytes
@@ -143,13 +149,13 @@ def test_weights_are_a_pure_function_of_the_seed():
     assert (to_host(NanoLLM(small()).weights.flat) == to_host(NanoLLM(small(), seed=0).weights.flat)).all()
 
 
-@pytest.mark.parametrize("n_block", [1, 8])
-def test_initial_weights(n_block):
-    model = NanoLLM(Config(500, embedding_dim=64, n_block=n_block, n_head=4, hidden_dim=96, max_context=8))
+@pytest.mark.parametrize("n_block, fields", [(1, {}), (8, {"qkv_bias": True}), (1, {"qk_norm": True})])
+def test_initial_weights(n_block, fields):
+    model = NanoLLM(Config(500, embedding_dim=64, n_block=n_block, n_head=4, hidden_dim=96, max_context=8, **fields))
     for name, t in model.parameters().items():
         weights = to_host(t.data)
         if len(t.shape) == 1:
-            assert (weights == 1).all()
+            assert (weights == (0 if name.endswith(".bias") else 1)).all()
             continue
         writes_into_h = name.endswith(("o_proj.weight", "down_proj.weight"))
         expected = 0.02 / math.sqrt(2 * n_block) if writes_into_h else 0.02
@@ -173,7 +179,20 @@ def plain(model, ids):
     activate = {"silu": lambda x: x / (1 + np.exp(-x)), "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
                 "gelu": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
                 "relu": lambda x: np.where(x > 0, x, 0)}[c.activation]
-    spin = np.exp(1j * np.outer(np.arange(T), [c.rope_theta ** (-2 * i / D) for i in range(D // 2)]))
+
+    def angle(i):
+        a = c.rope_theta ** (-2 * i / D)
+        if not c.rope_scaling:
+            return a
+        factor, low, high, length = c.rope_scaling      # as Meta computes it
+        turns = length / (2 * np.pi / a)
+        if turns > high:
+            return a
+        if turns < low:
+            return a / factor
+        smooth = (turns - low) / (high - low)
+        return (1 - smooth) * a / factor + smooth * a
+    spin = np.exp(1j * np.outer(np.arange(T), [angle(i) for i in range(D // 2)]))
 
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.eps) * w[name]
@@ -183,14 +202,15 @@ def plain(model, ids):
         return np.concatenate([z.real, z.imag], 1)
 
     def heads(x, name, n):
-        return np.split(x @ w[name].T, n, axis=1)
+        parts = np.split(x @ w[name + "_proj.weight"].T + w.get(name + "_proj.bias", 0), n, axis=1)
+        return [norm(part, name + "_norm.weight") for part in parts] if name + "_norm.weight" in w else parts
 
     rows = []
     for row in ids:
         h = w["model.embed_tokens.weight"][row]
         for at in (f"model.layers.{i}." for i in range(c.n_block)):
             n, mixed = norm(h, at + "input_layernorm.weight"), []
-            q, k, v = (heads(n, f"{at}self_attn.{x}_proj.weight", m) for x, m in zip("qkv", (H, K, K), strict=True))
+            q, k, v = (heads(n, f"{at}self_attn.{x}", m) for x, m in zip("qkv", (H, K, K), strict=True))
             for head in range(H):
                 scores = turned(q[head]) @ turned(k[head // (H // K)]).T / math.sqrt(D)
                 p = np.exp(scores) * np.tri(T)
@@ -204,9 +224,9 @@ def plain(model, ids):
     return np.stack(rows)
 
 
-@every_shape
-def test_logits_and_loss_follow_the_definition(activation, n_kv_head, tied):
-    config = small(activation=activation, n_kv_head=n_kv_head, tie_embeddings=tied, rope_theta=50.0, eps=1e-2)
+@every_model
+def test_logits_and_loss_follow_the_definition(fields, kind):
+    config = small(**{"rope_theta": 50.0, "eps": 1e-2} | fields)
     model = lively(config, dtype=np.float64)
     ids, targets = random_ids(config, 2, 9), random_ids(config, 2, 9, seed=2)
     expected = plain(model, ids)
@@ -217,10 +237,10 @@ def test_logits_and_loss_follow_the_definition(activation, n_kv_head, tied):
     np.testing.assert_allclose(float(model.loss(ids, targets).data), loss, rtol=1e-9)
 
 
-@every_shape
-def test_gradient_along_random_directions(activation, n_kv_head, tied):
+@every_model
+def test_gradient_along_random_directions(fields, kind):
     """(loss(w + hd) - loss(w - hd)) / 2h = gradient · d, in float64, for a random d in each parameter and in all."""
-    config = small(activation=activation, n_kv_head=n_kv_head, tie_embeddings=tied, vocab_size=11, hidden_dim=10)
+    config = small(**{"vocab_size": 11, "hidden_dim": 10} | fields)
     model, rng = lively(config, dtype=np.float64), np.random.default_rng(3)
     model.weights.flat *= 0.6                                               # a smoother function: a smaller h² error
     ids, targets = random_ids(config, 2, 6), random_ids(config, 2, 6, seed=2)

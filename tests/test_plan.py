@@ -76,7 +76,7 @@ def test_parameters_are_the_models(fields):
     ({"hidden_dim": 16, "n_kv_head": 4, "vocab_size": 20, "n_block": 1}, 8, 128, "float32", False, 0.0),     # rmsnorm
 ])
 def test_a_step_allocates_what_is_planned(fields, B, T, dtype, recompute, dropout):
-    config = Config(**vars(CONFIG) | {"max_context": 512} | fields)
+    config = Config(**vars(CONFIG) | {"max_context": 512, "head_dim": None} | fields)
     model, ids = NanoLLM(config), np.random.default_rng(0).integers(0, config.vocab_size, (2, B, T))
     model.compute_dtype, model.recompute = np.dtype(dtype), recompute
     model.loss(*ids).backward()                         # what a first step makes once, such as attention's mask

@@ -42,7 +42,8 @@ same = settings(fresh, derandomize=True, database=None)             # the same i
 anything = st.one_of(st.none(), st.booleans(), st.integers(-2, 16), st.integers(), st.floats(), st.text(max_size=3),
                      st.lists(st.integers(), max_size=2))
 some_fields = st.fixed_dictionaries({"vocab_size": st.integers(1, 50)}, optional={
-    f.name: st.one_of(st.integers(1, 8), st.sampled_from([2, 4, 8]), anything) for f in fields(Config)[1:]})
+    f.name: st.one_of(st.integers(1, 8), st.sampled_from([2, 4, 8]), anything) for f in fields(Config)[1:]} | {
+    "rope_scaling": st.one_of(st.just(()), st.tuples(*[st.floats(0.1, 9)] * 4), st.tuples(anything, anything))})
 
 
 @settings(same, max_examples=150)
@@ -53,7 +54,8 @@ def test_any_values_make_a_config_or_an_input_error(values):
     except InputError as problem:
         assert any(f.name in str(problem) for f in fields(Config))
         return
-    assert config.embedding_dim == config.n_head * config.head_dim and config.head_dim % 2 == 0
+    assert config.head_dim == values.get("head_dim") or config.embedding_dim == config.n_head * config.head_dim
+    assert config.head_dim % 2 == 0
     assert config.n_head % config.n_kv_head == 0 and config.eps > 0 and config.activation in ACTIVATIONS
     assert Config(**huggingface.to_fields(json.loads(json.dumps(huggingface.to_config(config))))) == config
 

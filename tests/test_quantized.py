@@ -167,6 +167,22 @@ def test_a_quantised_model_is_saved_as_it_is(trained, tmp_path, bits, rng, elsew
         assert (to_host(NanoLLM.load(folder)(ids).data) == to_host(small(ids).data)).all()
 
 
+@pytest.mark.parametrize("fields", [{"qkv_bias": True}, {"qk_norm": True, "head_dim": 10}])
+def test_biases_and_norms_of_heads_stay_as_they_are(tmp_path, rng, fields):
+    model = tiny.lively(tiny.small(**fields))
+    model.save(tmp_path / "model")
+    quantize.write(tmp_path / "small", tmp_path / "model", model, 8)
+    small = NanoLLM.load(tmp_path / "small")
+    for name, tensor in model.parameters().items():
+        if len(tensor.shape) == 2:
+            tensor.data[...] = held(to_host(tensor.data), 8)[:]
+        else:
+            np.testing.assert_array_equal(small.weights.arrays()[name], to_host(tensor.data))
+    ids = rng.integers(0, 29, (2, 8))
+    with no_grad():
+        np.testing.assert_allclose(to_host(small(ids).data), to_host(model(ids).data), rtol=1e-4, atol=1e-4)
+
+
 def test_tied_weights_stay_tied(tmp_path):
     NanoLLM(Config(20, 16, 1, 2, hidden_dim=8, max_context=8, tie_embeddings=True)).save(tmp_path / "model")
     tokenizer = tiny.make_tokenizer(tmp_path / "model/tokenizer.json")

@@ -201,6 +201,16 @@ every_shape = pytest.mark.parametrize("activation, n_kv_head, tied", [
     for i, activation in enumerate(ACTIVATIONS) for j, n_kv_head in enumerate((4, 2, 1))])
 
 
+# ({field of Config: value}, model_type): every_shape's Llamas, then models of `small`'s size that have something else
+LLAMA3 = {"rope_scaling": (8.0, 0.2, 2.0, 32), "rope_theta": 500.0}     # one pair of three stays, one is blended
+every_model = pytest.mark.parametrize("fields, kind", [
+    *(({"activation": name, "n_kv_head": n, "tie_embeddings": tied}, "llama") for name, n, tied in every_shape.args[1]),
+    ({"head_dim": 10}, "llama"), ({"tie_embeddings": True, **LLAMA3}, "llama"),
+    ({"n_head": 5, "n_kv_head": 5, "head_dim": 6}, "mistral"),
+    ({"qkv_bias": True, "tie_embeddings": True}, "qwen2"), ({"qkv_bias": True, "n_kv_head": 1}, "qwen2"),
+    ({"qk_norm": True, "head_dim": 10, "tie_embeddings": True}, "qwen3"), ({"qk_norm": True, **LLAMA3}, "qwen3")])
+
+
 def edit_config(folder, *without, **values):
     path = folder / "config.json"
     kept = {k: v for k, v in json.loads(path.read_text()).items() if k not in without}
