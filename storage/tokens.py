@@ -168,8 +168,8 @@ def encode_prompt(tokenizer, text):
     lost = Losses(tokenizer)(text, ids or [])
     found = [f"{text[a:b]!r} (character {a + 1})" for a, b in runs(lost)]
     names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-    require(ids is not None, f"--prompt: the tokenizer cannot encode {names}, and has no token for what it does not "
-            "know: leave that out")
+    require(ids is not None, f"--prompt: the tokenizer cannot encode {names or repr(text)}, and has no token for what "
+            "it does not know: leave that out")
     if found:
         require(any(not (c.isspace() or is_lost) for c, is_lost in zip(text, lost, strict=True)),
                 f"--prompt: the tokenizer knows nothing of {text!r}: give a text in its own language")
