@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from workers import Gemm, Nanollm, PyTorch, Text, Transformers
+from workers import Gemm, Nanollm, NanollmPictures, PyTorch, PyTorchPictures, Text, Transformers
 
 FIELDS = ("vocab_size", "embedding_dim", "n_block", "n_head", "n_kv_head", "hidden_dim", "max_context",
           "tie_embeddings", "batch_size")
@@ -40,6 +40,7 @@ CONFIGS = {     # steps in a turn, then the fields; every window is max_context 
     "qwen": (1, 151669, 512, 6, 8, 8, 2048, 512, False, 4),
     "tiny": (2, 50, 16, 2, 4, 2, 24, 16, False, 2),     # tests this program
 }
+PICTURES = {"size": 128, "batch_size": 64, "classes": 2}       # as the original's image classifier has them
 LOSS_TOLERANCE = {"float32": 1e-5, "tf32": 2e-3, "float16": 2e-3, "bfloat16": 1e-2}     # relative
 # ‖ours - theirs‖ / ‖theirs - start‖ of the worst tensor: Adam turns the rounding of small gradients into whole steps
 WEIGHT_TOLERANCE = {"float32": 3e-3, "tf32": 0.3, "float16": 0.3, "bfloat16": 0.6}
@@ -119,7 +120,7 @@ def weight_difference(start, ours, theirs):
     return {"largest": float(largest), "share_of_training": float(share)}
 
 
-def training(name, c, steps, folder, rate, args):
+def language_model(name, c, steps, folder, rate, args):
     """Compare training steps, from the checkpoint in `folder`."""
     common = {"c": c, "args": args, "folder": folder}
     others = {"PyTorch": (PyTorch, common)}
@@ -127,7 +128,22 @@ def training(name, c, steps, folder, rate, args):
         others["torch.compile"] = PyTorch, common | {"variant": True}
     if args.recompute:
         others["--recompute"] = Nanollm, common | {"variant": True}
-    sides = sides_of(args, (Nanollm, common), others)
+    return training(name, c, steps, folder, rate, args, sides_of(args, (Nanollm, common), others))
+
+
+def pictures(folder, rate, args):
+    """Compare training steps of the image classifier with PyTorch's, in both of its layouts."""
+    common = {"c": PICTURES | {"batch_size": args.batch_size or PICTURES["batch_size"]}, "args": args, "folder": folder}
+    with running(maker=(NanollmPictures, common | {"folder": None})) as ask:
+        ask["maker"]("save", folder)
+    others = {"PyTorch": (PyTorchPictures, common),
+              "PyTorch, channels_last": (PyTorchPictures, common | {"variant": True})}
+    return training("images", common["c"], args.steps or 2, folder, rate, args,
+                    sides_of(args, (NanollmPictures, common), others))
+
+
+def training(name, c, steps, folder, rate, args, sides):
+    """Compare training steps of these sides, from the checkpoint in `folder`."""
     with running(**sides) as ask:
         loss = {side: ask[side]("first_loss") for side in sides}
         check(np.ptp(list(loss.values())) <= LOSS_TOLERANCE[args.dtype] * loss["nanollm"], f"{name}: first loss {loss}")
@@ -139,7 +155,7 @@ def training(name, c, steps, folder, rate, args):
         for side in sides:
             os.mkdir(f"{folder}/{side}")
             ask[side]("save", f"{folder}/{side}")
-    flops = c["batch_size"] * c["max_context"] * flops_per_token
+    flops = c["batch_size"] * c.get("max_context", 1) * flops_per_token
     for row in rows:
         other = row["against"]
         difference = weight_difference(folder, f"{folder}/nanollm", f"{folder}/{other}")
@@ -211,7 +227,7 @@ def main():
 
     device.use("cpu")           # this process needs only the number of threads
     parser = argparse.ArgumentParser(description=__doc__.split("  ")[0])
-    parser.add_argument("--config", nargs="+", choices=CONFIGS, default=["base", "small", "char"])
+    parser.add_argument("--config", nargs="+", choices=[*CONFIGS, "images"], default=["base", "small", "char"])
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side that count (7)")
     parser.add_argument("--steps", type=int, help="training steps in a turn")
     parser.add_argument("--batch-size", type=int, help="windows in a batch")
@@ -243,19 +259,23 @@ def main():
             args.json.write_text(json.dumps(result, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
+        alone = argparse.Namespace(**vars(args) | {"processes": 1})
+        if "images" in args.config:
+            args.config.remove("images")
+            show(pictures(f"{folder}/images", max(rates.values()), alone))
         for name in args.config:
             steps, *values = CONFIGS[name]
             c = dict(zip(FIELDS, values, strict=True)) | {"eps": 1e-6, "rope_theta": 10000.0}
             c["batch_size"] = args.batch_size or c["batch_size"]
             start = f"{folder}/{name}"
-            alone = argparse.Namespace(**vars(args) | {"processes": 1})
             count = args.processes or (1 if args.device == "gpu" else math.gcd(c["batch_size"], args.threads))
             several = argparse.Namespace(**vars(args) | {"processes": count})
             with running(maker=(Nanollm, {"c": c, "args": alone, "folder": None})) as ask:
                 ask["maker"]("save", start)
-            show(training(name, c, args.steps or steps, start, max(rates.values()), several))
+            show(language_model(name, c, args.steps or steps, start, max(rates.values()), several))
             show(generation(name, c, start, alone))
-        show(tokenisation(folder, args))
+        if args.config:
+            show(tokenisation(folder, args))
 
 
 if __name__ == "__main__":

@@ -173,6 +173,83 @@ class PyTorch(Side):
         self.adam.zero_grad()
 
 
+class Pictures(Side):
+    """Batches of pictures as smooth as photographs: of noise, one pooling in a million is so nearly a tie that rounding
+    decides it, and its gradient goes elsewhere.
+    """
+    def batch(self, step):
+        """pixels (B, S, S, 3) from 0 to 255, labels (B,)"""
+        from PIL import Image
+        rng, size = np.random.default_rng([self.seed, step]), (self.c["size"],) * 2
+        coarse = rng.integers(0, 256, (self.c["batch_size"], 8, 8, 3), np.uint8)
+        pixels = np.stack([Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x in coarse])
+        return pixels, rng.integers(0, self.c["classes"], len(pixels))
+
+
+class NanollmPictures(Pictures):
+    def load(self, folder, threads, variant):
+        from hardware import device
+        from images.network import Config, ConvNet
+        from train import Adam, gradient_norm
+        device.use("gpu" if self.gpu else "cpu", self.tf32)
+        self.threads, self.gradient_norm = device.threads, gradient_norm
+        if self.gpu:
+            self.wait = device.xp.cuda.Device().synchronize
+            self.reserved = device.xp.get_default_memory_pool().total_bytes
+        config = Config(tuple(map(str, range(self.c["classes"]))), self.c["size"])
+        self.model = ConvNet.load(folder) if folder else ConvNet(config, self.seed)
+        self.adam, self.save = Adam(self.model, **ADAM), self.model.save
+
+    def flops_per_token(self):
+        return self.model.config.flops_per_picture()
+
+    def loss(self, pixels, labels):
+        return self.model.loss(pixels, labels).data
+
+    def step(self, pixels, labels):
+        self.adam.zero_grad()
+        self.model.loss(pixels, labels).backward()
+        self.adam.step(scale=CLIP_NORM / max(self.gradient_norm(self.model), CLIP_NORM))
+
+
+class PyTorchPictures(Pictures):
+    def load(self, folder, threads, channels_last):
+        import torch
+        from safetensors.torch import load_file, save_file
+        from torch import nn
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        self.torch, self.threads, self.where = torch, torch.get_num_threads(), "cuda" if self.gpu else "cpu"
+        if self.gpu:
+            self.wait, self.reserved = torch.cuda.synchronize, torch.cuda.max_memory_reserved
+        layers = []
+        for C, F in ((3, 16), (16, 32), (32, 64), (64, 128)):
+            layers += nn.Conv2d(C, F, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        classifier = nn.Linear(128, self.c["classes"])
+        self.model = nn.ModuleDict({"features": nn.Sequential(*layers), "classifier": classifier})
+        self.model.load_state_dict(load_file(Path(folder, "model.safetensors")))
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(self.where, memory_format=self.format)
+        tensors = self.model.state_dict()
+        self.save = lambda folder: save_file({name: t.cpu().contiguous() for name, t in tensors.items()},
+                                             Path(folder, "model.safetensors"))
+        self.adam = torch.optim.Adam(self.model.parameters(), fused=True, **ADAM)
+        self.mean, self.std = (torch.tensor(x, device=self.where).reshape(3, 1, 1)
+                               for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def loss(self, pixels, labels):
+        x, y = (self.torch.from_numpy(array).to(self.where) for array in (pixels, labels))
+        x = ((x.permute(0, 3, 1, 2) / 255 - self.mean) / self.std).contiguous(memory_format=self.format)
+        logits = self.model["classifier"](self.model["features"](x).mean((2, 3)))
+        return self.torch.nn.functional.cross_entropy(logits, y)
+
+    def step(self, pixels, labels):
+        self.loss(pixels, labels).backward()
+        self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM, foreach=True)
+        self.adam.step()
+        self.adam.zero_grad()
+
+
 class Transformers:
     def __init__(self, args, folder):
         import torch

@@ -6,7 +6,7 @@ memory. F is the number of channels of a result, and a kernel covers k · k pixe
 from autograd import ACTIVATIONS, by_rows, record
 from hardware import device
 
-_PATCHES = 1 << 16      # elements of a block of patches: 256 KB fits the cache
+_CACHE = 1 << 16        # elements of a block: 256 KB fits the cache
 
 
 def _padded(x, k):
@@ -68,7 +68,7 @@ def conv2d(x, w, b):
     matrix = w.data.transpose(0, 2, 3, 1).reshape(F, -1)
     turned = w.data[:, :, ::-1, ::-1].transpose(1, 2, 3, 0).reshape(C, -1)
     out, wanted = device.xp.empty((N, H, W, F), x.dtype), x.requires_grad
-    count = _PATCHES // (H * W * k * k * C)             # images in a block; `sweep` takes at least one
+    count = _CACHE // (H * W * k * k * C)             # images in a block; `sweep` takes at least one
 
     def forward(part):
         rows = out[part].reshape(-1, F)
@@ -124,31 +124,34 @@ def max_pool2d_plain(x):
 
 
 def max_pool2d(x):
-    """`max_pool2d_plain`, a few images at a time. Backward finds the largest by comparing with out: what a pixel took
-    is subtracted from dout before the next one looks, so the first of equal ones takes all, and the last what is left.
+    """`max_pool2d_plain`, a few pairs of rows at a time. Backward finds the largest by comparing with out: what a pixel
+    takes is subtracted from dout before the next one looks: the first of equal ones takes all, the last what is left.
     """
-    (N, H, W, C), images = x.shape, x.data
-    out = device.xp.empty((N, H // 2, W // 2, C), x.dtype)
-    count = _PATCHES // (H * W * C)
+    (N, H, W, C), (h, w) = x.shape, (x.shape[1] // 2, x.shape[2] // 2)
+    if H % 2 or W % 2:
+        x = x[:, :2 * h, :2 * w]
+    windows = x.data.reshape(N * h, 2, w, 2, C)         # pairs of rows, row, pairs of columns, column
+    out = device.xp.empty((N * h, w, C), x.dtype)
+    count = _CACHE // (W * C)
 
     def forward(part):
-        a, b, c, d = _quarters(images[part])
-        device.xp.maximum(device.xp.maximum(a, c), device.xp.maximum(b, d), out=out[part])
-    device.sweep(forward, N, count)
+        columns = device.xp.maximum(windows[part, 0], windows[part, 1])
+        device.xp.maximum(columns[:, :, 0], columns[:, :, 1], out=out[part])
+    device.sweep(forward, N * h, count)
 
     def backward(dout):
-        dx = device.xp.zeros_like(images)
+        dout, dwindows = dout.reshape(out.shape), device.xp.empty(windows.shape, windows.dtype)
 
         def block(part):
             left = dout[part].copy()
-            *others, last = _quarters(dx[part])
-            for quarter, dquarter in zip(_quarters(images[part]), others, strict=False):
-                device.xp.multiply(left, quarter == out[part], out=dquarter)
-                left -= dquarter
-            last[...] = left
-        device.sweep(block, N, count)
-        return (dx,)
-    return record(out, (x,), backward)
+            for i, j in ((0, 0), (0, 1), (1, 0)):
+                taken = dwindows[part, i, :, j]
+                device.xp.multiply(left, windows[part, i, :, j] == out[part], out=taken)
+                left -= taken
+            dwindows[part, 1, :, 1] = left
+        device.sweep(block, N * h, count)
+        return (dwindows.reshape(N, 2 * h, 2 * w, C),)
+    return record(out.reshape(N, h, w, C), (x,), backward)
 
 
 def relu(x):

@@ -79,7 +79,7 @@ def test_half_precision_generates_in_float32_and_a_failed_check_loses_no_row(tmp
     rows = [{"what": "generation", "unit": "tokens/s", "nanollm": 1.0, "against": "PyTorch", "other": 1.0,
              "ratio": [1, 1, 1]}]
     monkeypatch.setattr(speed, "running", running)
-    monkeypatch.setattr(speed, "training", lambda *args: [])
+    monkeypatch.setattr(speed, "language_model", lambda *args: [])
     monkeypatch.setattr(speed, "compare", lambda *args: (rows, {"nanollm": 1, "transformers": 1}))
     monkeypatch.setattr(speed, "tokenisation", lambda *args: speed.check(False, "the ids of the text"))
     monkeypatch.setattr(sys, "argv", ["speed.py", "--config", "tiny", "--dtype", "bfloat16", "--json", str(file)])

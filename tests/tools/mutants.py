@@ -38,11 +38,11 @@ EQUIVALENT = {
     ("repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, n in enumerate(shape) if n == 1)"): "a sum over one element is a copy",
     ("if p == 0:", "if False:"): "nothing is dropped",
-    **{("count = _PATCHES // (H * W * k * k * C)", f"count = _PATCHES // ({fewer})"): "larger blocks" for fewer in (
+    **{("count = _CACHE // (H * W * k * k * C)", f"count = _CACHE // ({fewer})"): "larger blocks" for fewer in (
         "(C)", "(H * W * k * k)", "(H * W * k) * C", "(k) * C", "(k) * k * C", "(H * W) * k * C", "(H) * k * k * C",
         "(W) * k * k * C")},
-    **{("count = _PATCHES // (H * W * C)", f"count = _PATCHES // ({fewer})"): "larger blocks"
-       for fewer in ("(C)", "(H * W)", "(H) * C", "(W) * C")},
+    **{("count = _CACHE // (W * C)", f"count = _CACHE // ({fewer})"): "larger blocks" for fewer in ("(W)", "(C)")},
+    ("if H % 2 or W % 2:", "if True:"): "a slice of everything",
     ("dx = device.xp.empty(images.shape, images.dtype) if wanted else None",
      "dx = device.xp.empty(images.shape, images.dtype) if True else None"): "a gradient that nobody reads",
     ("L = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None",
