@@ -1,8 +1,9 @@
-"""Make the runs that README.md reports and write them there:  python docs/results.py tinyshakespeare.txt
+"""Make the runs that README.md reports and write them there:  python docs/results.py tinyshakespeare.txt fashion
 
-They are the demo, which needs no file, and tiny Shakespeare with a token for each of its 65 characters. This writes
-docs/demo.png, docs/shakespeare.png and the block between the `results` marks in README.md; docs/tables.py then copies
-the block into README.zh.md.
+With a text they are the demo, which needs no file, and tiny Shakespeare with a token for each of its 65 characters:
+docs/demo.png, docs/shakespeare.png and the block between the `results` marks in README.md. With a folder, which
+docs/fashion_mnist.py makes, they are those of the image classifier: the block between the `pictures` marks. Either may
+be left out. docs/tables.py then copies both blocks into README.zh.md.
 """
 import csv
 import functools
@@ -65,9 +66,40 @@ def cpu():
     return found[1] if found else platform.processor()
 
 
-def main():
-    commit()
-    text = Path(sys.argv[1]).resolve()
+def classifier(shown, flags):
+    """Train an image classifier, return its row of the table in README.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        train = [sys.executable, "-m", "images.train", *flags, "--artifact-dir", f"{folder}/run"]
+        log = subprocess.run(train, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(log)
+        with open(f"{folder}/run/metrics.csv", newline="") as file:
+            last = list(csv.DictReader(file))[-1]
+    pattern = r"(?s)device +([^;\n]+).*: ([\d,]+) for training.* right for ([\d.]+)%"
+    device, count, share = re.search(pattern, log).groups()
+    return (f"| `{shown}` | {count} | {last['step']} | {float(last['train_loss']):.3f} | {float(last['val_loss']):.3f} "
+            f"| **{float(last['val_accuracy']):.1%}** | {share}% | {float(last['seconds']):.0f} |"), device
+
+
+def pictures(folder):
+    """The lines of README.md about the image classifier; `folder` holds Fashion-MNIST's train and test."""
+    fashion = "--size 28 --num-epochs 3 --learning-rate 3e-3"
+    rows = [classifier("python -m images.train --demo", ["--demo"]),
+            classifier(f"python -m images.train --images fashion/train --val-images fashion/test {fashion}",
+                       ["--images", str(folder / "train"), "--val-images", str(folder / "test"), *fashion.split()])]
+    return ["| | training pictures | steps | training loss | validation loss | validation accuracy "
+            "| always the most frequent class | seconds |", "|---|---|---|---|---|---|---|---|",
+            *(row for row, _ in rows), "", f"{rows[0][1]}, {cpu()}; seed 0; commit {commit()}."]
+
+
+def write(name, lines):
+    """Put these lines between the marks of this name in README.md."""
+    readme = ROOT / "README.md"
+    readme.write_text(re.sub(f"(?s)(<!-- {name}: .*? -->\n).*(?=<!-- /{name} -->)",
+                             lambda found: found[1] + "\n".join(lines).rstrip() + "\n\n", readme.read_text()))
+
+
+def texts(text):
+    """The lines of README.md about the demo and about tiny Shakespeare, the file `text`."""
     lines = run("demo", "The demo", "python train.py --demo", ["--demo"],
                 ["--prompt", "The function returns", "--seed", "1", "--max-new-tokens", "80"])
     with tempfile.TemporaryDirectory() as temporary:
@@ -80,9 +112,16 @@ def main():
                      ["--text", str(text), "--tokenizer", str(tokenizer), *YARDSTICK.split()],
                      ["--prompt", "ROMEO:", "--seed", "1", "--max-new-tokens", "300"])
     lines.insert(-1, "\n![training and validation loss on tinyshakespeare](docs/shakespeare.png)")
-    readme = ROOT / "README.md"
-    readme.write_text(re.sub("(?s)(<!-- results: .*? -->\n).*(?=<!-- /results -->)",
-                             lambda found: found[1] + "\n".join(lines).rstrip() + "\n\n", readme.read_text()))
+    return lines
+
+
+def main():
+    commit()
+    for path in map(Path, sys.argv[1:]):
+        if path.is_dir():
+            write("pictures", pictures(path.resolve()))
+        else:
+            write("results", texts(path.resolve()))
 
 
 if __name__ == "__main__":

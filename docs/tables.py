@@ -24,6 +24,9 @@ ROW = re.compile(r"(?m)^(\| \[`([\w./-]+)`\]\([^)]+\) \| )\d* ?\|(.*)$")      # 
 CHINESE = {
     "parameters | steps | tokens | training loss | validation loss | perplexity | bits per byte | tokens/s | seconds":
         "参数量 | 步数 | token 数 | 训练损失 | 验证损失 | 困惑度 | 每字节比特数 | token/秒 | 秒",
+    "training pictures | steps | training loss | validation loss | validation accuracy "
+    "| always the most frequent class | seconds":
+        "训练图片 | 步数 | 训练损失 | 验证损失 | 验证准确率 | 总猜最常见的类别 | 秒",
     " prints this and stops at its limit:": " 的输出，到数目上限为止：",
     "### The demo": "### demo",
     "### Tiny Shakespeare": "### tiny Shakespeare",
@@ -134,8 +137,9 @@ def filled(page):
                   lambda match: f"{match[1]}{speed()}{match[2]}", ops_of(lines_of(text)))
     if page != PAGES[0]:
         english = PAGES[0].read_text(encoding="utf-8")
-        text = text.replace(block("results", text), block("results", english))
-        for name in ("results", "speed"):
+        for name in ("results", "pictures"):
+            text = text.replace(block(name, text), block(name, english))
+        for name in ("results", "pictures", "speed"):
             text = text.replace(block(name, text), translated(block(name, text)))
     return before, text
 
