@@ -182,8 +182,8 @@ def run(main, name=None):
     except (InputError, device.Unavailable) as problem:
         code = fail(name, problem)
     except MemoryError as problem:
-        code = fail(name, f"out of memory ({problem}): lower --batch-size (--grad-accum makes up for it) or "
-                          "--seq-len, or use a smaller model")
+        code = fail(name, f"out of memory ({problem}): lower --batch-size (--grad-accum makes up for it), "
+                          "--seq-len or --size, or use a smaller model")
     except BrokenPipeError:                     # `head` in `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -2,8 +2,8 @@
 
 With a text they are the demo, which needs no file, and tiny Shakespeare with a token for each of its 65 characters:
 docs/demo.png, docs/shakespeare.png and the block between the `results` marks in README.md. With a folder, which
-docs/fashion_mnist.py makes, they are those of the image classifier: the block between the `pictures` marks. Either may
-be left out. docs/tables.py then copies both blocks into README.zh.md.
+docs/fashion_mnist.py makes, they are those of the image classifier: docs/map.png and the block between the `pictures`
+marks. Either may be left out. docs/tables.py then copies both blocks into README.zh.md.
 """
 import csv
 import functools
@@ -17,8 +17,13 @@ import tempfile
 from pathlib import Path
 
 import characters
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))           # nanollm is run from its folder
+from images import demo  # noqa: E402
+
 YARDSTICK = ("--n-block 4 --n-head 4 --embedding-dim 128 --hidden-dim 344 --max-context 64 --tie-embeddings "
              "--batch-size 12 --max-steps 2000 --learning-rate 1e-3 --min-lr 1e-4 --warmup-steps 100 --beta2 0.99 "
              "--weight-decay 0.1 --eval-every 250")
@@ -66,14 +71,25 @@ def cpu():
     return found[1] if found else platform.processor()
 
 
-def classifier(shown, flags):
-    """Train an image classifier, return its row of the table in README.md."""
+def draw_map(folder):
+    """Draw docs/map.png: where the demo's model, in this run's folder, sees a 4 on a page of sixteen digits."""
+    rng, page = np.random.default_rng(7), Image.new("RGB", (128, 128))
+    for i, digit in enumerate("4170482344954164"):
+        page.paste(demo.draw(digit, rng.choice(demo.FONTS["val"]), rng), (i % 4 * 32, i // 4 * 32))
+    page.save(f"{folder}/page.png")
+    subprocess.run([sys.executable, "-m", "images.infer", folder, "--image", f"{folder}/page.png", "--size", "128",
+                    "--map", "docs/map.png"], cwd=ROOT, check=True)
+
+
+def classifier(shown, flags, use=lambda folder: None):
+    """Train an image classifier, use(folder) it, and return its row of the table in README.md."""
     with tempfile.TemporaryDirectory() as folder:
         train = [sys.executable, "-m", "images.train", *flags, "--artifact-dir", f"{folder}/run"]
         log = subprocess.run(train, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
         print(log)
         with open(f"{folder}/run/metrics.csv", newline="") as file:
             last = list(csv.DictReader(file))[-1]
+        use(f"{folder}/run")
     pattern = r"(?s)device +([^;\n]+).*: ([\d,]+) for training.* right for ([\d.]+)%"
     device, count, share = re.search(pattern, log).groups()
     return (f"| `{shown}` | {count} | {last['step']} | {float(last['train_loss']):.3f} | {float(last['val_loss']):.3f} "
@@ -83,7 +99,7 @@ def classifier(shown, flags):
 def pictures(folder):
     """The lines of README.md about the image classifier; `folder` holds Fashion-MNIST's train and test."""
     fashion = "--size 28 --num-epochs 3 --learning-rate 3e-3"
-    rows = [classifier("python -m images.train --demo", ["--demo"]),
+    rows = [classifier("python -m images.train --demo", ["--demo"], draw_map),
             classifier(f"python -m images.train --images fashion/train --val-images fashion/test {fashion}",
                        ["--images", str(folder / "train"), "--val-images", str(folder / "test"), *fashion.split()])]
     return ["| | training pictures | steps | training loss | validation loss | validation accuracy "

@@ -231,7 +231,8 @@ CASES = [
 
     conv2d("kernel_3", N=3, H=2, W=3, C=2, F=3, k=3), conv2d("kernel_5", N=1, H=4, W=2, C=1, F=2, k=5),
     conv2d("kernel_1", N=3, H=2, W=1, C=3, F=2, k=1), conv2d("size_1", N=1, H=1, W=1, C=1, F=1, k=3),
-    max_pool2d("even", 3, 4, 2, 2), max_pool2d("odd", 1, 3, 5, 1), max_pool2d("one_place", 3, 2, 2, 1),
+    max_pool2d("even", 3, 4, 2, 2), max_pool2d("odd_height", 1, 3, 2, 2), max_pool2d("odd_width", 1, 4, 5, 1),
+    max_pool2d("one_place", 3, 2, 2, 1),
     relu("images", 2, 3, 1, 2), relu("rows", 5, 3), relu("width_1", 3, 1),
 ]
 
