@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from conftest import CI
+from conftest import CI, same_device
 from safetensors.numpy import load_file
 from tiny import QUICK, SHAPE, command, make_files, refused, rows
 
@@ -45,7 +45,11 @@ def together(size, work, wrap=lambda team: team, n=0):
     results = [None] * size
 
     def run(rank):
-        results[rank] = work(wrap(teams[rank]))
+        try:
+            results[rank] = work(wrap(teams[rank]))
+        finally:
+            for pipe in teams[rank].pipes.values():
+                pipe.close()            # after an error nobody waits for this rank
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
@@ -74,7 +78,7 @@ def a_step(team):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 17])
-def test_the_ranks_share_sums_and_weights(size):
+def test_the_ranks_share_sums_and_weights(on_cpu, size):
     results = together(size, a_step, n=17)
     total = size * (size + 1) / 2
     for summed, flat, _, _, vector in results:
@@ -131,7 +135,7 @@ class Cards:
     available, NCCL_FLOAT32, NCCL_SUM = True, 7, 0
 
     def __init__(self, size):
-        self.barrier, self.calls, self.at = threading.Barrier(size), [], {}
+        self.barrier, self.calls, self.at = threading.Barrier(size, timeout=30), [], {}
 
     def get_unique_id(self):
         return b"key"
@@ -161,7 +165,7 @@ class Cards:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_gpus_send_each_other_the_arrays_by_nccl(size, monkeypatch):
+def test_gpus_send_each_other_the_arrays_by_nccl(on_cpu, size, monkeypatch):
     from strict_cupy import strict_gpu
     with strict_gpu():
         cards = Cards(size)
@@ -249,7 +253,7 @@ FAILURES = {        # on which rank, what happens: the one line that the user se
 @pytest.fixture(scope="module")
 def runs(place):
     """{name: (exit code, stdout, stderr)} of runs that take place at the same time."""
-    with pytest.MonkeyPatch.context() as patch:
+    with same_device(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOLLM_CACHE", str(place[0] / "cache"))
         patch.chdir(place[0])
         tiny.make_cheap(patch)
@@ -339,8 +343,8 @@ def test_a_signal_stops_all_with_a_checkpoint(place):
     assert len(list((place[0] / "stopped").glob("checkpoint-*"))) == 2
 
 
-def test_processes_that_cannot_start(files, cheap, monkeypatch):
-    flags = (*SHAPE, *QUICK, *files, "--max-steps", 1, "--processes", 2)
+def test_processes_that_cannot_start(on_cpu, files, cheap, monkeypatch):
+    flags = (*SHAPE, *QUICK, *files, "--max-steps", 1, "--processes", 2, "--device", "cpu")
     work = lambda plan, team: 0
     work.__module__ = "__main__"
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace())
