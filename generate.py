@@ -27,7 +27,7 @@ def open_model(folder):
         raise InputError(dangling(folder) or
                          f"{folder} is not a folder: give one that training or transformers has written")
     check_ended(folder)
-    model, tokenizer = NanoLLM.load(folder), load_tokenizer(folder / "tokenizer.json")
+    model, tokenizer = NanoLLM.load(folder, trainable=False), load_tokenizer(folder / "tokenizer.json")
     if vocab_size(tokenizer) > model.config.vocab_size:
         raise InputError(f"{folder / 'tokenizer.json'} has {vocab_size(tokenizer)} tokens, but the model has "
                          f"only {model.config.vocab_size}")

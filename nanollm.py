@@ -76,9 +76,8 @@ class Config:
                     f"{name} must be a number above 0 that a float32 can hold, not {value!r}")
         D = self.embedding_dim / self.n_head if self.head_dim is None else self.head_dim
         require(type(D) in (int, float) and 2 <= D <= _LARGEST and D % 2 == 0,
-                f"head_dim must be an even whole number because RoPE rotates pairs, not {D!r}: give "
-                f"another, or an embedding_dim ({self.embedding_dim}) that is a multiple of twice "
-                f"n_head ({self.n_head})")
+                f"head_dim must be even because RoPE rotates pairs, not {D!r}: give it, or let "
+                f"embedding_dim ({self.embedding_dim}) be a multiple of twice n_head ({self.n_head})")
         object.__setattr__(self, "head_dim", int(D))
         require(self.n_head % self.n_kv_head == 0,
                 f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
@@ -87,13 +86,11 @@ class Config:
         for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"{name} must be True or False, not {value!r}")
-        require(not (self.qkv_bias and self.qk_norm),
-                "qkv_bias and qk_norm exclude each other: no model of transformers has both")
+        require(not self.qkv_bias or not self.qk_norm, "qkv_bias and qk_norm exclude each other")
         scaling = self.rope_scaling
         require(scaling == () or (type(scaling) is tuple and len(scaling) == 4
                                   and all(map(_is_positive, scaling)) and scaling[1] < scaling[2]),
-                "rope_scaling must be () or (factor, low, high, length), numbers above 0, low below "
-                f"high, not {scaling!r}")
+                f"rope_scaling must be () or (factor, low < high, length), not {scaling!r}")
 
     def shapes(self):
         """{Hugging Face name: shape} of every parameter, in the order of `Parameters`.
@@ -142,19 +139,20 @@ class Parameters:
     Tensors share memory. Each Tensor's grad is a view of `grad` from the start, so the engine adds
     to it in place.
 
-    shapes {name: shape}, matrices first. Attributes: `flat` and `grad`, 1-D arrays; `n_matrix`, the
-    number of elements, at the front, that belong to matrices; `own`, the slice of them that this
-    process updates: all, unless it trains as one of several (hardware/ranks.py).
+    shapes {name: shape}, matrices first. Attributes: `flat` and `grad`, 1-D arrays (grad None if the
+    model is only read, not `trainable`); `n_matrix`, the number of elements, at the front, that
+    belong to matrices; `own`, the slice of them that this process updates: all, unless it trains as
+    one of several (hardware/ranks.py).
     """
     bits = None             # not quantised
 
-    def __init__(self, shapes, dtype=np.float32):
+    def __init__(self, shapes, dtype=np.float32, trainable=True):
         sizes = [math.prod(shape) for shape in shapes.values()]
         ends = list(itertools.accumulate(sizes))
         self.shapes = shapes
         self.starts = dict(zip(shapes, [0, *ends[:-1]], strict=True))
         self.flat = device.xp.ones(ends[-1], dtype)
-        self.grad = device.xp.zeros(ends[-1], dtype)
+        self.grad = device.xp.zeros(ends[-1], dtype) if trainable else None
         self.n_matrix = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
         self.own, self._tensors = slice(0, ends[-1]), []
 
@@ -166,8 +164,9 @@ class Parameters:
         """One Tensor over adjacent matrices, stacked along their rows (or over one parameter)."""
         rows = sum(self.shapes[name][0] for name in names)
         shape = (rows, *self.shapes[names[0]][1:])
-        tensor = Tensor(self._view(self.flat, names[0], shape), requires_grad=True)
-        tensor.grad = self._view(self.grad, names[0], shape)
+        tensor = Tensor(self._view(self.flat, names[0], shape), self.grad is not None)
+        if self.grad is not None:
+            tensor.grad = self._view(self.grad, names[0], shape)
         self._tensors.append((names[0], tensor))
         return tensor
 
@@ -192,8 +191,9 @@ class Parameters:
 class KVCache:
     """Keys and values of all positions read so far, so that a new token costs one position."""
 
-    def __init__(self, config, batch, dtype):
-        shape = config.n_block, batch, config.n_kv_head, config.max_context, config.head_dim
+    def __init__(self, config, batch, dtype, room=math.inf):
+        room = min(room, config.max_context)
+        shape = config.n_block, batch, config.n_kv_head, room, config.head_dim
         self.k, self.v = device.xp.empty(shape, dtype), device.xp.empty(shape, dtype)
         self.length = 0
 
@@ -216,10 +216,9 @@ def rope_table(config, dtype):
     Pair i turns at position t by t θ^(-2i/D), θ = rope_theta: from one full turn in 2π positions
     (i = 0) to one in 2πθ^(1-2/D). Each angle appears twice, once for each half of a row.
 
-    With rope_scaling a model that was trained on texts of `length` tokens learns to read longer
-    ones (Llama 3.1). A pair that makes `high` full turns or more within `length` stays as it is. One
-    that makes fewer than `low` becomes slower by `factor`, so it meets no angle that is new to it.
-    In between the two are blended.
+    rope_scaling is for texts longer than the `length` of the first training (Llama 3.1). Pairs with
+    at least `high` full turns within it stay. Those with at most `low` are slowed by `factor`, so
+    they meet no angle that is new to them. In between the two are blended.
     """
     D = config.head_dim
     frequencies = config.rope_theta ** (-np.arange(0, D, 2) / D)                # (D/2,)
@@ -228,7 +227,7 @@ def rope_table(config, dtype):
         stays = np.clip((length * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
         frequencies *= stays + (1 - stays) / factor
     angles = np.outer(np.arange(config.max_context), np.tile(frequencies, 2))  # (max_context, D)
-    return [device.xp.asarray(table.astype(dtype)) for table in (np.cos(angles), np.sin(angles))]
+    return [device.xp.asarray(f(angles).astype(dtype)) for f in (np.cos, np.sin)]
 
 
 class NanoLLM:
@@ -278,7 +277,7 @@ class NanoLLM:
                 drawn = rng.standard_normal(w.size, np.float32).reshape(w.shape) * std
                 w[...] = device.xp.asarray(drawn.astype(w.dtype))
 
-    trainable = property(lambda self: isinstance(self.weights, Parameters))     # False: quantised
+    trainable = property(lambda self: self.weights.grad is not None)
 
     def parameters(self):
         """{Hugging Face name: Parameter}: views of the weights and of their gradients."""
@@ -377,21 +376,21 @@ class NanoLLM:
         rng = np.random.default_rng(seed)
         choose = lambda logits: sample(logits, rng.random(len(logits)), temperature, top_k, top_p)
         rows = np.atleast_2d(ids).astype(np.int64)      # a copy: the caller may change ids
-        steps = itertools.islice(
-            self._continue(rows, choose, set(stop_ids), use_cache), max_new_tokens)
+        steps = self._continue(rows, choose, set(stop_ids), use_cache, max_new_tokens)
         return steps if ids.ndim == 2 else (int(step[0]) for step in steps)
 
-    def _continue(self, rows, choose, stop_ids, use_cache):
+    def _continue(self, rows, choose, stop_ids, use_cache, max_new_tokens):
         """Yield the next ids (B,) of rows (B, T), as `choose` takes them from logits (B, V)."""
         start, cache, ended = 0, None, np.zeros(len(rows), bool)
-        while not ended.all():
+        end = rows.shape[1] + max_new_tokens
+        while rows.shape[1] < end and not ended.all():
             new = rows[:, -1:]
             while rows.shape[1] - start > self.config.max_context:
                 start, cache = start + max(self.config.max_context // 2, 1), None
             if cache is None:
                 new = rows[:, start:]
                 if use_cache:
-                    cache = KVCache(self.config, len(rows), self.compute_dtype)
+                    cache = KVCache(self.config, len(rows), self.compute_dtype, end)
             with no_grad():
                 last = self.hidden(new, cache)[:, -1]
                 logits = device.to_host(linear(last, self.lm_head).data)        # (B, V)
@@ -406,7 +405,7 @@ class NanoLLM:
         huggingface.save_model(folder, settings, self.weights.arrays())
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder, trainable=True):
         """The model of a Hugging Face folder of the Llama type, or one that extras.quantize wrote.
 
         `float16` and `bfloat16` weights are widened to float32. Raises InputError naming the file
@@ -416,7 +415,8 @@ class NanoLLM:
         read, bits = huggingface.tensor_reader(folder, config)
         if bits:
             return cls(config, weights=QuantizedParameters(config.shapes(), bits, read, Tensor))
-        model = cls(config, seed=None)
-        for name, parameter in model.parameters().items():
-            parameter.data[...] = device.xp.asarray(read(name))
-        return model
+        weights = Parameters(config.shapes(), np.float32, trainable)
+        for name, w in weights.views(weights.flat).items():
+            for rows, part in read(name):           # never a large matrix twice
+                w[rows] = device.xp.asarray(part)
+        return cls(config, None, weights=weights)

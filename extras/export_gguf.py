@@ -50,7 +50,7 @@ def interleave(w, heads):
 
 def tensors(model):
     """{llama.cpp's name: float32 array} of all weights. Raises InputError for a quantised model."""
-    if not model.trainable:
+    if model.weights.bits:
         raise InputError("a quantised model cannot be exported: give the model from which it was made")
     result, config = {}, model.config
     heads = {"q_proj": config.n_head, "k_proj": config.n_kv_head} if architecture(config) == "llama" else {}

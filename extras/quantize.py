@@ -59,7 +59,7 @@ def main(argv=None):
     source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
     refuse_existing(out)
     model, *_ = open_model(source)
-    require(model.trainable, f"{source} is quantised already: give the model from which it was made")
+    require(not model.weights.bits, f"{source} is quantised already: give the model from which it was made")
     dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", model.config.max_context,
                                                    model.config.max_context)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -89,22 +89,24 @@ class Quantized:
 class QuantizedParameters:
     """What a quantised model has instead of nanollm.Parameters: the same `tensor` and `arrays`, but no gradients.
 
-    read(name) gives the arrays as they are stored: a matrix's integers, under name + ".scale" its scales, and vectors
-    in float32. `vector` makes what the model computes with out of a vector's array: autograd.Tensor, which this layer
-    cannot import.
+    read(name) yields (rows, these rows) of the arrays as they are stored: a matrix's integers, under name + ".scale"
+    its scales, and vectors in float32. `vector` makes what the model computes with out of a vector's array:
+    autograd.Tensor, which this layer cannot import.
     """
+    grad = None
+
     def __init__(self, shapes, bits, read, vector):
-        self.shapes, self.bits, self.read, self.vector = shapes, bits, read, vector
+        self.shapes, self.bits, self.vector = shapes, bits, vector
+        self.read = lambda names, kind="": np.concatenate([part for name in names for _, part in read(name + kind)])
         self.made = {}                  # {names: what `tensor` returned for them}
 
     def tensor(self, *names):
         """One vector of all, or the Quantized of matrices of one width, their rows below each other."""
         shape = self.shapes[names[0]]
         if len(shape) == 1:
-            self.made[names] = self.vector(np.concatenate([self.read(name) for name in names]))
+            self.made[names] = self.vector(self.read(names))
         else:
-            q, scale = (np.concatenate([self.read(name + kind) for name in names]) for kind in ("", ".scale"))
-            self.made[names] = Quantized(q, scale, shape[1])
+            self.made[names] = Quantized(self.read(names), self.read(names, ".scale"), shape[1])
         return self.made[names]
 
     def arrays(self):

@@ -141,7 +141,8 @@ class ConvNet:
         read, _ = huggingface.tensor_reader(Path(folder), config)
         model = cls(config, seed=None)
         for name, parameter in model.parameters().items():
-            parameter.data[...] = device.xp.asarray(read(name))
+            for rows, part in read(name):
+                parameter.data[rows] = device.xp.asarray(part)
         return model
 
 

@@ -1,6 +1,7 @@
 """A Hugging Face model folder: what config.json calls things, and the tensors, checked before any is read."""
 import itertools
 import json
+import math
 import os
 import re
 from collections import namedtuple
@@ -209,6 +210,9 @@ def front_ids(tokenizer):
 
 # ---------------------------------------------------------------- tensors
 
+AT_ONCE = 1 << 20       # numbers that are read at a time
+
+
 def save_model(folder, settings, tensors):
     """Write model.safetensors with the arrays {name: on the host}, then config.json with the settings, into folder."""
     folder = Path(folder)
@@ -222,7 +226,7 @@ def save_model(folder, settings, tensors):
 
 
 def tensor_reader(folder, config):
-    """(read, bits) of a model's folder; read(name) gives a tensor as an array on the host, in float32.
+    """(read, bits) of a model's folder; read(name) yields (rows, these rows of a tensor, on the host and in float32).
 
     `bits` is None, or 8 or 4 for a quantised model. Then a matrix is integers, and under name.scale are their scales.
     Names, shapes and types are checked against the Config here and now (see `find_tensors`), the values by `read`.
@@ -231,19 +235,23 @@ def tensor_reader(folder, config):
     bits = (read_config(folder)[1].get("quantization_config") or {}).get("bits")
     found = find_tensors(Path(folder), config, bits)
 
-    def load(name):
-        with safe_open(found[name], framework="numpy") as file, np.errstate(all="ignore"):
-            array = file.get_tensor(name)
+    def load(name, rows):
+        with safe_open(found[name], framework="numpy") as file, np.errstate(all="ignore"):      # closed: unmapped
+            array = file.get_slice(name)[rows]
             return array if array.dtype in (np.int8, np.uint8) else array.astype(np.float32, copy=False)
 
     def read(name):
-        array, head = load(name), head_of(name)
-        if not np.isfinite(array).all():
-            raise InputError(f"{found[name]}: {name} holds NaN or infinity, or more than a float32 can")
-        if config.tie_embeddings and head in found and not np.array_equal(array, load(head)):
-            raise InputError(f"{found[head]}: {head} is not equal to {name}, although config.json has "
-                             "tie_word_embeddings true: set that to false to use both, as transformers does")
-        return array
+        with safe_open(found[name], framework="numpy") as file:
+            length, *width = file.get_slice(name).get_shape()
+        step, head = max(AT_ONCE // math.prod(width), 1), head_of(name)
+        for rows in (slice(start, min(start + step, length)) for start in range(0, length, step)):
+            array = load(name, rows)
+            if not np.isfinite(array).all():
+                raise InputError(f"{found[name]}: {name} holds NaN or infinity, or more than a float32 can")
+            if config.tie_embeddings and head in found and not np.array_equal(array, load(head, rows)):
+                raise InputError(f"{found[head]}: {head} is not equal to {name}, although config.json has "
+                                 "tie_word_embeddings true: set that to false to use both, as transformers does")
+            yield rows, array
     return read, bits
 
 

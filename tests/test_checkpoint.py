@@ -220,7 +220,8 @@ def test_a_signal_while_the_text_is_encoded(files, tmp_path, monkeypatch, cache_
 # ---------------------------------------------------------------- what --resume refuses, and what it lets change
 
 FIXED = {"embedding-dim": 32, "n-block": 1, "n-head": 4, "n-kv-head": 2, "max-context": 16, "hidden-dim": 8,
-         "eps": 1e-3, "rope-theta": 5.0, "activation": "relu", "tie-embeddings": None, "seq-len": 4, "stride": 3,
+         "eps": 1e-3, "rope-theta": 5.0, "activation": "relu", "tie-embeddings": None, "head-dim": 4,
+         "qk-norm": None, "seq-len": 4, "stride": 3,
          "val-fraction": 0.2, "seed": 1, "demo": None, "init-from": "best", "dtype": "float16"}
 
 
@@ -896,6 +897,31 @@ def test_training_starts_from_a_folder_made_elsewhere(transformers, llama, files
     assert resume("run", "--init-from", "llama", "--max-steps", 14) == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["bos_token_id"] == 1
     assert generate.open_model("run")[2] == ([1], [1], [2, 5])
+
+
+@pytest.mark.parametrize("fields", [{"qkv_bias": True}, {"qk_norm": True, "head_dim": 6},
+                                    {"rope_scaling": (8.0, 0.2, 2.0, 32), "tie_embeddings": True}])
+def test_other_families_are_tuned_and_resumed(files, fields):
+    """Without a --seq-len a window has 512 tokens at most, however long the model's context is."""
+    model = NanoLLM(Config(290, 16, 2, 2, 1, 600, 24, **fields))
+    model.save("model")
+    shutil.copy(files[3], "model")
+    flags = [*QUICK, "--text", files[1], "--init-from", "model", "--val-fraction", "0", "--batch-size", "1",
+             "--artifact-dir"]
+    assert train.main([*flags, "run", "--max-steps", "2"]) == resume("run", "--max-steps", 3) == 0
+    assert NanoLLM.load("run").config == model.config
+    assert read_trainer(Path("run/checkpoint-3"))[1]["command"]["seq_len"] == 512
+    assert train.main([*flags, "told", "--max-steps", "1", "--seq-len", "600"]) == 0
+    code, _, err = command(train.main, *flags, "wide", "--head-dim", 10)
+    assert code == 2 and f"--head-dim is 10, but the model in model has {model.config.head_dim}" in err
+
+
+def test_heads_are_normalised_and_as_wide_as_flags_say(files, tmp_path):
+    assert tiny.run(*files, "--max-steps", 2, "--qk-norm", "--head-dim", 6, "--artifact-dir", "run") == 0
+    assert resume("run", "--max-steps", 3) == 0
+    config = NanoLLM.load("run").config
+    assert (config.qk_norm, config.head_dim, config.embedding_dim, config.n_head) == (True, 6, 16, 2)
+    assert json.loads((tmp_path / "run/config.json").read_text())["model_type"] == "qwen3"
 
 
 def test_text_trained_on_has_no_bos_inserted(llama, files, tmp_path, monkeypatch):

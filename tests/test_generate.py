@@ -83,6 +83,18 @@ def test_cached_or_not_alone_or_in_a_batch_the_logits_are_the_same(n_kv_head, mo
             np.testing.assert_allclose(logits(slice(i, i + 1), use_cache), batch[i:i + 1], atol=1e-4)
 
 
+@pytest.mark.parametrize("n_prompt, n_new, room", [(3, 4, 7), (3, 10**9, 1000), (1003, 2, 1000)])
+def test_the_cache_has_room_for_what_will_be_read_and_no_more(monkeypatch, n_prompt, n_new, room):
+    model, made, before = lively(small(max_context=1000)), [], nanollm.KVCache
+
+    def make(*args):
+        made.append(before(*args))
+        return made[-1]
+    monkeypatch.setattr(nanollm, "KVCache", make)
+    next(model.generate(random_ids(model.config, n_prompt), n_new))
+    assert [cache.k.shape for cache in made] == [cache.v.shape for cache in made] == [(2, 1, 2, room, 6)]
+
+
 def test_greedy_takes_the_largest_logit(seen_logits):
     model = lively()
     new = list(model.generate(random_ids(model.config, 6), 30, temperature=0))

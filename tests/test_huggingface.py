@@ -175,7 +175,8 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "shards", "8 bits", "4 bits"])
-def test_a_tied_output_layer_must_be_the_embedding(tmp_path, kind):
+def test_a_tied_output_layer_must_be_the_embedding(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(huggingface, "AT_ONCE", 100)        # four rows of the embedding
     model, bits = lively(small(tie_embeddings=True)), int(kind[0]) if kind.endswith("bits") else None
     model.save(tmp_path)
     if bits:
@@ -285,7 +286,9 @@ NORM, DOWN = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
     (lambda t: t.update({NORM: np.array([1, 1, 1, np.inf], np.float16)}), [NORM, "NaN"]),
     (lambda t: t.update({NORM: np.array([1, 1, 1, 1e300])}), [NORM]),         # infinite as float32
 ])
-def test_wrong_tensors_are_named(folder, change, words):
+@pytest.mark.parametrize("at_once", [1, 8, 1 << 20])
+def test_wrong_tensors_are_named(folder, monkeypatch, at_once, change, words):
+    monkeypatch.setattr(huggingface, "AT_ONCE", at_once)
     tensors = read_tensors(folder)
     change(tensors)
     write_tensors(folder, tensors)
@@ -310,6 +313,22 @@ def allocated(call):
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shards, dtype", [(False, np.float32), (True, np.float16)])
+def test_a_model_that_is_only_read_takes_its_weights_and_no_more(tmp_path, monkeypatch, shards, dtype):
+    monkeypatch.setattr(huggingface, "AT_ONCE", 1 << 14)
+    model = lively(Config(8000, embedding_dim=64, n_block=1, n_head=2, hidden_dim=64, max_context=8))
+    model.save(tmp_path)
+    write_tensors(tmp_path, {name: value.astype(dtype) for name, value in read_tensors(tmp_path).items()})
+    if shards:
+        shard(tmp_path)
+    found = []
+    assert allocated(lambda: found.append(NanoLLM.load(tmp_path, trainable=False))) < 1.15 * model.weights.flat.nbytes
+    assert not found[0].trainable and found[0].weights.grad is None
+    ids = random_ids(model.config, 1, 5)
+    np.testing.assert_allclose(logits_of(found[0], ids), logits_of(model, ids), rtol=1e-2, atol=1e-1)
+    assert NanoLLM.load(tmp_path).trainable
 
 
 def with_header(folder, header, length=None, data=b""):

@@ -52,7 +52,7 @@ def test_numbers_above_0(name, value):
     *(({"head_dim": value}, ("head_dim", "even")) for value in (5, 0, -2, 4.5, True, "4", [4], 2**30)),
     ({"qkv_bias": 1}, ("qkv_bias", "True or False")), ({"qk_norm": None}, ("qk_norm", "True or False")),
     ({"qkv_bias": True, "qk_norm": True}, ("qkv_bias", "qk_norm", "exclude")),
-    *(({"rope_scaling": value}, ("rope_scaling", "(factor, low, high, length)")) for value in (
+    *(({"rope_scaling": value}, ("rope_scaling", "(factor, low < high, length)")) for value in (
         None, [8, 1, 4, 32], (8, 1, 4), (8, 4, 4, 32), (0, 1, 4, 32), (8, None, 4, 32), (8, 1, True, 32))),
     ({"n_kv_head": 3}, ("n_kv_head", "3", "n_head", "4", "divide")),
     ({"n_kv_head": 8}, ("n_kv_head", "8", "n_head", "divide")),

@@ -19,8 +19,8 @@ from train import Adam
 
 pytestmark = pytest.mark.usefixtures("cheap")
 
-WHOLE = ("embedding-dim n-block n-head n-kv-head max-context hidden-dim seq-len stride num-epochs max-steps batch-size "
-         "grad-accum eval-every save-every keep-last log-every sample-every patience").split()
+WHOLE = ("embedding-dim n-block n-head n-kv-head max-context hidden-dim head-dim seq-len stride num-epochs max-steps "
+         "batch-size grad-accum eval-every save-every keep-last log-every sample-every patience").split()
 WRONG = {name: ["0", "-1", "1.5", "x", "", "nan", "1e3", "10000000000"] for name in WHOLE}
 WRONG |= {name: ["-1", "1.5", "x", "", "nan", "inf"] for name in ("seed", "warmup-steps")}
 WRONG |= {name: ["0", "-1", "x", "", "nan", "inf", "1e999"] for name in ("learning-rate", "eps", "rope-theta")}
