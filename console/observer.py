@@ -52,6 +52,10 @@ class Observer:
     columns, unit = metrics.COLUMNS, "tokens"       # of metrics.csv; what a window consists of
     blocks = staticmethod(metrics.hidden_states)
 
+    def __init__(self, run, settings, train_set, progress, validate, sample, team=ranks.ALONE, saved=None):
+        self.run, self.settings, self.train_set, self.progress = run, settings, train_set, progress
+        self.validate, self.sample, self.team, self.saved = validate, sample, team, saved
+
     def per_window(self):
         return self.train_set.seq_len
 
@@ -70,10 +74,6 @@ class Observer:
         """The loss and what else `validate` says, in words."""
         return (f"loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
                 f"{result['bits_per_byte']:.4f} bits per byte")
-
-    def __init__(self, run, settings, train_set, progress, validate, sample, team=ranks.ALONE, saved=None):
-        self.run, self.settings, self.train_set, self.progress = run, settings, train_set, progress
-        self.validate, self.sample, self.team, self.saved = validate, sample, team, saved
 
     def after_step(self, model, optimizer, state, lr, loss, norm):
         """Do what is due after a step that had this learning rate, loss and gradient norm."""

@@ -1,4 +1,6 @@
 """The image commands: what a picture is read as, the network, a run from its folder to its answer, and bad input."""
+import dataclasses
+import gzip
 import io
 import json
 import math
@@ -17,7 +19,7 @@ from PIL import Image
 from tiny import check, command, refused, rows, snapshot
 
 from autograd import Tensor
-from console import metrics
+from console import metrics, options
 from hardware import device
 from images import demo, infer, network, reading, train
 from images.network import Config, ConvNet
@@ -378,6 +380,29 @@ def test_a_class_folder_that_cannot_be_listed_is_not_silently_empty(shared, monk
 def test_flags_that_cannot_be(flags, words, shared):
     given = ["--images", shared] if flags and flags[0] not in ("--images", "--resume") else []
     check(command(train.main, *given, *flags, name=NAME), words, name=NAME)
+
+
+def test_help_tells_every_flag():
+    text = options.command_line(train.Settings).format_help()
+    for field in dataclasses.fields(train.Settings):
+        assert f"\n  {options.flag(field.name)}" in text
+    assert "runs/images" in text and "--processes" not in text and "None" not in text
+
+
+def test_fashion_mnist_becomes_folders(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(train.__file__).parent.parent / "docs"))
+    import fashion_mnist
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8), np.array([9, 0, 9], np.uint8)
+    convert = lambda: command(fashion_mnist.main, tmp_path, tmp_path / "to", name="fashion_mnist.py")
+    check(convert(), "train-labels-idx1-ubyte.gz: there is no such file", name="fashion_mnist.py")
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
+    assert convert() == (0, "", "")
+    classes, paths, found = reading.find_images(tmp_path / "to/test")
+    assert len(classes) == 10 and [classes[label] for label in found] == ["Boot", "Boot", "T-shirt"]
+    np.testing.assert_array_equal(read_image(paths[1], 28)[..., 0], pixels[2])
+    check(convert(), "exists and is not overwritten", name="fashion_mnist.py")
 
 
 def test_more_pictures_a_step_than_there_are_and_other_classes(shared, tmp_path):
