@@ -1,7 +1,7 @@
 """Train an image classifier on a folder of pictures:  python -m images.train --images FOLDER
 
 The loop, Adam, the checkpoints and most flags are those of train.py. Here are the flags that pictures need and what is
-reported about them.
+reported about them. It is one process: its ops share their work among the threads.
 """
 import dataclasses
 import math
@@ -49,7 +49,7 @@ class Settings(Training):
     needed = "--images FOLDER"
     paths = "images", "val_images"
     windows, more = "pictures", "--grad-accum, or give more pictures"
-    dtype, sample_every = "float32", math.inf
+    dtype, sample_every = "float32", math.inf       # what train.py's loop and the Observer ask, too: never a sample
 
     images: str | None = options.in_run(None, cli.path, "a folder with one subfolder of pictures for each class",
                                         "FOLDER")
