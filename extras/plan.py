@@ -3,8 +3,8 @@
 Parameters, FLOPs, memory and the largest batch that fits, from the shapes alone: nothing is trained, no text is read.
 
 The memory is found by walking through a step as nanollm.py and autograd.py make it. Forward, every op keeps what its
-backward will need (`kept_by_a_block`): in a block 6 C + 2 K D + 3 F elements of --dtype and 2 + H float32 for each
-token of the batch. With --recompute a block keeps only its input, C, except while backward works on it. Everything
+backward will need (`kept_by_a_block`): in a block 4 C + 2 H D + 2 K D + 3 F elements of --dtype and 2 + H float32 for
+each token of the batch. With --recompute a block keeps only its input, C, except while backward works on it. Everything
 that is kept is alive when the loss is computed and when backward reaches the last block; from there on it only gets
 less. So the peak is at one of a few moments (`moments`), each of which needs some more arrays: gradients on their way,
 a product's float32 copies (half precision on a CPU), the logits.
@@ -58,14 +58,17 @@ def kept_by_a_block(config, B, size):
 
     Other ops keep nothing: rope is undone by the opposite turn, add passes dout on, dropout draws its mask again.
     """
-    C, F, kv = config.embedding_dim, config.hidden_dim, config.n_kv_head * config.head_dim
-    is_view = B == 1 or config.n_kv_head == 1       # v, reshaped to (B K, T, D), still is a slice of all of q, k, v
+    C, F, H, K = config.embedding_dim, config.hidden_dim, config.n_head, config.n_kv_head
+    q, kv = H * config.head_dim, K * config.head_dim
+    is_view = B == 1 or K == 1                      # v, reshaped to (B K, T, D), still is a slice of all of q, k, v
+    norms = [("rmsnorm of q, k", "its inputs q and k", size * (q + kv)), ("rmsnorm of q, k", "1/rms", WIDE * (H + K))]
     return [("rmsnorm", "its input h", size * C), ("rmsnorm", "1/rms", WIDE),
             ("linear q, k, v", "its input", size * C),
-            ("attention", "q", size * C), ("attention", "k", size * kv),
-            ("attention", "v", size * (C + 2 * kv if is_view else kv)),
-            ("attention", "log-sum-exp", WIDE * config.n_head),
-            ("linear o", "its input", size * C),
+            *(norms if config.qk_norm else []),
+            ("attention", "q", size * q), ("attention", "k", size * kv),
+            ("attention", "v", size * (q + 2 * kv if is_view else kv)),
+            ("attention", "log-sum-exp", WIDE * H),
+            ("linear o", "its input", size * q),
             ("second rmsnorm", "its input h", size * C), ("second rmsnorm", "1/rms", WIDE),
             ("linear gate, up", "its input", size * C),
             ("glu", "gate, up", size * 2 * F),
@@ -123,6 +126,7 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
     """
     C, F, V, kv = config.embedding_dim, config.hidden_dim, config.vocab_size, config.n_kv_head * config.head_dim
     N, table, half = B * T, kept_by_a_block(config, B, size), size == 2
+    q = N * size * config.n_head * config.head_dim
     h, block = N * size * C, N * sum(width for *_, width in table)
     below = 16 * N + (config.n_block - 1) * (h if recompute else block)         # x and y, and what other blocks keep
 
@@ -158,7 +162,7 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
         "backward of second rmsnorm": until("linear gate, up") | {
             "dgate, dup": N * size * 2 * F, "dout": h, "dx": h, "temporary": swept(N * C, 3, 4)},
         "backward of attention": until("attention") | {
-            "dout, twice": 2 * h, "dq, dk, dv": h + N * WIDE * 2 * kv,
+            "dout, twice": 2 * q, "dq, dk, dv": q + N * WIDE * 2 * kv,
             "temporary": swept(B * config.n_kv_head * group, 3, 3, max(autograd._SCORES // group, 1) * group)}}
 
 

@@ -52,14 +52,16 @@ def megabytes(out):
     return float(re.search(r"^--batch-size \d+ takes ([\d,.]+) MB", out, re.M)[1].replace(",", ""))
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}, {"n_kv_head": 1, "n_block": 3, "hidden_dim": 7}])
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}, {"n_kv_head": 1, "n_block": 3, "hidden_dim": 7},
+                                    {"head_dim": 6, "qk_norm": True}, {"qkv_bias": True}])
 def test_parameters_are_the_models(fields):
     config = Config(**{"vocab_size": 30, "embedding_dim": 16, "n_head": 4, "max_context": 8} | fields)
     count, model = plan.parameters(config), NanoLLM(config)
     assert sum(count.values()) == model.weights.flat.size
     assert count["embedding"] == 30 * 16
     assert count["lm_head"] == (0 if config.tie_embeddings else 30 * 16)
-    assert count["norms"] == model.weights.flat.size - model.weights.n_matrix
+    of_heads = sum(n for name, (n, *_) in config.shapes().items() if name.endswith(("bias", "_norm.weight")))
+    assert count["norms"] == model.weights.flat.size - model.weights.n_matrix - of_heads
     assert count["gated linear unit"] == config.n_block * 3 * 16 * config.hidden_dim
 
 
@@ -74,6 +76,9 @@ def test_parameters_are_the_models(fields):
     ({"vocab_size": 3000}, 2, 32, "float32", False, 0.0),               # the peak: the loss
     ({"vocab_size": 3000, "tie_embeddings": True}, 6, 64, "bfloat16", True, 0.0),
     ({"hidden_dim": 16, "n_kv_head": 4, "vocab_size": 20, "n_block": 1}, 8, 128, "float32", False, 0.0),     # rmsnorm
+    ({"head_dim": 64, "qk_norm": True, "n_block": 3}, 6, 64, "float32", False, 0.0),
+    ({"head_dim": 64, "qk_norm": True, "n_block": 3, "hidden_dim": 16}, 6, 128, "bfloat16", False, 0.0),
+    ({"qkv_bias": True, "n_kv_head": 1}, 6, 64, "float16", False, 0.0),
 ])
 def test_a_step_allocates_what_is_planned(fields, B, T, dtype, recompute, dropout):
     config = Config(**vars(CONFIG) | {"max_context": 512, "head_dim": None} | fields)
