@@ -9,6 +9,7 @@ import warnings
 
 from hardware import device, ranks
 from storage.files import InputError
+from storage.huggingface import HUB, from_hub
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,8 +37,16 @@ class Parser(argparse.ArgumentParser):
         self.group.add_argument(flag, help=shown, default=self.argument_default or default, **rule)
 
     def add_model(self):
-        self.add_argument("folder", metavar="FOLDER", type=path,
-                          help="folder of a run, or of any Hugging Face Llama model")
+        self.add_argument("folder", metavar="FOLDER", type=path, help="folder of a run or of a Hugging Face model, or "
+                          "hf:ORG/NAME, a model on the Hugging Face Hub")
+
+    def parse_args(self, argv=None, namespace=None):
+        """Parse the arguments, then download a model hf:ORG/NAME: the result holds its folder."""
+        args = super().parse_args(argv, namespace)
+        for name, value in vars(args).items():
+            if name in ("folder", "init_from") and value and value.startswith(HUB):
+                setattr(args, name, from_hub(value))
+        return args
 
     def add_device(self):
         self.add("--device", None, ["auto", "gpu", "cpu"],

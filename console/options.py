@@ -100,7 +100,8 @@ class Settings(Training):
     tokenizer: str | None = in_run(None, cli.path, "a Hugging Face tokenizer.json", "FILE")
     demo: bool = in_run(False, bool, "train a small model on Python's own documentation: no files needed", fixed=True)
     init_from: str | None = in_run(
-        None, cli.path, "start from this model's weights, shape and tokenizer (fine-tuning)", "FOLDER", fixed=True)
+        None, cli.path, "start from the weights, shape and tokenizer of this model (fine-tuning), which may be "
+        "hf:ORG/NAME, too", "FOLDER", fixed=True)
 
     embedding_dim: int = in_model(Config.embedding_dim, SIZE, "C, the width of the model")
     n_block: int = in_model(Config.n_block, number(int, 1, 1000), "number of transformer blocks")

@@ -174,6 +174,27 @@ def config_of(settings, path, Config):
         raise InputError(f"{path}: {words}") from None
 
 
+# ---------------------------------------------------------------- the Hugging Face Hub
+
+HUB = "hf:"
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+         "model*.safetensors", "model.safetensors.index.json")      # other formats of the same weights may lie there
+
+
+def from_hub(name):
+    """The folder, in the Hub's cache, of the model hf:ORG/NAME. Files that it lacks are downloaded, and no others.
+
+    Without a network a model that is in the cache opens as well. Raises InputError that names the model.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name.removeprefix(HUB), allow_patterns=FILES)
+    except ImportError:
+        raise InputError(f"{name}: the package huggingface_hub is needed: pip install huggingface_hub") from None
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{name}: {problem}") from None
+
+
 # ---------------------------------------------------------------- what begins and what ends a text
 
 Ends = namedtuple("Ends", "front bos eos")

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tracemalloc
 
 import numpy as np
@@ -401,6 +402,35 @@ def test_every_command_takes_a_folder_of_the_cache(finished, tmp_path):
         code, _, err = command(main, *flags)
         assert code == 0, err
     assert not any(path.is_symlink() for path in (tmp_path / "small").iterdir())
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_model_on_the_hub_is_named_by_its_name(finished, tmp_path, monkeypatch):
+    hub, (run, (_, text, *_), _), asked = reference("huggingface_hub"), finished, []
+    snapshot = in_the_cache(run, tmp_path)
+
+    def download(name, allow_patterns):
+        if name == "org/gated":
+            raise hub.errors.LocalEntryNotFoundError("cannot be\nreached")
+        asked.append(name)
+        assert {path.name for path in hub.utils.filter_repo_objects(
+            [*snapshot.iterdir(), tmp_path / "model.bin", tmp_path / "consolidated.safetensors"], key=lambda p: p.name,
+            allow_patterns=allow_patterns)} == {
+            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        return str(snapshot)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    new = "--init-from", "hf:org/name", *QUICK, "--max-steps", 1, "--text", text, "--artifact-dir", "run"
+    for main, *flags in ((generate.main, "hf:org/name", "--prompt", "the", "--max-new-tokens", 1), (train.main, *new)):
+        code, _, err = command(main, *flags)
+        assert code == 0, err
+    assert asked == ["org/name"] * 2
+    assert train.main(["--resume", "--artifact-dir", "run", "--max-steps", "2"]) == 0 and len(asked) == 2
+    code, out, err = command(generate.main, "hf:org/gated", name="generate.py")
+    assert (code, out, err) == (2, "", "generate.py: hf:org/gated: cannot be reached\n")
+    code, _, err = command(generate.main, "hf:org/name", "--top-p", 2)
+    assert code == 2 and "--top-p" in err and len(asked) == 2       # nothing is downloaded for a command that is wrong
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused(lambda: huggingface.from_hub("hf:org/name"), "hf:org/name", "pip install huggingface_hub")
 
 
 INSTEAD = {
