@@ -22,6 +22,7 @@ from data import TokenDataset
 from generate import open_model
 from hardware import device, ranks
 from storage.files import require
+from storage.texts import gather, with_stdin
 
 COMPARED = 1 << 16      # logits that a thread compares at a time, few enough to stay in its cache
 
@@ -113,8 +114,10 @@ def command_line():
                         description="Measure how well a model predicts a text: loss, perplexity, bits per byte and "
                         "accuracy. Every token except the first is predicted once.")
     parser.add_model()
-    parser.add_argument("--text", metavar="FILE", type=cli.path, required=True,
-                        help="a UTF-8 text that the model was not trained on")
+    parser.add_argument("--text", metavar="FILE", type=cli.path, required=True, nargs="+",
+                        help="UTF-8 texts that the model was not trained on; as train.py takes them")
+    parser.add("--field", "text", cli.text, "the field of a .jsonl's lines that holds a text", "NAME")
+    parser.add("--no-separator", False, bool, "put nothing between two texts")
     parser.add("--seq-len", None, number(int, 1), "tokens in a window; default: the model's longest context")
     parser.add("--stride", None, number(int, 1), "tokens between the starts of two windows, of which only the last N "
                "count: smaller values give each token more context and take longer; default: --seq-len, no overlap")
@@ -137,7 +140,8 @@ def main(argv=None):
     require(seq_len <= longest, f"--seq-len {seq_len} is more than the model's longest context, {longest}")
     require(stride <= seq_len,
             f"--stride {stride} is more than a window, {seq_len} tokens: some tokens would be skipped")
-    dataset = TokenDataset.from_text(args.text, Path(args.folder) / "tokenizer.json", seq_len, stride)
+    text, words = gather(with_stdin(args.text), tokenizer, args.field, not args.no_separator)
+    dataset = TokenDataset.from_text(text, Path(args.folder) / "tokenizer.json", seq_len, stride)
     scores = Scores(seq_len)
     began = time.perf_counter()
     result = evaluate(model, dataset, args.batch_size, scores)
@@ -148,7 +152,7 @@ def main(argv=None):
         print(json.dumps(result))
     else:
         first, five = (f"{100 * result[f'top{k}_accuracy']:.2f} %" for k in (1, 5))
-        print(f"loss           {result['loss']:.4f} nats per token\n"
+        print(f"text           {words}\n" * (words != text) + f"loss           {result['loss']:.4f} nats per token\n"
               f"perplexity     {result['perplexity']:,.2f}\n"
               f"bits per byte  {result['bits_per_byte']:.4f}\n"
               f"accuracy       the right token ranked first {first} of the time, in the top five {five}\n"

@@ -1,4 +1,4 @@
-"""Train a language model on a text:  python train.py --text FILE --tokenizer FILE
+"""Train a language model on a text:  python train.py --text FILE
 
 One step in its plainest form (`train`, below, adds clipping, half precision, several processes):
 
@@ -247,12 +247,12 @@ def work(request, team):
     settings, state, resumed = request.settings, request.state, request.checkpoint
     model, entries = make_model(request, team)
     with team.first_here():                 # it encodes the text, the others find the ids
-        dataset = TokenDataset.from_text(settings.text, request.tokenizer, settings.seq_len,
-                                         settings.stride)
+        text, path, _ = request.files()
+        dataset = TokenDataset.from_text(text, path, settings.seq_len, settings.stride)
         train_set, val_set = dataset.split(settings.val_fraction)
         settings = settings.resolved(state, len(train_set))
     require(dataset.digest == team.exchange(dataset.digest)[0],
-            f"{settings.text} or {request.tokenizer} is another file than on rank 0's machine")
+            f"{text} or {path} is another file than on rank 0's machine")
     tokenizer, leads = dataset.file.tokenizer, team.rank == 0
     if leads and resumed:
         options.note_horizon(request, settings, len(train_set), rate)

@@ -25,14 +25,16 @@ class Parser(argparse.ArgumentParser):
         """Put the flags added from here on under this title in the help."""
         self.group = self.add_argument_group(title)
 
-    def add(self, flag, default=None, kind=str, help="", metavar="N"):
-        """Add a flag: a switch if kind is bool, else with a value of this type or from this list. The help shows the
-        default if it says something, and calls the value `metavar`.
+    def add(self, flag, default=None, kind=str, help="", metavar="N", several=False):
+        """Add a flag: a switch if kind is bool, else with a value of this type or from this list; with a list of them
+        if `several`. The help shows the default if it says something, and calls the value `metavar`.
         """
         if kind is bool:
             self.group.add_argument(flag, action="store_true", help=help, default=self.argument_default or False)
             return
         rule = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": metavar}
+        if several:
+            rule["nargs"] = "+"
         shown = help if default in (None, "") else f"{help} ({default})"
         self.group.add_argument(flag, help=shown, default=self.argument_default or default, **rule)
 

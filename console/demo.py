@@ -8,10 +8,9 @@ import pydoc_data.topics
 import sysconfig
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from storage.files import InputError, whole
-from storage.tokens import cache_folder
+from storage.files import whole
+from storage.tokenizer_training import byte_bpe
+from storage.tokens import cache_folder, writable_cache
 
 SETTINGS = {"embedding_dim": 192, "n_block": 4, "n_head": 6, "hidden_dim": 512, "max_context": 128,
             "tie_embeddings": True, "batch_size": 16, "num_epochs": 100, "max_steps": 300, "learning_rate": 3e-3,
@@ -43,25 +42,17 @@ def files():
     folder = cache_folder()
     text, tokenizer = folder / "demo.txt", folder / "demo.tokenizer.json"
     if not (text.exists() and tokenizer.exists()):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise InputError(f"cannot make the cache folder {folder} ({problem.strerror}): set NANOLLM_CACHE to a "
-                             "folder that can be written") from None
-        topics = pydoc_data.topics.topics
-        parts, length = [topics[name].strip() for name in sorted(topics)], 0
-        for part in docstrings():
-            length += len(part)
-            if length > CHARACTERS:
-                break
-            parts.append(part)
-        corpus = "\n\n".join(parts) + "\n"
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        bpe.train_from_iterator([corpus], trainers.BpeTrainer(
-            vocab_size=WORDS, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        with whole(tokenizer) as path:
-            bpe.save(str(path))
-        with whole(text) as path:
-            path.write_text(corpus, encoding="utf-8")
+        with writable_cache():
+            topics = pydoc_data.topics.topics
+            parts, length = [topics[name].strip() for name in sorted(topics)], 0
+            for part in docstrings():
+                length += len(part)
+                if length > CHARACTERS:
+                    break
+                parts.append(part)
+            corpus = "\n\n".join(parts) + "\n"
+            with whole(tokenizer) as path:
+                byte_bpe([corpus], WORDS).save(str(path))
+            with whole(text) as path:
+                path.write_text(corpus, encoding="utf-8")
     return str(text), str(tokenizer)

@@ -14,8 +14,7 @@ from storage.huggingface import tokenizer_files
 
 def open_run(request, model, tokenizer, entries):
     """The Run that a training writes: a new one, or the one that it resumes."""
-    about = {"command": request.settings.to_json(), "hashes": request.hashes or request.settings.hashes(),
-             "versions": checkpoint.versions()}
+    about = {"command": request.settings.to_json(), "hashes": request.hashes, "versions": checkpoint.versions()}
     folder = Path(request.folder) if request.checkpoint else checkpoint.new_run(request.folder)
     files = tokenizer_files(tokenizer, entries, model.config.max_context, request.source)
     return checkpoint.Run(folder, files, entries, about)
@@ -26,8 +25,8 @@ def announce(model, train_set, val_set, settings, state, folder):
     tokens = settings.windows_per_step() * settings.seq_len
     unseen = f"{len(val_set.tokens):,} for validation" if val_set else "no validation text"
     say(f"device     {device.reason}\n"
-        f"text       {settings.text}: {len(train_set.tokens):,} tokens for training in {len(train_set):,} windows, "
-        f"{unseen}\n"
+        f"text       {train_set.file.text}: {len(train_set.tokens):,} tokens for training in {len(train_set):,} "
+        f"windows, {unseen}\n"
         f"model      {model.weights.flat.size:,} parameters, {model.config}\n"
         f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
         f"folder     {folder}")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,19 +24,29 @@ from hardware import device, ranks
 from nanollm import Config
 from storage.checkpoint import State, check_ended, check_free, last_run, newest_checkpoint, read_trainer
 from storage.files import InputError, file_hash, require
+from storage.texts import gather, with_stdin
+from storage.tokenizer_training import LEAST, cached_tokenizer
 from storage.tokens import encode_prompt, load_tokenizer, vocab_size
 
 COUNT, SIZE = number(int, 1, 10**9), number(int, 1, 10**6)
 POSITIVE, SHARE = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
 RATE = number(float, 0, 1, open_low=True)
+SIZES = {               # other defaults; README says what they were measured to do
+    "tiny": {"embedding_dim": 128, "n_block": 4, "n_head": 4, "hidden_dim": 344, "max_context": 128,
+             "tie_embeddings": True, "batch_size": 16, "learning_rate": 3e-3, "beta2": 0.99, "weight_decay": 0.1,
+             "max_steps": 1000},
+    "small": {"embedding_dim": 256, "n_block": 6, "n_head": 8, "hidden_dim": 688, "max_context": 256,
+              "tie_embeddings": True, "batch_size": 16, "learning_rate": 1e-3, "beta2": 0.99, "weight_decay": 0.1,
+              "max_steps": 2000},
+    "base": {}}
 
 
-def setting(group, default, kind, help, metavar="N", fixed=False):
+def setting(group, default, kind, help, metavar="N", fixed=False, several=False):
     """A field of Settings: its group in the help, its kind (bool, an argparse type or a list of choices), its help
-    text, what the help calls its value, and whether it may not change on --resume.
+    text, what the help calls its value, whether it may not change on --resume, and whether it is a list.
     """
     return dataclasses.field(default=default, metadata={"group": group, "kind": kind, "help": help, "metavar": metavar,
-                                                        "fixed": fixed})
+                                                        "fixed": fixed, "several": several})
 
 
 in_run, in_model = partial(setting, "the run"), partial(setting, "the model", fixed=True)
@@ -47,7 +58,7 @@ class Training:
     """What the Settings of every command that trains can do. They have the fields that these methods name."""
     program, runs = "train.py", "llm"           # what is typed after "python"; where runs go by default, in runs/
     title = "Train a Llama-style language model on a text, from scratch."
-    needed = "--text FILE --tokenizer FILE"
+    needed = "--text FILE"
     paths = "text", "tokenizer", "init_from"
     windows, more = "windows", "--grad-accum, --seq-len or --stride, or give more text"
 
@@ -89,20 +100,33 @@ class Training:
 
     def to_json(self):
         """What trainer.json holds: files by their whole paths, so that a run can be resumed from any folder."""
-        paths = {name: os.path.abspath(getattr(self, name)) for name in self.paths if getattr(self, name)}
+        paths = {name: absolute(getattr(self, name)) for name in self.paths if getattr(self, name)}
         return asdict(self) | paths
+
+
+def absolute(paths):
+    """The whole path, or a list of them; a list of one is that one, as in checkpoints of before."""
+    if isinstance(paths, str):
+        return os.path.abspath(paths)
+    return absolute(paths[0]) if len(paths) == 1 else [absolute(path) for path in paths]
 
 
 @dataclass(frozen=True)
 class Settings(Training):
     """What a training is: the flags of train.py, and what "command" in a checkpoint's trainer.json holds."""
-    text: str | None = in_run(None, cli.path, "the text to learn from, in UTF-8", "FILE")
-    tokenizer: str | None = in_run(None, cli.path, "a Hugging Face tokenizer.json", "FILE")
+    text: Sequence[str] | None = in_run(
+        None, cli.path, "the texts to learn from, in UTF-8: files (.jsonl and .gz, too), folders, patterns, or - for "
+        "standard input", "FILE", several=True)
+    tokenizer: str | None = in_run(
+        None, cli.path, "a Hugging Face tokenizer.json, or a model's folder; default: made from the text", "FILE")
     demo: bool = in_run(False, bool, "train a small model on Python's own documentation: no files needed", fixed=True)
     init_from: str | None = in_run(
         None, cli.path, "start from the weights, shape and tokenizer of this model (fine-tuning), which may be "
         "hf:ORG/NAME, too", "FOLDER", fixed=True)
 
+    size: str = in_model(
+        "base", list(SIZES), "other defaults for all the flags that README lists: tiny learns a book in minutes on two "
+        "cores, small in an hour")
     embedding_dim: int = in_model(Config.embedding_dim, SIZE, "C, the width of the model")
     n_block: int = in_model(Config.n_block, number(int, 1, 1000), "number of transformer blocks")
     n_head: int = in_model(Config.n_head, SIZE, "number of attention heads")
@@ -118,6 +142,13 @@ class Settings(Training):
     tie_embeddings: bool = in_model(False, bool, "use the embedding matrix as the output layer too")
     qk_norm: bool = in_model(False, bool, "normalise each head's queries and keys, as Qwen3 does")
 
+    field: str = in_data("text", cli.text, "the field of a .jsonl's lines that holds a text", "NAME", fixed=True)
+    no_separator: bool = in_data(
+        False, bool, "put nothing between two texts; default: the tokenizer's end-of-text token, or if it has none an "
+        "empty line", fixed=True)
+    vocab_size: int | None = in_data(
+        None, number(int, LEAST, 10**6), "without --tokenizer: most tokens of the one that is made; default: a 500th "
+        "of the text's bytes, as a power of two from 512 to 8192", fixed=True)
     seq_len: int | None = in_data(
         None, SIZE, "tokens in a training window, at most --max-context; default: --max-context, with --init-from "
         "no more than 512", fixed=True)
@@ -179,18 +210,24 @@ class Settings(Training):
                 f"--seq-len {seq_len} is more than the longest context, --max-context {self.max_context}")
         require(stride <= seq_len, f"--stride {stride} is more than a window, {seq_len} tokens: some tokens would be "
                 "skipped")
-        return replace(self, seq_len=seq_len, stride=stride, n_kv_head=self.n_kv_head or self.n_head)
+        tokenizer = self.tokenizer
+        if tokenizer and os.path.isdir(tokenizer):
+            tokenizer = str(Path(tokenizer, "tokenizer.json"))
+        return replace(self, tokenizer=tokenizer, seq_len=seq_len, stride=stride,
+                       n_kv_head=self.n_kv_head or self.n_head)
+
+    def check(self, typed):
+        super().check(typed)
+        require("vocab_size" not in typed or not (self.tokenizer or self.demo),
+                "--vocab-size is for a tokenizer that is made from the text, and there is one already: leave it out, "
+                "or leave out --tokenizer")
 
     def shape(self):
         """The fields of Config that have a flag."""
         return {name: getattr(self, name) for name in SHAPE}
 
-    def hashes(self):
-        """{"text": …, "tokenizer": …}: of the contents of these two files."""
-        return {name: file_hash(getattr(self, name)) for name in ("text", "tokenizer")}
 
-
-SHAPE = [field.name for field in fields(Config) if field.name in Settings.__dataclass_fields__]
+SHAPE = [field.name for field in fields(Config) if field.name in Settings.__dataclass_fields__.keys() - {"vocab_size"}]
 
 
 def flag(name):
@@ -207,7 +244,7 @@ def command_line(kind=Settings):
         parser.begin(group)
         for field in members:
             parser.add(flag(field.name), field.default, field.metadata["kind"], field.metadata["help"],
-                       field.metadata["metavar"])
+                       field.metadata["metavar"], field.metadata["several"])
         if group == "the run":
             parser.add("--artifact-dir", kind=cli.path, metavar="FOLDER",
                        help=f"folder of the run; default: runs/{kind.runs}, then runs/{kind.runs}-2, …")
@@ -227,8 +264,11 @@ def from_json(values, kind=Settings):
     """
     if unknown := values.keys() - {field.name for field in fields(kind)}:
         raise InputError(f"{flag(min(unknown))} is no flag of {kind.program}")
+    lists = {field.name: values[field.name] for field in fields(kind)
+             if field.metadata["several"] and isinstance(values.get(field.name), list)}
     words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in values.items()
-             if value is not None and value is not False]
+             if name not in lists and value is not None and value is not False]
+    words += [word for name, several in lists.items() for word in (flag(name), *map(str, several))]
     return kind(**vars(command_line(kind).parse_args(words)))
 
 
@@ -259,8 +299,17 @@ class Request:
 
     @property
     def tokenizer(self):
-        """The tokenizer.json to read."""
+        """The tokenizer.json to read; None: make one."""
         return self.own_tokenizer or self.settings.tokenizer
+
+    def files(self):
+        """(text, tokenizer.json, how the text was made): the paths of the two files, which are made in this machine's
+        cache unless they were given. Raises InputError.
+        """
+        settings = self.settings
+        given = self.tokenizer and load_tokenizer(self.tokenizer)
+        text, words = gather(settings.text, given, settings.field, not settings.no_separator)
+        return text, self.tokenizer or cached_tokenizer(text, settings.vocab_size), words
 
 
 def read_flags(argv, parser):
@@ -281,14 +330,15 @@ def read_flags(argv, parser):
 def defaults(typed):
     """For a new run: the settings that --demo or --init-from gives in place of Settings' defaults."""
     if typed.get("demo"):
-        if given := [name for name in ("text", "tokenizer", "init_from") if typed.get(name)]:
-            raise InputError(f"--demo brings its own text and tokenizer: leave out {flag(given[0])}")
+        if given := [name for name in ("text", "tokenizer", "init_from", "size") if typed.get(name)]:
+            raise InputError(f"--demo brings its own text, tokenizer and size: leave out {flag(given[0])}")
         return demo.SETTINGS
     if source := typed.get("init_from"):
+        require("size" not in typed, "--init-from brings its own shape: leave out --size")
         check_ended(Path(source))
         shape = asdict(Config.load(source))
         return {name: shape[name] for name in SHAPE} | {"tokenizer": str(Path(source, "tokenizer.json"))}
-    return {}
+    return SIZES[typed.get("size", "base")]
 
 
 def continued(folder, typed, kind=Settings):
@@ -341,18 +391,22 @@ def parse(argv):
     """What train.py does first: `read_flags`, the demo's files, and all checks that need no data. Raises InputError."""
     request = read_flags(argv, command_line())
     settings = request.settings
-    require(settings.demo or (settings.text and settings.tokenizer),
-            "--text FILE and --tokenizer FILE are needed (or --demo, which needs no files)")
+    require(settings.demo or settings.text, "--text FILE is needed (or --demo, which needs no files)")
     if not request.checkpoint:
         check_free(request.folder)
-    if settings.demo and not os.path.isfile(settings.text or ""):
+    if settings.demo and not os.path.isfile((settings.text or [""])[0]):
         text, tokenizer = demo.files()
-        settings = replace(settings, text=text, tokenizer=tokenizer)
-    if request.checkpoint:
-        check_text(settings.text, request.hashes.get("text"))
-    request = replace(request, settings=settings)
-    tokenizer = load_tokenizer(request.tokenizer)
-    return replace(with_opening(request, tokenizer), config=make_config(request, tokenizer),
+        settings = replace(settings, text=[text], tokenizer=tokenizer)
+    request = replace(request, settings=replace(settings, text=with_stdin(settings.text)))
+    text, path, words = files_of(request)
+    tokenizer = load_tokenizer(path)
+    if words != text:
+        say(f"texts      {words}")
+    if not request.tokenizer:
+        say(f"tokenizer  a byte-level BPE of {vocab_size(tokenizer):,} tokens, made from the text")
+    request = with_opening(request, tokenizer)
+    return replace(request, config=make_config(request, tokenizer),
+                   hashes=request.hashes or {"text": file_hash(text), "tokenizer": file_hash(path)},
                    processes=count_processes(request.processes, settings.windows_per_step(), alone=argv is not None))
 
 
@@ -387,15 +441,18 @@ def count_processes(wanted, windows, alone):
     return count
 
 
-def check_text(path, expected):
-    """Raise InputError unless a resumed run has the text that it began with, the one with this hash."""
+def files_of(request):
+    """request.files(). Raises InputError unless a resumed run has the text that it began with."""
+    if not request.checkpoint:
+        return request.files()
     try:
-        found = file_hash(path)
+        files = request.files()
     except InputError as problem:
-        raise InputError(f"--resume: {problem}: say with --text where this run's text is now") from None
-    if found != expected:
-        raise InputError(f"--resume: {path} is not the text that this run began with: give the original with --text, "
-                         "or begin a new run")
+        raise InputError(f"--resume: {problem}; say with --text where this run's text is now") from None
+    require(file_hash(files[0]) == request.hashes.get("text"),
+            f"--resume: {files[0]} is not the text that this run began with: give the original with --text, or begin a "
+            "new run")
+    return files
 
 
 def note_horizon(request, settings, n_window, rate):
@@ -415,7 +472,7 @@ def make_config(request, tokenizer):
     tokenizer None stands for the demo's, which need not have been made yet. Raises InputError.
     """
     settings, source = request.settings, request.source
-    size = vocab_size(tokenizer) if tokenizer else demo.WORDS
+    size = vocab_size(tokenizer) if tokenizer else settings.vocab_size or demo.WORDS
     if not source:
         try:
             return Config(size, **settings.shape())

@@ -267,12 +267,13 @@ def report(config, settings):
 
 def main(argv=None):
     parser = options.command_line()
-    parser.usage = "python -m extras.plan --tokenizer FILE [options]"
+    parser.usage = "python -m extras.plan --tokenizer FILE|--vocab-size N [options]"
     parser.description = "What training with these flags of train.py would take: parameters, FLOPs, memory."
     request = options.read_flags(argv, parser)
     settings = request.settings
-    require(settings.tokenizer or settings.demo,
-            "--tokenizer FILE is needed because the size of its vocabulary counts (or --demo, which has its own)")
+    require(settings.tokenizer or settings.demo or settings.vocab_size,
+            "--tokenizer FILE or --vocab-size N is needed because the size of the vocabulary counts (or --demo, which "
+            "has its own)")
     tokenizer = load_tokenizer(request.tokenizer) if request.tokenizer else None
     config = options.make_config(request, tokenizer)
     print(f"device  {device.reason}\nmodel   {config}\n\n{report(config, settings)}")

@@ -8,7 +8,7 @@ import warnings
 from storage.files import InputError, require
 
 SIGNATURES = {      # how files begin that are not texts
-    b"%PDF-": "a PDF: pdftotext makes a text of it", b"\x1f\x8b": "a gzip archive: unpack it",
+    b"%PDF-": "a PDF: pdftotext makes a text of it", b"\x1f\x8b": "a gzip archive: name it .gz, or unpack it",
     b"PK\x03\x04": "a zip archive, such as a .docx, .odt or .epub: unpack it, or save it as plain text",
     b"BZh91AY&SY": "a bzip2 archive: unpack it", b"\xfd7zXZ\0": "an xz archive: unpack it",
     b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it", b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
@@ -58,16 +58,17 @@ def wide_encoding(head):
 def command(path, encoding, flags=""):
     """The command that writes a UTF-8 copy of a file."""
     name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
-    return f"iconv {flags}-f {encoding} -t UTF-8 {name} > {new}"
+    unpack, source = (f"gunzip -c {name} | ", "") if str(path).lower().endswith(".gz") else ("", f" {name}")
+    return f"{unpack}iconv {flags}-f {encoding} -t UTF-8{source} > {new}"
 
 
-def refuse_bytes(path, at, n_good):
+def refuse_bytes(path, at, n_good, opener=open):
     """Raise InputError for a file that is not UTF-8 at byte `at`: what it is instead, and what helps.
 
     n_good is the number of bytes before `at` that continue a character: UTF-8 with damage has many, other encodings
     have next to none.
     """
-    with open(path, "rb") as file:
+    with opener(path, "rb") as file:
         line = 1 + sum(file.read(min(SAMPLE, at - i)).count(b"\n") for i in range(0, at, SAMPLE))
         sample = file.read(SAMPLE)
         decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode

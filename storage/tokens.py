@@ -47,7 +47,7 @@ def load_tokenizer(path):
 
     It will encode whole texts, always in the same way: truncation, padding and BPE dropout are switched off.
     """
-    remedy = ": give a Hugging Face tokenizer.json (the file, not a model's name)"
+    remedy = ": give a Hugging Face tokenizer.json or the folder with it (not a model's name)"
     path = readable(path, remedy, OTHER_TOKENIZERS)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
@@ -220,14 +220,14 @@ class Decoder:
 
 # ---------------------------------------------------------------- text -> chunks -> ids, in bounded memory
 
-def read_text(path, digest):
+def read_text(path, digest, opener=open):
     """Yield the characters of a UTF-8 text in blocks and feed its bytes to the digest. Raises InputError.
 
     A byte-order mark is dropped; line ends stay as they are.
     """
     offset, n_good, rest = 0, 0, b""
     try:
-        with open(readable(path, ": give a UTF-8 text file"), "rb") as file:
+        with opener(readable(path, ": give a UTF-8 text file"), "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
                 if offset == 0:
@@ -237,13 +237,13 @@ def read_text(path, digest):
                 offset, n_good, rest = offset + used, n_good + used - len(characters), (rest + block)[used:]
         codecs.utf_8_decode(rest, "strict", True)       # a character cut off by the end of the file
     except OSError as error:
-        raise InputError(f"cannot read the text {path} ({error.strerror}): give a UTF-8 text file") from None
+        raise InputError(f"cannot read the text {path} ({error.strerror or error}): give a UTF-8 text file") from None
     except UnicodeDecodeError as error:
         if error.reason == "unexpected end of data":
             raise InputError(f"the text {path} ends inside a character, at byte {offset + error.start}: "
                              "is it the whole file, and UTF-8?") from None
         good = error.object[:error.start]
-        refuse_bytes(path, offset + error.start, n_good + len(good) - len(good.decode()))
+        refuse_bytes(path, offset + error.start, n_good + len(good) - len(good.decode()), opener)
 
 
 def find_cut(encode, text, first, last):
@@ -435,6 +435,34 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanollm")
 
 
+@contextlib.contextmanager
+def writable_cache():
+    """The cache folder, which exists then. Raises InputError if this or the block cannot write there."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as problem:
+        raise InputError(f"cannot write to the cache folder {folder} ({problem.strerror}): set NANOLLM_CACHE to a "
+                         "folder that can be written and has room") from None
+
+
+@contextlib.contextmanager
+def showing(what, total=None):
+    """Yield a function of the number of bytes done: a bar, or a line every 5 seconds, shows it."""
+    shown = time.monotonic()
+    bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+
+    def show(done):
+        nonlocal shown
+        bar.update(done - bar.n)
+        if bar.disable and time.monotonic() > shown + 5:
+            shown = time.monotonic()
+            print(f"{what}: {done / total:.0%}" if total else f"{what}: {done / 1e6:,.0f} MB", file=sys.stderr)
+    with bar:
+        yield show
+
+
 def refuse_short(what, n_token, seq_len):
     if n_token <= seq_len:
         raise InputError(f"{what} has {n_token} tokens, and one window needs {seq_len + 1} (seq_len + 1): "
@@ -445,9 +473,9 @@ def write_tokens(path, text, tokenizer, digest, seq_len):
     """Encode a text into NAME.ids and NAME.json. A bar, or a line every 5 seconds, shows the progress."""
     dtype = np.dtype(np.uint16 if vocab_size(tokenizer) <= 1 << 16 else np.uint32)
     n_token = n_byte = n_character = n_lost = crc = 0
-    is_known, chunks, total, shown = False, [], os.path.getsize(text), time.monotonic()
-    bar = tqdm(desc=f"encoding {text}", total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-    with bar, whole(path) as draft, open(draft, "wb") as file:
+    is_known, chunks = False, []
+    progress = showing(f"encoding {text}", os.path.getsize(text))
+    with progress as show, whole(path) as draft, open(draft, "wb") as file:
         for context, body, ids, lost in encode_text(tokenizer, read_text(text, digest)):
             data = np.array(ids, dtype).tobytes()
             file.write(data)
@@ -456,10 +484,7 @@ def write_tokens(path, text, tokenizer, digest, seq_len):
             n_token, n_byte = n_token + len(ids), n_byte + len(body.encode())
             n_lost, n_character = n_lost + int(lost.sum()), n_character + len(body)
             is_known = is_known or any(not body[i].isspace() for i in np.flatnonzero(~lost))
-            bar.update(n_byte - bar.n)
-            if bar.disable and time.monotonic() > shown + 5:
-                shown = time.monotonic()
-                print(f"encoding {text}: {n_byte / total:.0%}", file=sys.stderr)
+            show(n_byte)
         require(is_known or not n_lost, f"the tokenizer knows no character of the text {text}: give one that was made "
                 "for this language, or a byte-level BPE, which knows every text")
         refuse_short(f"the text {text}", n_token, seq_len)

@@ -57,7 +57,7 @@ def make_input(folder):
 CASES = {
     "no such text": ("--text none.txt", "none.txt", "no such file", "give a"),
     "a text without a byte": ("--text empty.txt", "empty.txt", "is empty", "give a"),
-    "a folder as text": ("--text folder", "folder", "is a folder", "give a"),
+    "a folder as text": ("--text folder", "folder", "has no files", "give one"),
     "Chinese in GB18030": ("--text gb.txt", "gb.txt", "not UTF-8 at byte 4", "iconv -f GB18030 -t UTF-8 gb.txt"),
     "UTF-16": ("--text utf16.txt", "utf16.txt is UTF-16", "iconv -f UTF-16 -t UTF-8"),
     "Latin-1": ("--text latin.txt", "latin.txt", "not UTF-8 at byte 551", "perhaps CP1252", "iconv -f CP1252"),
@@ -66,7 +66,7 @@ CASES = {
     "a character cut off": ("--text half.txt", "half.txt", "ends inside a character, at byte 8"),
     "less than one window": ("--text short.txt", "short.txt", r"\d+ tokens", "needs 9", "give more text or a smaller"),
     "no such tokenizer": ("--tokenizer none.json", "none.json", "no such file", "give a"),
-    "a folder as tokenizer": ("--tokenizer folder", "folder", "is a folder", "give a"),
+    "a folder as tokenizer": ("--tokenizer folder", "folder/tokenizer.json", "no such file", "give a"),
     "broken JSON": ("--tokenizer not.json", "not.json", "not valid JSON", "give a"),
     "JSON of something else": ("--tokenizer other.json", "other.json", "not a tokenizer", "give a"),
     "a list": ("--tokenizer list.json", "list.json", "not a JSON object", "give a"),

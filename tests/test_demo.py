@@ -109,5 +109,5 @@ def test_the_first_command_of_the_readme(monkeypatch):
 def test_a_cache_folder_that_cannot_be_made_is_named_with_the_way_out(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOLLM_CACHE", str(tmp_path / "file/cache"))
-    check(command(train.main, "--demo"), "cannot make the cache folder", "file/cache", "Not a directory",
+    check(command(train.main, "--demo"), "cannot write to the cache folder", "file/cache", "Not a directory",
           "set NANOLLM_CACHE")

@@ -30,7 +30,7 @@ def test_the_first_loss_is_shown_next_to_ln_V_and_the_unigram_entropy(finished):
 
 
 class Windows(list):
-    tokens = range(9)
+    tokens, file = range(9), SimpleNamespace(text="text.txt")
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

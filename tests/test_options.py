@@ -36,9 +36,9 @@ def test_numbers_out_of_range(name, tmp_path):
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.parametrize("flags", [[], ["--text", "text.txt"], ["--tokenizer", "tokenizer.json"]])
-def test_text_and_tokenizer_are_needed(flags, tmp_path):
-    check(command(train.main, *flags), "--text FILE and --tokenizer FILE are needed", "--demo")
+@pytest.mark.parametrize("flags", [[], ["--tokenizer", "tokenizer.json"]])
+def test_a_text_is_needed(flags, tmp_path):
+    check(command(train.main, *flags), "--text FILE is needed", "--demo")
     assert snapshot(tmp_path) == {}
 
 
@@ -97,3 +97,19 @@ def test_tf32_reaches_the_device_and_is_kept_by_a_resumed_run(files, monkeypatch
     assert not device.tf32_products
     train.main(["--resume", "--max-steps", "2", "--artifact-dir", "run"])
     assert device.tf32_products
+
+
+@pytest.mark.parametrize("size", options.SIZES)
+def test_a_size_sets_defaults_and_what_is_typed_wins(size):
+    typed = {"text": ["text.txt"], "size": size}
+    settings = options.Settings(**(options.defaults(typed) | typed)).complete()
+    assert options.SIZES[size].items() <= vars(settings).items()
+    words = ["--text", "text.txt", "--size", size, "--n-block", "1", "--learning-rate", "0.5"]
+    settings = options.read_flags(words, options.command_line()).settings
+    assert (settings.n_block, settings.learning_rate, settings.size) == (1, 0.5, size)
+    assert settings.hidden_dim == options.SIZES[size].get("hidden_dim", options.Settings().hidden_dim)
+
+
+@pytest.mark.parametrize("flags", ["--demo", "--init-from run"])
+def test_a_size_next_to_what_brings_its_own_is_refused(flags):
+    check(command(train.main, *flags.split(), "--size", "tiny"), "leave out --size")

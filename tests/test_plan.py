@@ -175,7 +175,7 @@ def test_a_model_to_start_from_brings_its_shape(tmp_path, quick):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ([], "--tokenizer FILE is needed"),
+    ([], "--tokenizer FILE or --vocab-size N is needed"),
     (["--tokenizer", "no/such.json"], "there is no such file"),
     (["--tokenizer", "TOKENIZER", "--seq-len", "600"], "longest context"),
     (["--tokenizer", "TOKENIZER", "--n-head", "3"], "multiple of twice --n-head"),

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import train
 from autograd import ACTIVATIONS
@@ -22,6 +21,7 @@ from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
 from storage.files import InputError, file_hash
+from storage.tokenizer_training import byte_bpe
 from train import Adam
 
 SENTENCES = ("the cat sat on the mat. ", "a dog ran to the cat! ", "the mat is red, ", "却说孙悟空一个筋斗云。",
@@ -38,11 +38,7 @@ def make_text(path, sentences=90, seed=0):
 
 def make_tokenizer(path, words=290, special=()):
     """A byte-level BPE, so that a Chinese character is several tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=words, show_progress=False,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(special)))
-    bpe.save(str(path))
+    byte_bpe(SENTENCES, words, special).save(str(path))
     return path
 
 
