@@ -36,7 +36,7 @@ from contextvars import ContextVar
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from hardware import device
+from hardware import device, formulas
 from hardware.random_bits import drop
 
 # ---------------------------------------------------------------- the engine
@@ -76,7 +76,7 @@ class Tensor:
     the array dLoss/ddata; further backward passes add to it until it is cleared.
     Raises TypeError for requires_grad=True on numbers that are not floats.
     """
-    __slots__ = ("data", "requires_grad", "grad", "_node")
+    __slots__ = ("data", "requires_grad", "grad", "half", "_node")
     __array_ufunc__ = None              # array * tensor: NumPy must leave it to the tensor
     shared = False                      # a leaf owns its grad: add to it in place
     shape = property(lambda self: self.data.shape)
@@ -86,7 +86,7 @@ class Tensor:
         self.data = device.xp.asarray(data)
         if requires_grad and self.data.dtype.kind in "biu":         # bool, int, unsigned
             raise TypeError(f"requires_grad needs floating-point data, not {self.data.dtype}")
-        self.requires_grad, self.grad, self._node = requires_grad, None, None
+        self.requires_grad, self.grad, self.half, self._node = requires_grad, None, None, None
 
     def __repr__(self):
         return f"Tensor({self.data}{', requires_grad=True' if self.requires_grad else ''})"
@@ -197,7 +197,7 @@ def _unbroadcast(gradient, shape):
 _t = lambda x: x.swapaxes(-1, -2)       # xᵀ
 # Sums, exponentials and normalisations of half precision are computed in float32.
 _wide_dtype = lambda x: np.dtype(np.float32) if x.dtype.itemsize == 2 else x.dtype
-_wide = lambda x: x.astype(np.float32) if x.dtype.itemsize == 2 else x
+_wide = device.wide
 _total = lambda x, axis, keepdims=False: x.sum(
     axis, dtype=_wide_dtype(x), keepdims=keepdims).astype(x.dtype, copy=False)
 
@@ -389,10 +389,10 @@ def linear(x, w):
     Mixed precision: w is rounded to x's type for the product; w itself and dw stay float32, because
     half precision would lose updates far below w's size.  (Micikevicius et al. 2018, §3.1)
     """
-    rows, weight, shape = _rows(x.data), w.data, x.shape
+    rows, weight, shape = _rows(x.data), device.rounded(w, x.dtype), x.shape
     def backward(dout):
         dout = _rows(dout)
-        dx = device.matmul(dout, weight.astype(dout.dtype, copy=False)).reshape(shape)
+        dx = device.matmul(dout, weight).reshape(shape)
         return dx, lambda dw: device.matmul(_t(dout), rows, out=dw, accumulate=True)
     return record(device.linear(rows, weight).reshape(*shape[:-1], len(weight)), (x, w), backward)
 
@@ -485,43 +485,49 @@ def rmsnorm_plain(x, w, eps=1e-6):
 def rmsnorm(x, w, eps=1e-6):
     """`rmsnorm_plain`, a block of rows at a time.
 
-    Besides x only r is kept, one number per row: dx in the form with mean(dn * x) needs
-    no n, and dw = rᵀ @ (dout * x) is one matrix product.
+    Besides x only q = sum(x²) is kept, one number per row, from which each formula gets its r.
+    With g = dout * x * r:   dx = dout * w * r - x * r² mean(g * w),   dw = sum over rows of g
     """
-    rows, weight, shape, C = _rows(x.data), w.data, x.shape, x.shape[-1]
-    r = device.xp.empty((len(rows), 1), _wide_dtype(x))
-    out = device.xp.empty(rows.shape, x.dtype)
+    rows, weight, shape, number = _rows(x.data), w.data, x.shape, _wide_dtype(x).type
+    C, eps, out = number(shape[-1]), number(eps), device.xp.empty(rows.shape, x.dtype)
 
     def forward(part):
-        xs = _wide(rows[part])
-        r[part] = 1 / device.xp.sqrt(device.row_dot(xs, xs) / C + eps)
-        _times(xs, r[part], weight, out[part])
-    _sweep_rows(forward, *rows.shape)
+        xs = device.loaded(rows[part])
+        q = device.row_dot(xs, xs)
+        _rmsnorm(xs, q, weight, C, eps, out[part])
+        return q
+    q = device.joined(_sweep_rows(forward, *rows.shape))
 
     def backward(dout):
-        dout, dx, dw = _rows(dout), device.xp.empty_like(rows), device.xp.zeros_like(weight)
+        dout, dx = _rows(dout), device.xp.empty_like(rows)
         def block(part):
-            xs, dout_, r_ = _wide(rows[part]), _wide(dout[part]), r[part]
-            dn = dout_ * weight
-            along = device.row_dot(dn, xs) / C * r_ * r_ * r_           # r³ mean(dn * x)
-            _scale_and_add(dn, r_, xs, -along)
-            dx[part] = dn
-            return device.matmul(_t(r_), dout_ * xs)[0]                 # this block's share of dw
-        for share in _sweep_rows(block, *rows.shape):
-            dw += share
-        return dx.reshape(shape), dw
+            xs, dout_, q_ = device.loaded(rows[part]), device.loaded(dout[part]), q[part]
+            g = _g(xs, q_, dout_, C, eps)
+            _rmsnorm_dx(xs, q_, dout_, weight, device.row_dot(g, weight), C, eps, dx[part])
+            return g.sum(0)                                             # this block's share of dw
+        shares = _sweep_rows(block, *rows.shape)
+        return dx.reshape(shape), lambda dw: device.add_each(dw, shares)
     return record(out.reshape(shape), (x, w), backward)
 
 
-@device.fuse
-def _times(a, b, c, out):
-    out[...] = a * b * c
+_r = lambda q, C, eps: 1 / device.xp.sqrt(q / C + eps)
+_rmsnorm = device.written(lambda x, q, w, C, eps: x * _r(q, C, eps) * w)
 
 
 @device.fuse
-def _scale_and_add(x, a, y, b):         # x becomes x a + y b
-    x *= a
-    x += y * b
+def _g(x, q, dout, C, eps):
+    g = _wide(dout) * x
+    g *= _r(q, C, eps)
+    return g
+
+
+@device.fuse
+def _rmsnorm_dx(x, q, dout, w, dot, C, eps, dx):        # dot = sum(g * w)
+    r = _r(q, C, eps)
+    dn = dout * w
+    dn *= r
+    dn -= x * (dot / C * r * r)
+    dx[...] = dn
 
 
 def rope(x, cos, sin):
@@ -538,19 +544,8 @@ def rope(x, cos, sin):
     >>> rope(Tensor([[1.0, 2.0, 3.0, 4.0]]), cos, sin).data.tolist()    # (1, 3) -> (-3, 1), …
     [[-3.0, -4.0, 1.0, 2.0]]
     """
-    return record(_rotate(x.data, cos, sin), (x,), lambda dout: (_rotate(dout, cos, -sin),))
-
-
-def _rotate(x, cos, sin):                       # x cos + (x₂, x₁) (-sin, sin)
-    out, half = x.copy(), x.shape[-1] // 2
-    heads = out.reshape(-1, *x.shape[-2:])      # (N, T, D), a view
-    sin = device.xp.concatenate((-sin[:, :half], sin[:, half:]), -1)
-    def block(part):
-        xs = heads[part]
-        swapped = device.xp.concatenate((xs[..., half:], xs[..., :half]), -1)
-        _scale_and_add(xs, cos, swapped, sin)
-    _sweep_rows(block, len(heads), heads[0].size)
-    return out
+    return record(formulas.rotate(x.data, cos, sin), (x,),
+                  lambda dout: (formulas.rotate(dout, cos, sin, back=True),))
 
 
 # ---------------------------------------------------------------- gated linear units
@@ -668,17 +663,14 @@ def attention_plain(q, k, v):
     return record(p @ v, inputs, backward)
 
 
-_QUERIES = 128          # queries in a block
+_QUERIES = 128          # queries in a block on a CPU
 _SCORES = 1 << 16       # scores in a block on a CPU: several passes go over it, in the cache
 
 
-def _query_blocks(T, S):
-    """Yield (t, end): a slice of queries, and the number of keys that its last query may see.
-
-    The longest comes first: CuPy gives memory that it has taken back only to what is no larger.
-    """
-    for start in reversed(range(0, T, _QUERIES)):
-        stop = min(start + _QUERIES, T)
+def _query_blocks(T, S, size):
+    """Yield (t, end): a slice of queries, and the number of keys that its last query may see."""
+    for start in reversed(range(0, T, size)):       # CuPy reuses memory only for what is no larger
+        stop = min(start + size, T)
         yield slice(start, stop), S - T + stop
 
 
@@ -704,47 +696,52 @@ def attention(q, k, v):
     ks, vs = (x.data.reshape(B * K, S, D) for x in (k, v))
     out = xp.empty(qs.shape, dtype)
     L = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None
-    heads = _SCORES // (G * min(_QUERIES, T) * S)       # in a block
+    queries = min(device.rows_at_once(B * H * S, _QUERIES, _QUERIES), T)    # in a block
+    heads, scale = _SCORES // (G * queries * S), D ** -0.5
     merged = lambda x: x.reshape(len(x), -1, x.shape[-1])           # (h, G, n, D) -> (h, G·n, D)
     split = lambda x: x.reshape(len(x), G, -1, x.shape[-1])         # and back
     product = lambda a, b, **into: device.matmul(a.astype(dtype, copy=False), b, **into)
 
-    def scores(h, t, end):                  # q/√D (h, G·n, D) and the masked s (h, G·n, end)
-        q_scaled = (merged(qs[h, :, t]) * D ** -0.5).astype(dtype, copy=False)
-        s = product(q_scaled, _t(ks[h, :end]), dtype=wide)
+    def scores(h, t, end):                  # q (h, G·n, D) and the masked s (h, G·n, end)
+        q = merged(qs[h, :, t])
+        s = product(q, _t(ks[h, :end]), dtype=wide, scale=scale)
         n = t.stop - t.start                # The causal mask: the n queries stand at the last n of
         if n > 1:                           # `end` positions, so only keys there can be later.
-            split(s)[..., end - n:] += _future(xp, n, wide)         # split(s) is a view
-        return q_scaled, s
+            latest = split(s)[..., end - n:]        # a view
+            latest += _future(xp, n, wide)
+        return q, s
 
     def forward(h):
-        for t, end in _query_blocks(T, S):
-            _, s = scores(h, t, end)
-            top = s.max(-1, keepdims=True)
-            s -= top
-            p = xp.exp(s, out=s)                # softmax without the division by its row sums:
+        for t, end in _query_blocks(T, S, queries):
+            _, p = scores(h, t, end)
+            top = p.max(-1, keepdims=True)
+            formulas.exp_less(p, top)           # softmax without the division by its row sums:
             total = p.sum(-1, keepdims=True)    # p @ v has D numbers a row to divide, p has `end`
-            out[h, :, t] = split(product(p, vs[h, :end], dtype=wide) / total)
+            pv = product(p, vs[h, :end], dtype=wide)
+            formulas.quotient(split(pv), split(total), out[h, :, t])
             if L is not None:
-                L[h, :, t] = split(top + xp.log(total))
+                formulas.plus_log(split(top), split(total), L[h, :, t])
     device.sweep(forward, B * K, heads)
 
     def backward(dout):
         dout = dout.reshape(qs.shape)
-        dq, dk, dv = xp.empty(qs.shape, dtype), xp.zeros(ks.shape, wide), xp.zeros(vs.shape, wide)
+        summed = dtype if queries == T else wide                # dk and dv, over the blocks
+        dq, dk, dv = (xp.empty(x.shape, to) for x, to in ((qs, dtype), (ks, summed), (vs, summed)))
 
         def block(h):
-            for t, end in _query_blocks(T, S):
-                q_scaled, s = scores(h, t, end)
-                s -= merged(L[h, :, t])
-                p = xp.exp(s, out=s)
-                d = merged(dout[h, :, t])
-                product(_t(p), d, out=dv[h, :end], accumulate=True)
-                ds = product(d, _t(vs[h, :end]), dtype=wide)    # dp
-                ds -= device.row_dot(p, ds)                     # dp - δ
-                ds *= p
-                dq[h, :, t] = split(product(ds, ks[h, :end], dtype=wide) * D ** -0.5)
-                product(_t(ds), q_scaled, out=dk[h, :end], accumulate=True)
+            for t, end in _query_blocks(T, S, queries):         # the first one sees all keys
+                q, p = scores(h, t, end)
+                formulas.exp_less(p, merged(L[h, :, t]))
+                d, add = merged(dout[h, :, t]), t.stop < T
+                product(_t(p), d, out=dv[h, :end], accumulate=add)
+                dp = product(d, _t(vs[h, :end]), dtype=wide)
+                formulas.less_times(dp, device.row_dot(p, dp), p)       # p (dp - δ)
+                ds = dp.astype(dtype, copy=False)
+                if G == 1 or queries == T:
+                    product(ds, ks[h, :end], out=merged(dq[h, :, t]), scale=scale)      # a view
+                else:
+                    dq[h, :, t] = split(product(ds, ks[h, :end], scale=scale))
+                product(_t(ds), q, out=dk[h, :end], accumulate=add, scale=scale)
         device.sweep(block, B * K, heads)
         dk, dv = (x.astype(dtype, copy=False).reshape(B, K, S, D) for x in (dk, dv))
         return dq.reshape(B, H, T, D), dk, dv
@@ -808,36 +805,30 @@ def cross_entropy(logits, targets):
     return record((L[:, 0] - z[target]).mean(), (logits,), backward)
 
 
-_LOGITS = 3 << 22       # elements of a block of logits: 48 MB in float32
+_LOGITS = 3 << 22       # elements of a block of logits on a CPU: 48 MB in float32
 
 
 def logit_blocks(rows, weight):
     """Yield (slice, rows[slice] @ weightᵀ); the next overwrites it. If N allows, 64 rows."""
     N, V = len(rows), len(weight)
-    size = max(_LOGITS // V, 64)
+    size = device.rows_at_once(V, _LOGITS // V, 64)
     logits = device.xp.empty((min(size, N), V), _wide_dtype(rows))
     for start in range(0, N, size):
         part = slice(start, min(start + size, N))
         yield part, device.linear(rows[part], weight, out=logits[:part.stop - start])
 
 
-def loss_of_rows(z, targets, dz=None):
-    """The loss L - z_y of each row of z (N, V). dz, if given, becomes p - onehot; it may be z."""
-    losses = device.xp.empty(len(z), _wide_dtype(z))
-
+def loss_of_rows(z, targets, losses, dz=False):
+    """Write the loss L - z_y of each row of z (N, V) to losses (N,). With dz, z becomes p - onehot."""
     def block(part):
-        target = device.xp.arange(part.stop - part.start), targets[part]
-        s = _wide(z[part])
-        s = s - s.max(-1, keepdims=True)
-        losses[part] = -s[target]
-        p = device.xp.exp(s, out=s)
+        p, target = z[part] if dz else z[part].copy(), targets[part]
+        top, own = p.max(-1, keepdims=True), formulas.at(p, target)
+        formulas.exp_less(p, top)
         total = p.sum(-1, keepdims=True)
-        losses[part] += device.xp.log(total[:, 0])
-        if dz is not None:
-            device.xp.divide(p, total, out=dz[part])
-            dz[part][target] -= 1
+        formulas.less_plus_log(top[:, 0], own, total[:, 0], losses[part])
+        if dz:
+            formulas.divide_less_one(p, total, target)
     _sweep_rows(block, *z.shape)
-    return losses
 
 
 def linear_cross_entropy(x, w, targets):
@@ -854,21 +845,21 @@ def linear_cross_entropy(x, w, targets):
     is within ±1, so 2¹⁵ dz, which is rounded instead, still fits (the largest float16 is 65504).
     """
     rows, shape, dtype, wide = _rows(x.data), x.shape, x.dtype, _wide_dtype(x)
-    N, V, weight = len(rows), len(w.data), w.data.astype(dtype, copy=False)
+    N, V, weight = len(rows), len(w.data), device.rounded(w, dtype)
     lift = 1 if dtype == wide else 2.0 ** 15
     targets = device.as_ids(targets, V).reshape(-1)
     losses, keep = device.xp.empty(N, wide), recording(x, w)
     if keep:
         dx, dw = device.xp.empty(rows.shape, wide), device.xp.zeros(weight.shape, w.dtype)
     for part, z in logit_blocks(rows, weight):
-        losses[part] = loss_of_rows(z, targets[part], z if keep else None)
+        loss_of_rows(z, targets[part], losses[part], keep)
         if keep:
-            dz = z if dtype == wide else (z * lift).astype(dtype)
+            dz = z if dtype == wide else formulas.scaled(z, wide.type(lift), dtype)
             device.matmul(dz, weight, out=dx[part])
             device.matmul(_t(dz), rows[part], out=dw, accumulate=True)
 
     def backward(dout):
         scale = dout / (N * lift)
-        dx_scaled = (dx * scale).astype(dtype, copy=False).reshape(shape)
-        return dx_scaled, lambda total: device.add_scaled(total, dw, scale)
+        dx_scaled = formulas.scaled(dx, scale, dtype).reshape(shape)
+        return dx_scaled, lambda total: formulas.add_scaled(total, dw, scale)
     return record(losses.mean(), (x, w), backward)

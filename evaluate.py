@@ -37,8 +37,8 @@ def token_losses(x, w, targets, ranked=False):
     targets = device.as_ids(targets, V).reshape(-1)
     losses = device.xp.empty(len(rows), np.promote_types(x.dtype, np.float32))
     places = device.xp.empty(len(rows), np.int64)
-    for part, z in logit_blocks(rows, w.data):
-        losses[part] = loss_of_rows(z, targets[part])
+    for part, z in logit_blocks(rows, device.rounded(w, rows.dtype)):
+        loss_of_rows(z, targets[part], losses[part])
         if ranked:
             places[part] = ranks_of(z, targets[part])
     return losses.reshape(shape), places.reshape(shape) if ranked else None

@@ -154,7 +154,7 @@ class Parameters:
         self.flat = device.xp.ones(ends[-1], dtype)
         self.grad = device.xp.zeros(ends[-1], dtype) if trainable else None
         self.n_matrix = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
-        self.own, self._tensors = slice(0, ends[-1]), []
+        self.own, self._tensors, self._half = slice(0, ends[-1]), [], None
 
     def views(self, array):
         """{name: view} of an array laid out like `flat`, such as `grad` or Adam's moments."""
@@ -175,6 +175,18 @@ class Parameters:
         self.flat, self.grad, self.own = flat, grad, own
         for name, tensor in self._tensors:
             tensor.data, tensor.grad = (self._view(x, name, tensor.shape) for x in (flat, grad))
+
+    def round(self, dtype):
+        """Let every product use the weights in half precision, rounded here, once for all of them.
+
+        With a dtype that is not half precision they use the weights themselves again.
+        """
+        if self._half is None or self._half.dtype != dtype:
+            self._half = device.xp.empty(self.n_matrix if dtype.itemsize == 2 else 0, dtype)
+            for name, tensor in self._tensors:
+                half = self._half.size and len(tensor.shape) > 1
+                tensor.half = self._view(self._half, name, tensor.shape) if half else None
+        device.cast(self.flat, self._half)
 
     def _view(self, array, name, shape):
         start = self.starts[name]
@@ -294,12 +306,10 @@ class NanoLLM:
         if config.qkv_bias:
             heads = heads + cast(block.bias, x.dtype)
         heads = heads.reshape(B, T, H + 2 * K, D).transpose(0, 2, 1, 3)     # (B, H + 2K, T, D)
+        q, k = heads[:, :H], heads[:, H:H + K]
         if config.qk_norm:
-            q = rope(rmsnorm(heads[:, :H], block.q_norm, config.eps), cos, sin)
-            k = rope(rmsnorm(heads[:, H:H + K], block.k_norm, config.eps), cos, sin)
-        else:
-            rotated = rope(heads[:, :H + K], cos, sin)          # the same for all, so in one call
-            q, k = rotated[:, :H], rotated[:, H:]
+            q, k = rmsnorm(q, block.q_norm, config.eps), rmsnorm(k, block.k_norm, config.eps)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
         v = heads[:, H + K:]
         if cache is not None:
             k, v = cache.extend(i, k, v)                                    # (B, K, S, D)
@@ -322,6 +332,8 @@ class NanoLLM:
         p and key: see `loss`. Raises IndexError for an id outside the vocabulary, ValueError for
         more positions than max_context.
         """
+        if self.trainable and (cache is None or not cache.length):
+            self.weights.round(self.compute_dtype)
         h = embedding(self.embed, ids)
         end = h.shape[1] + (0 if cache is None else cache.length)
         if end > self.config.max_context:

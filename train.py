@@ -108,7 +108,7 @@ def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, 
 def gradient_norm(model, team=ranks.ALONE):
     """The Euclidean norm of the whole gradient, √(sum of all squares), a float."""
     g = model.weights.grad[model.weights.own]
-    squares = device.sweep(lambda s: g[s] @ g[s], g.size, 1 << 18)
+    squares = device.sweep(lambda s: device.sum_of_squares(g[s]), g.size, 1 << 18)
     return math.sqrt(team.sum(sum(float(square) for square in squares)))
 
 

@@ -10,7 +10,7 @@ less. So the peak is at one of a few moments (`moments`), each of which needs so
 a product's float32 copies (half precision on a CPU), the logits.
 
 The plan leaves out:
-- attention's mask of 64 KB, Python's own objects and BLAS's buffers;
+- attention's mask (64 KB, on a GPU 4 T² bytes), Python's own objects and BLAS's buffers;
 - gaps between arrays, which an allocator cannot use again: some per cent;
 - the encoding of a text that is not in the token cache yet. It happens before training, a million characters at a time,
   and takes 140 MB if every character is a token;
@@ -61,15 +61,16 @@ def kept_by_a_block(config, B, size):
     C, F, H, K = config.embedding_dim, config.hidden_dim, config.n_head, config.n_kv_head
     q, kv = H * config.head_dim, K * config.head_dim
     is_view = B == 1 or K == 1                      # v, reshaped to (B K, T, D), still is a slice of all of q, k, v
-    norms = [("rmsnorm of q, k", "its inputs q and k", size * (q + kv)), ("rmsnorm of q, k", "1/rms", WIDE * (H + K))]
-    return [("rmsnorm", "its input h", size * C), ("rmsnorm", "1/rms", WIDE),
+    norms = [("rmsnorm of q, k", "its inputs q and k", size * (q + kv)),
+             ("rmsnorm of q, k", "sums of squares", WIDE * (H + K))]
+    return [("rmsnorm", "its input h", size * C), ("rmsnorm", "sum of squares", WIDE),
             ("linear q, k, v", "its input", size * C),
             *(norms if config.qk_norm else []),
             ("attention", "q", size * q), ("attention", "k", size * kv),
             ("attention", "v", size * (q + 2 * kv if is_view else kv)),
             ("attention", "log-sum-exp", WIDE * H),
             ("linear o", "its input", size * q),
-            ("second rmsnorm", "its input h", size * C), ("second rmsnorm", "1/rms", WIDE),
+            ("second rmsnorm", "its input h", size * C), ("second rmsnorm", "sum of squares", WIDE),
             ("linear gate, up", "its input", size * C),
             ("glu", "gate, up", size * 2 * F),
             ("linear down", "its input", size * F)]
@@ -95,8 +96,7 @@ def product(m, k, n, size, into=None):
 
 def linear_backward(N, C, F, size):
     """Bytes that the backward of linear, (N, C) -> (N, F), takes and gives back: for dx, and then for dw."""
-    half = 2 * F * C if size == 2 else 0        # w, rounded
-    return max(half + product(N, F, C, size), product(F, N, C, size, "sum"))
+    return max(product(N, F, C, size), product(F, N, C, size, "sum"))
 
 
 def swept(elements, on_gpu, on_cpu, block=autograd._CACHE):
@@ -130,14 +130,14 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
     h, block = N * size * C, N * sum(width for *_, width in table)
     below = 16 * N + (config.n_block - 1) * (h if recompute else block)         # x and y, and what other blocks keep
 
-    rows = min(N, max(autograd._LOGITS // V, 64))       # that have their logits at the same time
+    rows = min(N, device.rows_at_once(V, autograd._LOGITS // V, 64))    # that have their logits at the same time
     rounded = 2 * rows * V if half else 0
-    kept = below + (h if recompute else block) + h + WIDE * N                   # the last norm's input and 1/rms
+    kept = below + (h if recompute else block) + h + WIDE * N                   # the last norm's input and sums
     loss = {"dx": WIDE * N * C, "dw": WIDE * V * C}
     result = {
         "loss": {"activations": kept, "hidden state": h, "logits": WIDE * rows * V, **loss,
-                 "temporary": (2 * V * C if half else 0) + max(
-                     product(rows, C, V, size, "float32"), swept(rows * V, 1, 1),
+                 "temporary": max(
+                     product(rows, C, V, size, "float32"),
                      rounded + product(rows, V, C, size, "float32"), rounded + product(V, rows, C, size, "sum"))},
         "its backward": {"activations": kept, **loss, "dx / N": WIDE * N * C + (h if half else 0)}}
 
@@ -148,7 +148,9 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
                 "the block's output": h if recompute else 0}
 
     # What an op keeps, and its dout, outlive its backward by one: until the next op has made its gradients.
-    group = config.n_head // config.n_kv_head * min(autograd._QUERIES, T) * T   # scores of a key/value head
+    queries = min(device.rows_at_once(B * config.n_head * T, autograd._QUERIES, autograd._QUERIES), T)
+    group = config.n_head // config.n_kv_head * queries * T                     # scores of a key/value head
+    summed = size if queries == T else WIDE                                     # dk and dv
     dropped = h if dropout else 0
     if dropout:
         result["backward of dropout"] = until("linear down") | {
@@ -160,10 +162,11 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
         "backward of linear gate, up": until("linear gate, up") | {
             "dgate, dup": N * size * 2 * F, "dx": h, "temporary": linear_backward(N, C, 2 * F, size)},
         "backward of second rmsnorm": until("linear gate, up") | {
-            "dgate, dup": N * size * 2 * F, "dout": h, "dx": h, "temporary": swept(N * C, 3, 4)},
+            "dgate, dup": N * size * 2 * F, "dout": h, "dx": h, "temporary": swept(N * C, 1, 4)},
         "backward of attention": until("attention") | {
-            "dout, twice": 2 * q, "dq, dk, dv": q + N * WIDE * 2 * kv,
-            "temporary": swept(B * config.n_kv_head * group, 3, 3, max(autograd._SCORES // group, 1) * group)}}
+            "dout, twice": 2 * q, "dq, dk, dv": q + N * summed * 2 * kv,
+            "temporary": swept(B * config.n_kv_head * group, 3 if half else 2, 3,
+                               max(autograd._SCORES // group, 1) * group)}}
 
 
 # ---------------------------------------------------------------- the process and the device
@@ -228,7 +231,8 @@ def report(config, settings):
     kept = kept_by_a_block(config, B, size)
     count, share, (room, where) = parameters(config), fixed_share(), available()
     n = sum(count.values())
-    fixed = {"weights": WIDE * n, "gradients": WIDE * n, "Adam's moments": 2 * WIDE * n,
+    half = 2 * (n - count["norms"]) if size == 2 else 0
+    fixed = {"weights": WIDE * n, "weights, rounded": half, "gradients": WIDE * n, "Adam's moments": 2 * WIDE * n,
              "Python and libraries": share}
 
     def step(B):

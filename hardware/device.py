@@ -7,7 +7,6 @@ All other files use `device.xp`, which is NumPy or CuPy, and these helpers:
     fuse(formula)    an elementwise formula: one compiled kernel on a GPU, itself on a CPU
     row_dot(a, b)    sum(a * b) along the last axis
     add_rows(...)    out[ids[i]] += rows[i]
-    add_scaled(...)  out += x * scale
     as_ids(ids, n)   token ids on the device, checked
     linear(x, w)     x @ wᵀ for a weight that is an array or a matrix in 8 or 4 bits
     to_host(array)   the array as NumPy has it, on the host
@@ -265,6 +264,17 @@ def sweep(f, n, block):
     return results
 
 
+def joined(parts):
+    """The rows (n, 1) that each call of a sweep returned, in one array."""
+    return parts[0] if len(parts) == 1 else xp.concatenate(parts or [xp.empty((0, 1))])
+
+
+def add_each(out, arrays):
+    """out += array, for each of them in turn."""
+    for array in arrays:
+        out += array
+
+
 def add_rows(out, ids, rows):
     """out[ids[i]] += rows[i] for every i: ids (N,) may repeat, rows (N, C). (On a GPU in no fixed order.)"""
     if on_gpu:
@@ -276,25 +286,13 @@ def add_rows(out, ids, rows):
         out[ids[starts]] += np.add.reduceat(rows[order], starts)
 
 
-def add_scaled(out, x, scale):
-    """out += x * scale, (N, C) each."""
-    def block(rows):
-        out[rows] += x[rows] * scale
-    sweep(block, len(x), (1 << 16) // x.shape[1])
-
-
-def row_dot(a, b):
-    """sum(a * b) along the last axis, (..., n) -> (..., 1): on a CPU without ever holding a * b."""
-    return (a * b).sum(-1, keepdims=True) if on_gpu else np.vecdot(a, b)[..., None]
-
-
 def fuse(formula):
     """Decorate an elementwise formula that changes some of its arguments, arrays, in place.
 
     On a GPU CuPy compiles it into one kernel: one pass over memory instead of one for each operator.
     On a CPU it runs as it stands; call it on the rows of a `sweep`, so that its passes stay in the cache.
     """
-    kernels = {}                                # a test may have a card and its stand-in in one process
+    kernels = {}                                # of each library: tests also have one that only seems to be CuPy
 
     def call(*arrays):
         if not on_gpu:
@@ -303,14 +301,64 @@ def fuse(formula):
             kernels[xp] = xp.fuse(formula)
         return kernels[xp](*arrays)
 
-    call.formula = formula
+    call.formula, call.kernels = formula, kernels
     return call
+
+
+def written(formula):
+    """The elementwise formula as a fused one that writes its result to its last argument."""
+    def write(*arrays):
+        arrays[-1][...] = formula(*arrays[:-1])
+    return fuse(write)
+
+
+BLOCK = 1 << 24         # elements of a GPU's largest temporary: 64 MB of float32
+
+
+def rows_at_once(width, on_cpu, least):
+    """How many rows of `width` elements are computed at once: on a GPU those of a BLOCK; at least `least`."""
+    return max(BLOCK // width if on_gpu else on_cpu, least)
+
+
+def cast(x, out):
+    """out[...] = x, vectors, out perhaps of another type and shorter."""
+    def block(s):
+        out[s] = x[s]
+    sweep(block, out.size, 1 << 17)
+
+
+def wide(x):
+    """x, or its float32 if it is of half precision."""
+    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
+
+
+def loaded(x):
+    """x as formulas read it: on a CPU half precision becomes float32 once, a GPU's kernels widen what they read."""
+    return x if on_gpu else wide(x)
+
+
+def row_dot(a, b):
+    """sum(a * b) along the last axis, (..., n) -> (..., 1), without ever holding a * b."""
+    return (_row_dot(a, b) if on_gpu else np.vecdot(a, b))[..., None]
+
+
+@fuse
+def _row_dot(a, b):
+    return xp.sum(wide(a) * b, axis=-1)
+
+
+def sum_of_squares(g):
+    """The sum of all g² of a vector, as a 0-d array."""
+    if not on_gpu:
+        return g @ g
+    rows = g.reshape(-1, math.gcd(g.size, 1 << 12))     # one kernel cannot sum everything and keep the card busy
+    return row_dot(rows, rows).sum()
 
 
 # ---------------------------------------------------------------- the matrix product
 
-def matmul(a, b, out=None, accumulate=False, dtype=None):
-    """a (..., m, k) @ b (..., k, n) -> (..., m, n), written into `out`, or added to it with accumulate=True.
+def matmul(a, b, out=None, accumulate=False, dtype=None, scale=1):
+    """scale · a (..., m, k) @ b (..., k, n) -> (..., m, n), written into `out`, or added to it with accumulate=True.
 
     Transposed views are not copied. a and b have equal leading axes, or none at all. Half precision is multiplied and
     summed as float32, and rounded once, unless `out` or `dtype` is float32.
@@ -322,9 +370,9 @@ def matmul(a, b, out=None, accumulate=False, dtype=None):
         if not accumulate:
             out[...] = 0
     elif on_gpu:
-        _cublas(a, b, out, accumulate)
+        _cublas(a, b, out, accumulate, scale)
     else:
-        _blas(a, b, out, accumulate)
+        _blas(a, b, out, accumulate, scale)
     return out
 
 
@@ -340,10 +388,12 @@ _FEW = 3                # rows: fewer take as long as this number, because readi
 _TILE = 1 << 19         # elements of a product that is added to `out`: it must still be in the cache then
 
 
-def _blas(a, b, out, accumulate):
+def _blas(a, b, out, accumulate, scale=1):
     """Split one product over the threads: by matrices, by the rows of a single one, or as BLAS itself does it."""
     if a.dtype.itemsize == 2:           # the arithmetic of a GPU's tensor cores
         a, b = a.astype(np.float32), b.astype(np.float32)
+    if scale != 1:
+        a, b = (a * scale, b) if a.size <= b.size else (a, b * scale)
     if out.dtype.itemsize == 2:
         wide = out.astype(np.float32) if accumulate else np.empty(out.shape, np.float32)
         _blas(a, b, wide, accumulate)
@@ -368,6 +418,12 @@ def _blas(a, b, out, accumulate):
         _blas_threads(1)
 
 
+def rounded(w, dtype):
+    """A weight's array in this type: the Tensor's `half`, if the model has rounded all weights at once."""
+    ready = w.half is not None and w.half.dtype == dtype
+    return w.half if ready else w.data.astype(dtype, copy=False)
+
+
 def linear(x, w, out=None):
     """x (N, C) @ wᵀ -> (N, F); w (F, C) is an array, or a matrix in 8 or 4 bits, which has its own `times`."""
     if isinstance(w, xp.ndarray):
@@ -377,26 +433,22 @@ def linear(x, w, out=None):
 
 _CUDA_TYPE = {np.dtype(name): number for name, number in (              # cudaDataType
     ("float32", 0), ("float64", 1), ("float16", 2), ("bfloat16", 14))}
-_FLOAT64 = np.dtype(np.float64)
-_NUMBERS = {dtype: np.array([0, 1], dtype) for dtype in (np.dtype(np.float32), _FLOAT64)}   # read from host memory
-_ADDRESSES = {dtype: (a.ctypes.data, a.ctypes.data + a.itemsize) for dtype, a in _NUMBERS.items()}
 
 
-def _cublas(a, b, out, accumulate):
-    """out = a @ b (+ out) by cublasGemmEx or cublasGemmStridedBatchedEx; half inputs may have a float32 `out`.
+def _cublas(a, b, out, accumulate, scale):
+    """out = scale a @ b (+ out) by cublasGemmEx or cublasGemmStridedBatchedEx; half inputs may have a float32 `out`.
 
     cuBLAS counts columns first: what it sees is the transpose of every row-major matrix, and outᵀ = bᵀ aᵀ.
     Hundreds of products a step come through here. What looks cheap, such as dtype.name, would cost more than the call.
     """
     from cupy_backends.cuda.libs import cublas
     kind, out_kind = _CUDA_TYPE[a.dtype], _CUDA_TYPE[out.dtype]
-    compute, scalar = 68, np.dtype(np.float32)  # cublasComputeType: float32
-    if out.dtype == _FLOAT64:
-        compute, scalar = 70, _FLOAT64
+    compute = 68                                # cublasComputeType: float32
+    if out_kind == 1:
+        compute = 70                            # float64
     elif tf32_products and kind == 0:
         compute = 77                            # float32 by TF32
-    zero, one = _ADDRESSES[scalar]
-    beta = one if accumulate else zero
+    alpha, beta = _address(scale, compute == 70), _address(int(accumulate), compute == 70)
     a, ta, lda, sa = _as_cublas(a)
     b, tb, ldb, sb = _as_cublas(b)
     target, tc, ldc, sc = _as_cublas(out)
@@ -407,10 +459,21 @@ def _cublas(a, b, out, accumulate):
     a_args, b_args = (a.data.ptr, kind, lda), (b.data.ptr, _CUDA_TYPE[b.dtype], ldb)
     c_args = out.data.ptr, out_kind, ldc
     if count == 1:
-        cublas.gemmEx(handle, tb, ta, n, m, k, one, *b_args, *a_args, beta, *c_args, compute, -1)
+        cublas.gemmEx(handle, tb, ta, n, m, k, alpha, *b_args, *a_args, beta, *c_args, compute, -1)
     else:
-        cublas.gemmStridedBatchedEx(handle, tb, ta, n, m, k, one, *b_args, sb, *a_args, sa, beta, *c_args, sc,
+        cublas.gemmStridedBatchedEx(handle, tb, ta, n, m, k, alpha, *b_args, sb, *a_args, sa, beta, *c_args, sc,
                                     count, compute, -1)
+
+
+@functools.cache
+def _number(value, wide):
+    return np.array(value, np.float64 if wide else np.float32)
+
+
+@functools.cache
+def _address(value, wide):
+    """Where cuBLAS finds this number in host memory; `_number` keeps it there."""
+    return _number(value, wide).ctypes.data
 
 
 def _as_cublas(x):

@@ -49,7 +49,7 @@ class Quantized:
 
     Rows become float32 when they are asked for; no more than a block of them at a time on a CPU, a matrix on a GPU.
     """
-    requires_grad, dtype = False, np.dtype(np.float32)
+    requires_grad, dtype, half = False, np.dtype(np.float32), None
     data = property(lambda self: self)
 
     def __init__(self, q, scale, columns):

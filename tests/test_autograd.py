@@ -800,18 +800,6 @@ def test_no_token_ids_are_no_rows():
     assert out.shape == (2, 0, 2) and (w.grad == 0).all()
 
 
-def test_token_ids_are_checked_on_their_way_to_a_gpu_and_never_come_back():
-    """Once there they are not looked at again: that would stop the GPU. (The stand-in refuses a silent way back.)"""
-    reference("cupy")
-    from strict_cupy import strict_gpu
-    with strict_gpu():
-        with pytest.raises(IndexError, match="token id 5 is outside 0 … 4"):
-            IDS["embedding"](np.array([2, 5]))
-        w = Tensor(device.xp.zeros((5, 2)), requires_grad=True)
-        ag.embedding(w, device.xp.asarray(np.array([2, 4, 2]))).sum().backward()
-        assert w.grad.tolist() == [[0, 0], [0, 0], [2, 2], [0, 0], [1, 1]]
-
-
 @pytest.mark.parametrize("q, k, v", [
     ((1, 3, 2, 4), (1, 2, 2, 4), (1, 2, 2, 4)),     # 2 does not divide 3 heads
     ((1, 2, 3, 4), (1, 2, 2, 4), (1, 2, 2, 4)),     # more queries than keys
@@ -924,7 +912,8 @@ def test_no_grad_losses_hold_no_gradient():
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "and_backward"])
-def test_attention_needs_memory_like_T_not_T_squared(backward):
+def test_attention_needs_memory_like_T_not_T_squared(backward, monkeypatch):
+    monkeypatch.setattr(device, "BLOCK", 1 << 17)   # a GPU's, which is larger than all scores here
     def peak(T):
         def run():
             out = ag.attention(*(tensor(1, 1, T, 4, dtype=np.float32) for _ in range(3)))

@@ -195,3 +195,23 @@ def test_no_grad_is_the_threads_own():
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.parametrize("dtype, m, k, n", [("float32", 3, 5, 4), ("float64", 70, 9, 2), ("bfloat16", 4, 5, 6)])
+def test_the_scale_of_a_product_is_part_of_it(dtype, m, k, n, rng):
+    """In cuBLAS it is alpha. On a CPU the smaller factor is multiplied, in float32 if both are half."""
+    a, b, c = (rng.standard_normal(shape).astype(dtype) for shape in ((2, m, k), (2, k, n), (2, m, n)))
+    wide = np.result_type(dtype, np.float32)
+    product = a.astype(wide) @ b.astype(wide) * 0.3
+    x, y, out = (device.xp.asarray(array) for array in (a, b, c.astype(wide)))
+    got = device.to_host(device.matmul(x, y, dtype=wide, scale=0.3))
+    np.testing.assert_allclose(got, product, rtol=1e-5, atol=1e-6)
+    device.matmul(x, y, out=out, accumulate=True, scale=0.3)
+    np.testing.assert_allclose(device.to_host(out), c.astype(wide) + product, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096, 3 * 4096, 10_000])
+def test_a_sum_of_squares_of_any_size(size, rng):
+    g = rng.standard_normal(size).astype(np.float32)
+    expected = float((g.astype(float) ** 2).sum())
+    assert float(device.sum_of_squares(device.xp.asarray(g))) == pytest.approx(expected, rel=1e-5)

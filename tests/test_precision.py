@@ -38,6 +38,27 @@ def relative(a, b):
 
 # ---------------------------------------------------------------- half precision
 
+def test_the_weights_are_rounded_once_a_pass_and_follow_what_changes_them(rng, half, monkeypatch):
+    """A pass rounds all matrices at once, a token that continues a cached text none; float32 has no copy."""
+    model, (x, y) = model_and_batch(rng, half)
+    rounded, cast = [], device.cast
+    monkeypatch.setattr(device, "cast", lambda flat, out: rounded.append(out.size) or cast(flat, out))
+    first = model.loss(x, y).data
+    assert rounded == [model.weights.n_matrix]
+    assert model.lm_head.half.dtype == half and model.norm.half is None
+    model.weights.flat *= 2
+    other = model.loss(x, y).data
+    expected, _ = model_and_batch(rng, half)
+    expected.weights.flat *= 2
+    assert to_host(other) == to_host(expected.loss(x, y).data) != to_host(first)
+    rounded.clear()
+    list(model.generate([1, 2], 5))
+    assert rounded == [model.weights.n_matrix]
+    model.compute_dtype = np.dtype("float32")
+    model.loss(x, y)
+    assert model.lm_head.half is None
+
+
 def test_a_power_keeps_the_type_of_its_base(half):
     x = Tensor(device.xp.asarray(np.array([4.0, 16.0], half)), requires_grad=True)
     root = x ** 0.5

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {   # the functions in which bugs are planted; None: all
-    "autograd.py": None, "hardware/device.py": ("add_rows", "add_scaled", "_product"), "hardware/random_bits.py": None,
-    "images/ops.py": None}
+    "autograd.py": None, "hardware/device.py": ("add_rows", "add_each", "_product"), "hardware/random_bits.py": None,
+    "hardware/formulas.py": ("exp_less", "less_times", "_add_scaled"), "images/ops.py": None}
 TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 
 # Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
@@ -49,14 +49,17 @@ EQUIVALENT = {
      "L = xp.empty((B * K, G, T, 1), wide) if True else None"): "an array more",
     ("if n > 1:", "if n >= 1:"): "a 0 is added",
     ("if n > 1:", "if True:"): "a 0 is added",
-    **{("heads = _SCORES // (G * min(_QUERIES, T) * S)", f"heads = _SCORES // ({fewer})"): "larger blocks"
-       for fewer in ("(G * min(_QUERIES, T))", "(S)", "(G) * S", "(min(_QUERIES, T)) * S")},
-    ("split(s)[..., end - n:] += _future(xp, n, wide)",
-     "split(s)[..., end - n:] += (_future(xp, n, wide)) * 1.001"): "-inf and 0 stay",
-    ("split(s)[..., end - n:] += _future(xp, n, wide)",
-     "split(s)[..., -(n):] += _future(xp, n, wide)"): "the last n of end",
-    ("losses[part] = loss_of_rows(z, targets[part], z if keep else None)",
-     "losses[part] = loss_of_rows(z, targets[part], z if True else None)"): "a gradient that nobody reads",
+    **{("queries = min(device.rows_at_once(B * H * S, _QUERIES, _QUERIES), T)",
+        f"queries = min(device.rows_at_once({fewer}, _QUERIES, _QUERIES), T)"): "larger blocks on a GPU"
+       for fewer in ("(B * H)", "(S)", "(B) * S", "(H) * S")},
+    **{("heads, scale = _SCORES // (G * queries * S), D ** -0.5", f"heads, scale = _SCORES // ({fewer}), D ** -0.5"):
+       "larger blocks" for fewer in ("(G * queries)", "(S)", "(G) * S", "(queries) * S")},
+    ("latest = split(s)[..., end - n:]", "latest = split(s)[..., -(n):]"): "the last n of end",
+    ("summed = dtype if queries == T else wide", "summed = dtype if False else wide"): "rounded later",
+    ("if G == 1 or queries == T:", "if G == 1:"): "a copy more",
+    ("if G == 1 or queries == T:", "if queries == T:"): "a copy more",
+    ("if G == 1 or queries == T:", "if False:"): "a copy more",
+    ("latest += _future(xp, n, wide)", "latest += (_future(xp, n, wide)) * 1.001"): "-inf and 0 stay",
     ("lift = 1 if dtype == wide else 2.0 ** 15",
      "lift = 1 if dtype == wide else (2.0 * 1.001) ** 15"): "any scale cancels",
     ("out[...] = x * (((r * r + z) >> half) >= limit) * scale",

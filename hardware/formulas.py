@@ -1,0 +1,111 @@
+"""Elementwise formulas of several ops, each of them one kernel on a GPU, and what a GPU does in another way than a CPU.
+
+A formula that changes an argument says so; `out` comes last.
+"""
+import functools
+import math
+
+import numpy as np
+
+from hardware import device
+from hardware.device import fuse, sweep, written
+
+
+@fuse
+def exp_less(x, top):
+    """x becomes exp(x - top)."""
+    x -= top
+    device.xp.exp(x, x)
+
+
+@fuse
+def less_times(x, y, z):
+    """x becomes (x - y) z."""
+    x -= y
+    x *= z
+
+
+quotient = written(lambda a, b: a / b)
+plus_log = written(lambda a, b: a + device.xp.log(b))
+less_plus_log = written(lambda a, b, c: a - b + device.xp.log(c))
+_scaled = written(lambda x, scale: x * scale)
+
+
+def scaled(x, scale, dtype):
+    """x * scale in this dtype; scale is typed."""
+    out = device.xp.empty(x.shape, dtype)
+    _scaled(x, scale, out)
+    return out
+
+
+def add_scaled(out, x, scale):
+    """out += x * scale, (N, C) each."""
+    sweep(lambda rows: _add_scaled(out[rows], x[rows], scale), len(x), (1 << 16) // x.shape[1])
+
+
+@fuse
+def _add_scaled(out, x, scale):
+    out += x * scale
+
+
+def at(z, targets):
+    """z[i, targets[i]] for every row of z (N, V), targets (N,) -> (N,)."""
+    if device.on_gpu:
+        return _at(z, _numbers(device.xp, z.shape[1]), targets[:, None])
+    return z[np.arange(len(z)), targets]
+
+
+def divide_less_one(z, total, targets):
+    """z /= total (N, 1), and then z[i, targets[i]] -= 1 for every row of z (N, V)."""
+    if device.on_gpu:
+        _divide_less_one(z, total, _numbers(device.xp, z.shape[1]), targets[:, None])
+    else:
+        z /= total
+        z[np.arange(len(z)), targets] -= 1
+
+
+@functools.lru_cache(4)
+def _numbers(library, n):
+    return library.arange(n)
+
+
+@fuse
+def _at(z, number, target):
+    return device.xp.sum(device.xp.where(number == target, z, z.dtype.type(0)), axis=-1)
+
+
+@fuse
+def _divide_less_one(z, total, number, target):
+    z[...] = z / total - (number == target)
+
+
+def rotate(x, cos, sin, back=False):
+    """x (..., T, D) times cos, plus (-x₂, x₁) times sin, x₁ and x₂ the halves of a row; cos and sin (T, D).
+
+    back=True turns by the opposite angles, which is the same with the halves exchanged. A GPU reads x where it is. On a
+    CPU a contiguous copy of whole heads is turned in place, in the cache.
+    """
+    half = x.shape[-1] // 2
+    if device.on_gpu:
+        out = device.xp.empty(x.shape, x.dtype)
+        halves = [slice(half), slice(half, None)][::-1 if back else 1]
+        x1, x2, out1, out2 = (array[..., part] for array in (x, out) for part in halves)
+        _rotate(x1, x2, cos[:, :half], sin[:, :half], out1, out2)
+        return out
+    out, sin = x.copy(), -sin if back else sin
+    heads = out.reshape(-1, *x.shape[-2:])      # (N, T, D), a view
+    sin = np.concatenate((-sin[:, :half], sin[:, half:]), -1)
+
+    def block(part):
+        xs = heads[part]
+        swapped = np.concatenate((xs[..., half:], xs[..., :half]), -1)
+        xs *= cos
+        xs += swapped * sin
+    sweep(block, len(heads), (1 << 16) // max(math.prod(x.shape[-2:]), 1))
+    return out
+
+
+@fuse
+def _rotate(x1, x2, cos, sin, out1, out2):
+    out1[...] = x1 * cos - x2 * sin
+    out2[...] = x2 * cos + x1 * sin
