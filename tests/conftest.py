@@ -1,7 +1,6 @@
 """What all tests share.
 
-`NANOLLM_DEVICE=gpu python -m pytest tests` runs the same tests on a card, NANOLLM_DEVICE=strict those that compute
-in this process on the stand-in for one (strict_cupy.py).
+`NANOLLM_DEVICE=gpu python -m pytest tests` runs the same tests on a card, tools/emulated_gpu without one.
 """
 
 import contextlib
@@ -13,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-STRICT = os.environ.get("NANOLLM_DEVICE") == "strict"
-if STRICT or "NANOLLM_DEVICE" not in os.environ:
-    os.environ["NANOLLM_DEVICE"] = "cpu"  # before any test module imports device.py
+os.environ.setdefault("NANOLLM_DEVICE", "cpu")          # before any test module imports device.py
+collect_ignore = [] if os.environ["NANOLLM_DEVICE"] == "gpu" else ["test_gpu_path.py"]
 
 CI = bool(os.environ.get("CI"))
 
@@ -45,11 +43,6 @@ def pytest_configure(config):
             device.use("gpu")
         except device.Unavailable as problem:
             raise pytest.UsageError(str(problem)) from None
-    if STRICT:
-        from strict_cupy import strict_gpu
-        stand_in = strict_gpu()
-        stand_in.__enter__()
-        config.add_cleanup(lambda: stand_in.__exit__(None, None, None))
 
 
 def _skip_is_failure(report):

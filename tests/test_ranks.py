@@ -1,6 +1,5 @@
 """Several processes: they share a step as one process does it, give the same bits each time, and end together."""
 import contextlib
-import ctypes
 import functools
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from tiny import QUICK, SHAPE, command, make_files, refused, rows
 import train
 from console import options
 from evaluate import evaluate
-from hardware import device, nccl, ranks
+from hardware import device, ranks
 from hardware.local import Local
 from hardware.random_bits import drop
 from nanollm import Config, NanoLLM, Parameters
@@ -126,62 +125,6 @@ def test_the_default_number_divides_the_windows_of_a_step(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "3")
     assert count(None) == count(3) == 3
     refused(lambda: count(2), "--processes 2", "mpiexec has started 3")
-
-
-# ---------------------------------------------------------------- GPUs
-
-class Cards:
-    """Stands for NCCL, on memory of this process: all ranks are threads, and every call is noted."""
-    available, NCCL_FLOAT32, NCCL_SUM = True, 7, 0
-
-    def __init__(self, size):
-        self.barrier, self.calls, self.at = threading.Barrier(size, timeout=30), [], {}
-
-    def get_unique_id(self):
-        return b"key"
-
-    def NcclCommunicator(self, size, key, rank):
-        assert key == b"key"
-        call = functools.partial(functools.partial, self.call, rank)
-        return SimpleNamespace(**{name: call(name) for name in ("bcast", "reduceScatter", "allGather")})
-
-    def call(self, rank, name, *args):
-        read = lambda address, n: np.ctypeslib.as_array((ctypes.c_float * n).from_address(address))
-        self.at[rank], size = args, self.barrier.parties
-        self.calls.append((name, rank, *args))
-        self.barrier.wait()
-        if name == "bcast":
-            pointer, n, *_ = args
-            result = read(self.at[0][0], n).copy()
-        elif name == "reduceScatter":
-            _, pointer, n, *_ = args
-            result = sum(read(self.at[other][0] + 4 * n * rank, n).copy() for other in range(size))
-        else:
-            _, pointer, n, *_ = args
-            result, n = np.concatenate([read(self.at[other][0], n) for other in range(size)]), n * size
-        self.barrier.wait()
-        read(pointer, n)[:] = result
-        self.barrier.wait()
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_gpus_send_each_other_the_arrays_by_nccl(on_cpu, size, monkeypatch):
-    from strict_cupy import strict_gpu
-    with strict_gpu():
-        cards = Cards(size)
-        monkeypatch.setitem(sys.modules, "cupy.cuda.nccl", cards)
-        results = together(size, a_step, nccl.Nccl)
-    total = size * (size + 1) / 2
-    for summed, flat, *_ in results:
-        assert summed == 10 * size * (size - 1) / 2
-        np.testing.assert_array_equal(flat, np.arange(17) - total)
-    part, stream = {2: 9, 3: 6}[size], cards.calls[0][-1]
-    for rank in range(size):
-        sent, summed, shared = [call for call in cards.calls if call[1] == rank]
-        assert sent[0] == "bcast" and sent[3:] == (part * size, 7, 0, stream)
-        assert summed[0] == "reduceScatter" and summed[3] == summed[2] + 4 * part * rank
-        assert summed[4:] == (part, 7, 0, stream)
-        assert shared[0] == "allGather" and shared[2] == shared[3] + 4 * part * rank and shared[4:] == (part, 7, stream)
 
 
 # ---------------------------------------------------------------- real processes

@@ -1,0 +1,69 @@
+"""Device operations of a training step and of a generated token:  python tests/tools/emulated_gpu/count.py [bfloat16]
+
+The base configuration of benchmarks/speed.py, on the emulated device, which compiles every kernel for an H100 and
+counts it, but computes nothing. An operation is a kernel, a product, a launch of CUB, a copy or a memset.
+"""
+import collections
+import sys
+import time
+from pathlib import Path
+
+import emulator
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[3]
+PRINTED = 12            # kinds of kernels
+
+
+def count(f):
+    """(a Counter of the device operations and the waits of f(), seconds)"""
+    notes = []
+    emulator.runtime.start(notes)
+    start = time.perf_counter()
+    f()
+    seconds = time.perf_counter() - start
+    emulator.runtime.stop()
+    operations = collections.Counter()
+    for kind, detail in notes:
+        if kind == "cub":
+            operations[f"cub {detail[0]}"] += detail[1]
+        elif kind != "malloc":
+            operations[detail if kind == "kernel" else kind] += 1
+    return operations, seconds
+
+
+def step(model, optimizer, x, y):
+    """{phase: count} of one training step."""
+    import train
+    loss = []
+    return {name: count(f) for name, f in {
+        "zero": optimizer.zero_grad, "forward": lambda: loss.append(model.loss(x, y)),
+        "backward": lambda: loss[0].backward(), "norm": lambda: train.gradient_norm(model),
+        "adam": optimizer.step}.items()}
+
+
+def main(dtype="float32"):
+    emulator.install(execute=False)
+    sys.path.insert(0, str(ROOT))
+    import train
+    from hardware import device
+    from nanollm import Config, NanoLLM
+    model = NanoLLM(Config(vocab_size=30522), seed=None)
+    model.compute_dtype = np.dtype(dtype)
+    optimizer, ids = train.Adam(model), np.zeros((4, 513), int)
+    for _ in range(3):                          # what is made once is there from the second step on
+        phases = step(model, optimizer, ids[:, :-1], ids[:, 1:])
+    tokens = model.generate([1] * 8, 20, temperature=0)
+    for _ in range(4):
+        next(tokens)
+    for name, (operations, seconds) in (phases | {"token": count(lambda: next(tokens))}).items():
+        waits = operations.pop("sync", 0)
+        print(f"{name:9}{operations.total():5} operations, {waits} waits, {1000 * seconds:6.1f} ms of the host"
+              f"   {dict(operations.most_common(PRINTED))}")
+    print(f"a step   {sum(operations.total() for operations, _ in phases.values()):5} operations, "
+          f"{sum(seconds for _, seconds in phases.values()) * 1000:.1f} ms of the host; "
+          f"{device.xp.get_default_memory_pool().total_bytes() / 1e6:.0f} MB reserved")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
