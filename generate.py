@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from console import cli
+from console import chat, cli
+from console.chat import Template
 from console.cli import number
 from nanollm import NanoLLM
 from storage.checkpoint import check_ended
-from storage.files import InputError, dangling
+from storage.files import InputError, dangling, require
 from storage.huggingface import text_ends
 from storage.tokens import Decoder, encode_prompt, load_tokenizer, vocab_size
 
@@ -35,7 +36,7 @@ def open_model(folder):
 
 
 class Text:
-    """A text that grows token by token. `ready` is the part that can be printed now; `show` prints and empties it.
+    """A text that grows token by token. `ready` is the part that can be printed now; `show` moves it to `shown`.
 
     The text ends before the first of the strings `stops` that it completes; only what comes after the prompt is
     searched. Text at the end that may be the beginning of a stop string is held back until the next token decides.
@@ -44,6 +45,7 @@ class Text:
     def __init__(self, decoder, prompt=(), stops=(), eos=()):
         self.decoder, self.stops, self.eos = decoder, stops, eos
         self.ready, self.held, self.ended, self.n_token = "".join(map(decoder.add, prompt)), "", False, 0
+        self.shown = ""
 
     def add(self, token):
         """Take the model's next token. After the end of the text it is ignored."""
@@ -80,11 +82,31 @@ def show(texts, turn):
     """
     while True:
         print(texts[turn].ready, end="", flush=True)
-        texts[turn].ready = ""
+        texts[turn].shown, texts[turn].ready = texts[turn].shown + texts[turn].ready, ""
         if not texts[turn].ended or turn + 1 == len(texts):
             return turn
         turn += 1
         print("\n---")
+
+
+def write(model, texts, prompt, args, eos):
+    """Print the texts while the model continues the prompt, a list of ids. Returns when it began and when each token
+    came.
+    """
+    times, turn = [time.perf_counter()], show(texts, 0)
+    for tokens in model.generate(np.tile(prompt, (len(texts), 1)), args.max_new_tokens, args.temperature,
+                                 args.top_k, args.top_p, args.seed, eos):
+        times.append(time.perf_counter())
+        for text, token in zip(texts, tokens.tolist(), strict=True):
+            text.add(token)
+        turn = show(texts, turn)
+        if all(text.ended for text in texts):
+            break
+    for text in texts:
+        text.end()
+    show(texts, turn)
+    print()
+    return times
 
 
 def sample_text(model, tokenizer, prompt, dataset, seed, length=60):
@@ -113,6 +135,8 @@ def command_line():
                         "read again.")
     parser.add_model()
     parser.add("--prompt", "", cli.text, "what the text begins with", metavar="TEXT")
+    parser.add("--chat", False, bool, "talk to a chat model: it answers the --prompt, then each line that you type, "
+               "until Ctrl-D")
     parser.add("--max-new-tokens", 200, number(int, 1), "highest number of tokens to add")
     parser.add_argument("--stop", metavar="TEXT", type=cli.text, action="append", default=[],
                         help="stop before this text if the model writes it; repeatable")
@@ -128,29 +152,32 @@ def command_line():
     return parser
 
 
+def converse(model, tokenizer, eos, args):
+    """Answer the --prompt, then each line of stdin. Before each answer the model reads the whole conversation again."""
+    template = Template(Path(args.folder))
+    eos, said = [*eos, *template.end(tokenizer)], []
+    for message in chat.messages(args.prompt):
+        said.append({"role": "user", "content": message})
+        answer = Text(Decoder(tokenizer), (), args.stop, eos)
+        write(model, [answer], encode_prompt(tokenizer, template.render(said)), args, eos)
+        said.append({"role": "assistant", "content": answer.shown})
+
+
 def main(argv=None):
     args = command_line().read(argv)
     if "" in args.stop:
         raise InputError("--stop: an empty text would end every text at once; give at least one character")
     model, tokenizer, ends = open_model(args.folder)
+    cli.reconfigure(encoding="utf-8")
+    if args.chat:
+        require(args.num_samples == 1, "--chat gives one answer: leave out --num-samples")
+        converse(model, tokenizer, ends.eos, args)
+        return 0
     prompt = ends.front + encode_prompt(tokenizer, args.prompt) or ends.bos
     if not prompt:
         raise InputError("this model has no BOS token: give a --prompt" + (" with words in it" if args.prompt else ""))
-    cli.reconfigure(encoding="utf-8")
     texts = [Text(Decoder(tokenizer), prompt, args.stop, ends.eos) for _ in range(args.num_samples)]
-    times, turn = [time.perf_counter()], show(texts, 0)
-    for tokens in model.generate(np.tile(prompt, (args.num_samples, 1)), args.max_new_tokens, args.temperature,
-                                 args.top_k, args.top_p, args.seed, ends.eos):
-        times.append(time.perf_counter())
-        for text, token in zip(texts, tokens.tolist(), strict=True):
-            text.add(token)
-        turn = show(texts, turn)
-        if all(text.ended for text in texts):
-            break
-    for text in texts:
-        text.end()
-    show(texts, turn)
-    print()
+    times = write(model, texts, prompt, args, ends.eos)
     if sys.stderr.isatty():
         n_new = sum(text.n_token for text in texts)
         print(speed(len(prompt), args.num_samples, n_new, times[0], times[1], times[-1]), file=sys.stderr)
