@@ -21,6 +21,7 @@ from storage.files import InputError, readable, require
 
 FORMATS = "JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"    # whatever a file is called; no others are opened
 ENDINGS = ".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"
+UNREAD = ".heic", ".heif", ".avif", ".jxl"      # pictures, too: they are counted as unreadable, not overlooked
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -87,7 +88,7 @@ def find_images(folder):
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(Path(top, file) for top, _, files in os.walk(folder / name, onerror=fail) for file in files
-                       if file.lower().endswith(ENDINGS) and not file.startswith("."))
+                       if file.lower().endswith(ENDINGS + UNREAD) and not file.startswith("."))
         paths += found
         labels += [label] * len(found)
     return classes, paths, labels

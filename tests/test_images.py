@@ -283,7 +283,8 @@ def test_a_real_folders_mess_is_left_out_and_counted(pictures, tmp_path):
     (pictures / "light/loop").symlink_to(pictures)
     (pictures / "loop").symlink_to(pictures)
     (pictures / "light/broken.png").write_bytes(PNG[:99])
-    with pytest.warns(UserWarning, match=r"1 of 18 pictures cannot be read and are left out, such as .*broken"):
+    (pictures / "light/phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.warns(UserWarning, match=r"2 of 19 pictures cannot be read and are left out, such as .*broken"):
         data = ImageDataset.from_folder(pictures, 16)
     assert data.classes == ["dark", "light"] and data.counts().tolist() == [10, 7] and len(data) == 17
     assert data.most_frequent() == ("dark", 10 / 17)
