@@ -1,6 +1,6 @@
 """Fill in the numbers of README.md and README.zh.md:  python docs/tables.py [--check]
 
-They are: the lines of each Python file at the root, the line of each op in autograd.py and the number of its tests, and
+They are: the lines of each Python file at the root, the line of each op in its file and the number of its tests, and
 the comparison in docs/speed.json, which benchmarks/speed.py writes. README.zh.md gets the parts of README.md that
 docs/results.py wrote, with its captions translated. docs/scaling.md is written anew. People write the words, scripts
 write the numbers.
@@ -74,14 +74,17 @@ def tests():
 
 def ops_of(text):
     """| `name`, `name` | forward | backward | line | tests |: fill the last two cells of each row about ops."""
-    tree, ids = ast.parse((ROOT / "autograd.py").read_text(encoding="utf-8")), tests()
-    known = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
+    known, ids = {}, tests()
+    for file in ("autograd.py", "images/ops.py"):
+        known |= {node.name: f"[{node.lineno}]({file}#L{node.lineno})"
+                  for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+                  if isinstance(node, ast.FunctionDef)}
 
     def fill(match):
         names = re.findall(r"`(\w+)`", match[2])
         if not set(names) <= known.keys():
             return match[0]
-        where = ", ".join(f"[{known[name]}](autograd.py#L{known[name]})" for name in names)
+        where = ", ".join(known[name] for name in names)
         either = "|".join(names)
         count = len(re.findall(rf"\[(?:cpu-)?(?:float\d\d-)?(?:{either})\b", ids)
                     or re.findall(rf"::test_\w*(?:{either})", ids))
