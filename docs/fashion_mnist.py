@@ -25,18 +25,19 @@ def read(path, header):
 
 def main(argv=None):
     parser = cli.Parser(usage="python docs/fashion_mnist.py FOLDER TO", description=__doc__.split(":")[0])
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the four files are")
-    parser.add_argument("to", metavar="TO", type=Path, help="the folder to make")
+    parser.add_argument("folder", metavar="FOLDER", type=cli.path, help="where the four files are")
+    parser.add_argument("to", metavar="TO", type=cli.path, help="the folder to make")
     args = parser.parse_args(argv)
-    refuse_existing(args.to)
-    data = {part: (read(args.folder / f"{prefix}-labels-idx1-ubyte.gz", 8),
-                   read(args.folder / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28))
+    folder, to = Path(args.folder), Path(args.to)
+    refuse_existing(to)
+    data = {part: (read(folder / f"{prefix}-labels-idx1-ubyte.gz", 8),
+                   read(folder / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28))
             for part, prefix in (("train", "train"), ("test", "t10k"))}
     for part, (labels, pixels) in data.items():
         for name in CLASSES:
-            (args.to / part / name).mkdir(parents=True)
+            (to / part / name).mkdir(parents=True)
         for i, (label, picture) in enumerate(zip(labels, pixels, strict=True)):
-            Image.fromarray(picture).save(args.to / part / CLASSES[label] / f"{i:05}.png")
+            Image.fromarray(picture).save(to / part / CLASSES[label] / f"{i:05}.png")
     return 0
 
 
