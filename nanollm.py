@@ -76,8 +76,8 @@ class Config:
                     f"{name} must be a number above 0 that a float32 can hold, not {value!r}")
         D = self.embedding_dim / self.n_head if self.head_dim is None else self.head_dim
         require(type(D) in (int, float) and 2 <= D <= _LARGEST and D % 2 == 0,
-                f"head_dim must be even because RoPE rotates pairs, not {D!r}: give it, or let "
-                f"embedding_dim ({self.embedding_dim}) be a multiple of twice n_head ({self.n_head})")
+                f"head_dim must be even because RoPE rotates pairs, not {D!r}: give it, or make "
+                f"embedding_dim ({self.embedding_dim}) a multiple of twice n_head ({self.n_head})")
         object.__setattr__(self, "head_dim", int(D))
         require(self.n_head % self.n_kv_head == 0,
                 f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
@@ -109,7 +109,7 @@ class Config:
                 matrices[f"model.layers.{i}.{name}_proj.weight"] = shape
             widths = {"input_layernorm.weight": C, "post_attention_layernorm.weight": C}
             if self.qkv_bias:
-                widths |= {f"self_attn.{x}_proj.bias": n for x, n in (("q", q), ("k", kv), ("v", kv))}
+                widths |= {f"self_attn.{x}_proj.bias": q if x == "q" else kv for x in "qkv"}
             if self.qk_norm:
                 widths |= {"self_attn.q_norm.weight": D, "self_attn.k_norm.weight": D}
             vectors |= {f"model.layers.{i}.{name}": (n,) for name, n in widths.items()}
@@ -139,8 +139,8 @@ class Parameters:
     Tensors share memory. Each Tensor's grad is a view of `grad` from the start, so the engine adds
     to it in place.
 
-    shapes {name: shape}, matrices first. Attributes: `flat` and `grad`, 1-D arrays (grad None if the
-    model is only read, not `trainable`); `n_matrix`, the number of elements, at the front, that
+    shapes {name: shape}, matrices first. Attributes: `flat` and `grad`, 1-D arrays (grad is None if
+    the model is only read, not `trainable`); `n_matrix`, the number of elements, at the front, that
     belong to matrices; `own`, the slice of them that this process updates: all, unless it trains as
     one of several (hardware/ranks.py).
     """
@@ -418,7 +418,7 @@ class NanoLLM:
 
     @classmethod
     def load(cls, folder, trainable=True):
-        """The model of a Hugging Face folder of the Llama type, or one that extras.quantize wrote.
+        """The model of a Hugging Face folder, or of one that extras.quantize wrote.
 
         `float16` and `bfloat16` weights are widened to float32. Raises InputError naming the file
         and what is wrong with it; nothing in a file is ever executed.

@@ -79,6 +79,7 @@ def messages(first):
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
+            print(end="\n" if sys.stdin.isatty() else "", file=sys.stderr)
             return
         if line.strip():
             yield line.strip()
