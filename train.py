@@ -227,7 +227,7 @@ def make_model(request, team):
 
     Rank 0 alone reads or draws weights; the others get them from it.
     """
-    source, entries = request.source, {}
+    source, entries = request.source, request.ends
     if source and team.rank == 0:
         model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
         entries = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}

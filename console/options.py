@@ -24,7 +24,7 @@ from hardware import device, ranks
 from nanollm import Config
 from storage.checkpoint import State, check_ended, check_free, last_run, newest_checkpoint, read_trainer
 from storage.files import InputError, file_hash, require
-from storage.texts import gather, with_stdin
+from storage.texts import ENDS, gather, separator, with_stdin
 from storage.tokenizer_training import LEAST, cached_tokenizer
 from storage.tokens import encode_prompt, load_tokenizer, vocab_size
 
@@ -287,6 +287,7 @@ class Request:
     processes: int | None = None        # --processes, and in the end how many there will be
     config: Config | None = None        # of the model, in the end
     opening: list = dataclasses.field(default_factory=list)     # the ids of --prompt, in the end
+    ends: dict = dataclasses.field(default_factory=dict)        # a fresh model's eos_token_id, if its texts have one
 
     @property
     def n_weight(self):
@@ -404,8 +405,10 @@ def parse(argv):
         say(f"texts      {words}")
     if not request.tokenizer:
         say(f"tokenizer  a byte-level BPE of {vocab_size(tokenizer):,} tokens, made from the text")
-    request = with_opening(request, tokenizer)
+    request, between = with_opening(request, tokenizer), separator(tokenizer)[0]
+    ended = words != text and not settings.no_separator and between in ENDS
     return replace(request, config=make_config(request, tokenizer),
+                   ends={"eos_token_id": tokenizer.token_to_id(between)} if ended else {},
                    hashes=request.hashes or {"text": file_hash(text), "tokenizer": file_hash(path)},
                    processes=count_processes(request.processes, settings.windows_per_step(), alone=argv is not None))
 

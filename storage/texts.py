@@ -30,7 +30,7 @@ def separator(tokenizer):
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()} if tokenizer else {END}
     if name := next((name for name in ENDS if name in known), None):
         return name, name
-    return "\n\n", "an empty line, because the tokenizer has no end-of-text token that is known here"
+    return "\n\n", f"an empty line, because the tokenizer has none of {', '.join(ENDS)}"
 
 
 def expand(names):

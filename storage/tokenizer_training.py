@@ -13,7 +13,7 @@ from storage.files import file_hash, whole
 from storage.texts import END
 from storage.tokens import read_text, showing, writable_cache
 
-SAMPLE = 1 << 25        # bytes of a text that are looked at
+SAMPLE = 1 << 23        # bytes of a text that are looked at
 LEAST = 257             # the bytes and END
 
 

@@ -168,6 +168,16 @@ def test_a_run_on_several_texts_is_resumed_with_all_of_them(tmp_path):
     check(command(train.main, *resume, "--field", "text"), "--field was body in this run and cannot become text")
 
 
+@pytest.mark.parametrize("flags, ends", [(["--text", "text.txt", "b.txt"], True), (["--text", "text.txt"], False),
+                                         (["--text", "text.txt", "b.txt", "--no-separator"], False)])
+def test_a_model_of_separated_texts_ends_with_the_separator(flags, ends, tmp_path):
+    make(tmp_path)
+    tiny.make_text(tmp_path / "text.txt")
+    assert tiny.run(*flags, "--max-steps", 1, "--artifact-dir", "run") == 0
+    assert json.loads(Path("run/generation_config.json").read_text())["eos_token_id"] == (0 if ends else None)
+    assert json.loads(Path("run/tokenizer_config.json").read_text())["eos_token"] == (END if ends else None)
+
+
 def test_an_evaluation_of_several_texts(finished, tmp_path):
     folder, *_ = finished
     make(tmp_path / "all")
