@@ -36,12 +36,16 @@ def separator(tokenizer):
 def expand(names):
     """The paths of the files that these names stand for: in the order of the names, in a folder or pattern sorted.
 
-    What is hidden in a folder (its name begins with a dot) is left out, and a file counts once. Raises InputError.
+    What is hidden in a folder (its name begins with a dot) is left out, links to folders are not followed, and a file
+    counts once. Raises InputError.
     """
+    def refuse(problem):
+        raise InputError(f"cannot read the folder {problem.filename} ({problem.strerror}): make it readable")
+
     found = []
     for name in names:
         if os.path.isdir(name):
-            inside = [os.path.join(folder, file) for folder, below, files in os.walk(name)
+            inside = [os.path.join(folder, file) for folder, below, files in os.walk(name, onerror=refuse)
                       if not hide(below) for file in files if file[0] != "."]
             require(inside, f"the folder {name} has no files: give one with texts in it")
         elif glob.has_magic(name) and not os.path.lexists(name):

@@ -148,6 +148,19 @@ def test_each_file_is_named_in_errors(names, words, tmp_path, cache_folder):
     assert not list(cache_folder.glob("*"))
 
 
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    make(tmp_path)
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(InputError, match="cannot read the folder a/deep .Permission denied"):
+        expand(["a"])
+
+
 # ---------------------------------------------------------------- in a run
 
 def test_a_run_on_several_texts_is_resumed_with_all_of_them(tmp_path):
