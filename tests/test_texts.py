@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
     monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(InputError, match="cannot read the folder a/deep .Permission denied"):
+    with pytest.raises(InputError, match=r"cannot read the folder a/deep .Permission denied"):
         expand(["a"])
 
 
