@@ -819,9 +819,9 @@ def logit_blocks(rows, weight):
 
 
 def loss_of_rows(z, targets, losses, dz=False):
-    """Write the loss L - z_y of each row of z (N, V) to losses (N,). With dz, z becomes p - onehot."""
+    """Write each row's loss L - z_y to losses (N,). z (N, V) is overwritten, with dz by p - onehot."""
     def block(part):
-        p, target = z[part] if dz else z[part].copy(), targets[part]
+        p, target = z[part], targets[part]
         top, own = p.max(-1, keepdims=True), formulas.at(p, target)
         formulas.exp_less(p, top)
         total = p.sum(-1, keepdims=True)

@@ -20,7 +20,7 @@ from console.cli import number
 from console.metrics import perplexity
 from data import TokenDataset
 from generate import open_model
-from hardware import device, ranks
+from hardware import device, formulas, ranks
 from storage.files import require
 from storage.texts import gather, with_stdin
 
@@ -38,9 +38,9 @@ def token_losses(x, w, targets, ranked=False):
     losses = device.xp.empty(len(rows), np.promote_types(x.dtype, np.float32))
     places = device.xp.empty(len(rows), np.int64)
     for part, z in logit_blocks(rows, device.rounded(w, rows.dtype)):
-        loss_of_rows(z, targets[part], losses[part])
         if ranked:
             places[part] = ranks_of(z, targets[part])
+        loss_of_rows(z, targets[part], losses[part])        # the last use of z
     return losses.reshape(shape), places.reshape(shape) if ranked else None
 
 
@@ -50,7 +50,7 @@ def ranks_of(z, targets):
 
     def block(rows):
         own = z[device.xp.arange(rows.start, rows.stop), targets[rows]]
-        ranks[rows] = z.shape[1] - 1 - (z[rows] < own[:, None]).sum(-1, dtype=np.uint32)
+        ranks[rows] = z.shape[1] - 1 - formulas.count_below(z[rows], own[:, None])
     device.sweep(block, len(z), COMPARED // z.shape[1])
     return ranks
 

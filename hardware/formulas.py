@@ -55,6 +55,16 @@ def at(z, targets):
     return z[np.arange(len(z)), targets]
 
 
+def count_below(z, own):
+    """How many numbers of each row of z (N, V) are below that of own (N, 1) -> (N,)."""
+    return _count_below(z, own) if device.on_gpu else (z < own).sum(-1, dtype=np.uint32)
+
+
+@fuse
+def _count_below(z, own):
+    return device.xp.sum(z < own, axis=-1)
+
+
 def divide_less_one(z, total, targets):
     """z /= total (N, 1), and then z[i, targets[i]] -= 1 for every row of z (N, V)."""
     if device.on_gpu:

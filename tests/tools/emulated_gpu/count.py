@@ -25,9 +25,7 @@ def count(f):
     emulator.runtime.stop()
     operations = collections.Counter()
     for kind, detail in notes:
-        if kind == "cub":
-            operations[f"cub {detail[0]}"] += detail[1]
-        elif kind != "malloc":
+        if kind != "malloc":
             operations[detail if kind == "kernel" else kind] += 1
     return operations, seconds
 

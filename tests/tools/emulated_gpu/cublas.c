@@ -23,9 +23,7 @@ int cublasGetPointerMode_v2(void *h, int *m) { *m = 0; return OK; }
 
 static size_t size_of(int type) { return type == DOUBLE ? 8 : type == FLOAT ? 4 : 2; }
 static double get(const char *p, int type, long long i) {
-    float f;
-    _Float16 h;
-    uint32_t bits;
+    float f; _Float16 h; uint32_t bits;
     switch (type) {
         case FLOAT: return ((const float *)p)[i];
         case DOUBLE: return ((const double *)p)[i];

@@ -16,19 +16,14 @@ static long long live_bytes = 0, peak_bytes = 0, limit_bytes = 80LL << 30;
 static void note(const char *kind, PyObject *detail) {      // steals detail
     PyObject *pair = notes ? Py_BuildValue("(sO)", kind, detail) : NULL;
     if (pair) PyList_Append(notes, pair);
-    Py_XDECREF(pair);
-    Py_XDECREF(detail);
+    Py_XDECREF(pair), Py_XDECREF(detail);
 }
 
 // ---------------------------------------------------------------- memory
 static void cuda_error(int status) {
     PyObject *module = PyImport_ImportModule("cupy_backends.cuda.api.runtime");
     PyObject *type = PyObject_GetAttrString(module, "CUDARuntimeError");
-    PyObject *error = PyObject_CallFunction(type, "i", status);
-    if (error) PyErr_SetObject(type, error);
-    Py_XDECREF(error);
-    Py_XDECREF(type);
-    Py_XDECREF(module);
+    PyErr_SetObject(type, PyObject_CallFunction(type, "i", status));        // once in a test: nothing is given back
 }
 
 static intptr_t r_malloc(size_t n, int s) {                 // the size is kept in front of what is handed out
@@ -48,16 +43,12 @@ static PyObject *r_free(intptr_t p, int s) {
 static intptr_t r_hostAlloc(size_t n, unsigned flags, int s) { return (intptr_t)aligned_alloc(256, (n / 256 + 1) * 256); }
 static PyObject *r_freeHost(intptr_t p, int s) { free((void *)p); Py_RETURN_NONE; }
 static PyObject *r_memGetInfo(int s) { return Py_BuildValue("(LL)", limit_bytes - live_bytes, limit_bytes); }
-static PyObject *r_memset(intptr_t p, int v, size_t n, int s) {
-    memset((void *)p, v, n);
-    note("memset", PyLong_FromSize_t(n));
-    Py_RETURN_NONE;
-}
+static PyObject *done_with(const char *kind, size_t n) { note(kind, PyLong_FromSize_t(n)); Py_RETURN_NONE; }
+static PyObject *r_memset(intptr_t p, int v, size_t n, int s) { memset((void *)p, v, n); return done_with("memset", n); }
 static PyObject *r_memsetAsync(intptr_t p, int v, size_t n, intptr_t stream, int s) { return r_memset(p, v, n, 0); }
 static PyObject *r_memcpy(intptr_t to, intptr_t from, size_t n, int kind, int s) {
     memmove((void *)to, (void *)from, n);
-    note("memcpy", Py_BuildValue("(in)", kind, (Py_ssize_t)n));
-    Py_RETURN_NONE;
+    return done_with("memcpy", n);
 }
 static PyObject *r_memcpyAsync(intptr_t to, intptr_t from, size_t n, int kind, intptr_t stream, int s) {
     return r_memcpy(to, from, n, kind, 0);
@@ -201,8 +192,7 @@ static struct { const char *module, *name; void *function; } table[] = {
 
 static PyObject *install(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "OO", &on_module, &on_function)) return NULL;
-    Py_INCREF(on_module);
-    Py_INCREF(on_function);
+    Py_INCREF(on_module), Py_INCREF(on_function);
     for (int i = 0; table[i].module; i++) {
         char path[99];
         snprintf(path, sizeof path, "cupy_backends.cuda.api.%s", table[i].module);
@@ -212,9 +202,7 @@ static PyObject *install(PyObject *self, PyObject *args) {
         Py_INCREF(old);                                     // the new capsule shares its name, the C signature
         PyObject *capsule = PyCapsule_New(table[i].function, PyCapsule_GetName(old), NULL);
         PyDict_SetItemString(api, table[i].name, capsule);
-        Py_DECREF(capsule);
-        Py_DECREF(api);
-        Py_DECREF(module);
+        Py_DECREF(capsule), Py_DECREF(api), Py_DECREF(module);
     }
     Py_RETURN_NONE;
 }
@@ -222,11 +210,9 @@ static PyObject *start(PyObject *self, PyObject *list) { Py_XDECREF(notes); Py_I
 static PyObject *stop(PyObject *self, PyObject *unused) { Py_CLEAR(notes); Py_RETURN_NONE; }
 static PyObject *memory(PyObject *self, PyObject *unused) { return Py_BuildValue("(LL)", live_bytes, peak_bytes); }
 static PyObject *py_note(PyObject *self, PyObject *args) {
-    const char *kind;
-    PyObject *detail;
-    if (!PyArg_ParseTuple(args, "sO", &kind, &detail)) return NULL;
-    Py_INCREF(detail);
-    note(kind, detail);
+    const char *kind, *detail;
+    if (!PyArg_ParseTuple(args, "sz", &kind, &detail)) return NULL;
+    note(kind, PyUnicode_FromString(detail ? detail : ""));
     Py_RETURN_NONE;
 }
 static PyMethodDef methods[] = {{"install", install, METH_VARARGS}, {"start", start, METH_O}, {"stop", stop, METH_NOARGS},
