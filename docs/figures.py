@@ -323,8 +323,9 @@ def part_norms(model, arrays):
 def gradient_flow():
     """The norms of gradients and weights by block and part, before and after training."""
     model, _, train_set, _ = trained()
-    found = {}
-    for when, one in (("step 0", NanoLLM(model.config, SEED)), ("trained", model)):
+    found, first, last = {}, NanoLLM(model.config, SEED), NanoLLM(model.config, SEED)
+    last.weights.flat[...] = model.weights.flat     # which was opened to be read, without gradients
+    for when, one in (("step 0", first), ("trained", last)):
         one.weights.grad[:] = 0
         one.loss(*train_set.batch(0, 32, SEED)).backward()
         found[when] = [part_norms(one, {name: getattr(t, what) for name, t in one.parameters().items()})
