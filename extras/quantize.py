@@ -22,7 +22,7 @@ from hardware.quantized import quantize
 from storage import huggingface
 from storage.files import read_json, readable, refuse_existing, require, whole
 
-OTHERS = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+OTHERS = "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
 
 
 def tensors(model, bits):

@@ -124,7 +124,8 @@ def tokenizer_files(tokenizer, settings, max_context, source=None):
              "generation_config.json": json.dumps(NO_IDS | settings, indent=2) + "\n"}
     if source is None:
         return files
-    there = {name: Path(source, name) for name in files if os.path.lexists(Path(source, name))}
+    there = {name: Path(source, name) for name in (*files, "chat_template.jinja")
+             if os.path.lexists(Path(source, name))}
     if "tokenizer.json" not in there or load_tokenizer(there["tokenizer.json"]).to_str() != tokenizer.to_str():
         there = {name: path for name, path in there.items() if name == "generation_config.json"}
     return files | {name: readable(path).read_text("utf-8") for name, path in there.items()}

@@ -10,7 +10,9 @@ from tiny import command, make_tokenizer, refused
 
 import generate
 from console import chat
+from extras import quantize
 from nanollm import Config, NanoLLM
+from storage import checkpoint, huggingface
 from storage.tokens import load_tokenizer
 
 jinja2 = reference("jinja2")
@@ -72,6 +74,20 @@ def test_a_conversation_is_written_as_transformers_writes_it(folder, template, o
     for n in (1, 3):
         expected = theirs.apply_chat_template(SAID[:n], tokenize=False, add_generation_prompt=True)
         assert "who ran?" in expected and chat.Template(folder).render(SAID[:n]) == expected
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_a_model_made_of_a_chat_model_is_one(folder, tmp_path, own_file):
+    """By training that starts from it, and by quantising it."""
+    if own_file:
+        (folder / "chat_template.jinja").write_text(MARKED)
+    model, tokenizer, expected = *generate.open_model(folder)[:2], chat.Template(folder).render(SAID)
+    (tmp_path / "tuned").mkdir()
+    checkpoint.Run(tmp_path, huggingface.tokenizer_files(tokenizer, {}, 64, folder), {}, {}).write_model(
+        tmp_path / "tuned", model)
+    quantize.write(tmp_path / "small", tmp_path / "tuned", model, 8)
+    for name in ("tuned", "small"):
+        assert chat.Template(tmp_path / name).render(SAID) == expected
 
 
 def test_the_prompt_then_each_line_is_answered(folder, monkeypatch):
