@@ -306,11 +306,13 @@ class NanoLLM:
         if config.qkv_bias:
             heads = heads + cast(block.bias, x.dtype)
         heads = heads.reshape(B, T, H + 2 * K, D).transpose(0, 2, 1, 3)     # (B, H + 2K, T, D)
-        q, k = heads[:, :H], heads[:, H:H + K]
+        qk, v = heads[:, :H + K], heads[:, H + K:]
         if config.qk_norm:
-            q, k = rmsnorm(q, block.q_norm, config.eps), rmsnorm(k, block.k_norm, config.eps)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
-        v = heads[:, H + K:]
+            q = rope(rmsnorm(qk[:, :H], block.q_norm, config.eps), cos, sin)
+            k = rope(rmsnorm(qk[:, H:], block.k_norm, config.eps), cos, sin)
+        else:
+            qk = rope(qk, cos, sin)                                         # both in one call
+            q, k = qk[:, :H], qk[:, H:]
         if cache is not None:
             k, v = cache.extend(i, k, v)                                    # (B, K, S, D)
         out = attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, H * D)
