@@ -40,7 +40,7 @@ def parse(path, columns):
     found = [_row(names, line, columns) for line in lines if line]
     if found and not found[-1] and "step" in names:
         found.pop()
-    return list(filter(None, found)), None not in found
+    return list(filter(None, found)), None not in found and ("step" in names or not names)
 
 
 def _row(names, cells, columns):

@@ -20,12 +20,14 @@ MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",       # b
          codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 ENCODINGS = ["cp1252", "euc_jp", "gb18030", "big5", "cp932", "cp949", "cp1251", "koi8_r", "cp1250", "cp1253", "cp1254",
              "cp1255", "cp1256", "cp874", "cp866", "iso8859_5", "iso8859_2"]        # the likelier first
+TWO_BYTES = {"euc_jp", "gb18030", "big5", "cp932", "cp949"}     # of a letter; its second may be ASCII
 SAMPLE = 1 << 16        # bytes read at once, and enough of them to tell an encoding
 ESCAPED = re.compile("[\udc80-\udcff]")         # bytes that are not UTF-8, under errors="surrogateescape"
 
 
 def refuse_binary(path, head):
     """Raise InputError if a file that begins with these bytes is no text, or one in UTF-16 or UTF-32."""
+    require(head[257:262] != b"ustar", f"the text {path} is a tar archive: unpack it")
     is_safetensors = head[4:8] == bytes(4) and head[8:9] == b"{"
     for signature, name in SIGNATURES.items():
         if head.startswith(signature):
@@ -97,7 +99,9 @@ def probable_encoding(sample):
     end = 1 + max(map(sample.rfind, b"\n ,.-"))         # not inside a character: no other character has these bytes
     sample = sample[:end] if end > len(sample) / 2 else sample
     lines = b"\n".join(line for line in sample.splitlines() if not line.isascii())
-    matches = list(from_bytes(lines, cp_isolation=ENCODINGS, threshold=0.6)) if b"\0" not in sample else []
+    # in a text of such letters two bytes in a row are beyond ASCII; a quotation mark of Windows' stands alone
+    names = [name for name in ENCODINGS if name not in TWO_BYTES or re.search(rb"[\x80-\xff]{2}", lines)]
+    matches = list(from_bytes(lines, cp_isolation=names, threshold=0.6)) if b"\0" not in sample else []
     if not matches:
         return None
     best, margin = matches[0], 0
@@ -106,4 +110,4 @@ def probable_encoding(sample):
         margin = 0 if best.coherence else 0.03
     equals = [match.encoding for match in matches
               if match.chaos <= best.chaos + margin and match.coherence == best.coherence]
-    return next(name for name in ENCODINGS if name in equals or lines.decode(name, "replace") == str(best))
+    return next(name for name in names if name in equals or lines.decode(name, "replace") == str(best))

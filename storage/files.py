@@ -60,7 +60,9 @@ def dangling(path):
     """A message if nothing is there because the path, or a folder above it, is a link to nothing; otherwise None."""
     for part in (path, *path.parents):
         if os.path.islink(part) and not os.path.exists(part):
-            return f"{part} is a link to {os.path.realpath(part)}, which does not exist: restore that, or copy it here"
+            target = os.path.realpath(part)
+            where = "itself" if os.path.islink(target) else f"{target}, which does not exist"
+            return f"{part} is a link to {where}: restore that, or copy it here"
     return None
 
 

@@ -60,6 +60,12 @@ def test_curly_quotes_are_windows_1252_not_control_characters(tmp_path):
     assert converted(problem_of(tmp_path / "text", text.encode("cp1252"))) == text
 
 
+@pytest.mark.parametrize("line", ["it’s late", "an “apple", "£5 – no more", "a\xa0b"])
+def test_one_windows_1252_mark_in_an_english_text_is_not_half_of_a_chinese_letter(line, tmp_path):
+    content = ("The quick brown fox jumps over the lazy dog.\n" * 90 + line + "\n").encode("cp1252")
+    assert "perhaps CP1252" in problem_of(tmp_path / "text", content)
+
+
 @needs_iconv
 @pytest.mark.parametrize("text, damage, n_wrong", [
     (CHINESE * 900, b"\xff", 1), (RUSSIAN * 90, b"\xd0", 1), (FRENCH * 90, FRENCH.encode("latin-1"), 3),
@@ -91,6 +97,7 @@ def test_wide_encodings_with_and_without_a_mark(text, encoding, tmp_path):
     (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF"), (gzip.compress(b"abc"), "a gzip archive"),
     (b"PK\x03\x04\x14\0\6\0", "a zip archive, such as a .docx"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a PNG picture"),
     (b"\xff\xd8\xff\xe0\0\x10JFIF", "a JPEG picture"), (b"GGUF\3\0\0\0", "a GGUF model"),
+    (b"a.txt".ljust(257, b"\0") + b"ustar\00000root", "a tar archive"),
     ((70).to_bytes(8, "little") + b'{"weight": {}}', "a safetensors model"),
     (bytes(range(256)) * 9, "not UTF-8 at byte 128, in line 2, and does not look like text")])
 def test_what_is_no_text_is_named(content, name, tmp_path):

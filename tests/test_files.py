@@ -23,6 +23,7 @@ import train
 from extras import export_gguf, quantize
 from storage.files import (
     InputError,
+    dangling,
     file_hash,
     lock,
     read_json,
@@ -92,6 +93,11 @@ def test_what_cannot_be_read_is_named_for_what_it_is(tmp_path, kind):
     for read in (readable, read_json, file_hash):
         with pytest.raises(InputError, match=words):
             read(tmp_path / "name")
+
+
+def test_a_folder_that_is_a_link_to_itself(tmp_path):
+    (tmp_path / "run").symlink_to("run")
+    assert dangling(tmp_path / "run").startswith(f"{tmp_path}/run is a link to itself")
 
 
 def test_links_are_followed(tmp_path):

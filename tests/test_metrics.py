@@ -173,7 +173,8 @@ def test_a_file_that_a_spreadsheet_saved_keeps_its_rows(form, tmp_path):
 
 @pytest.mark.parametrize("damage", [
     lambda whole: whole.replace("6,0.5", "6,Jan 05"), lambda whole: whole.encode("utf-16"),
-    lambda whole: whole.replace("step", "Schritt"), lambda whole: f"x{'y' * 200_000}\n{whole}"])
+    lambda whole: whole.replace("step", "Schritt"), lambda whole: f"x{'y' * 200_000}\n{whole}",
+    lambda whole: whole.splitlines()[-1], lambda whole: b"\xff\0" * 99])
 def test_rows_that_cannot_be_read_are_kept_elsewhere(damage, tmp_path):
     path = tmp_path / "metrics.csv"
     metrics.rewind(path, 0)
