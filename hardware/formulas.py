@@ -92,19 +92,14 @@ def _divide_less_one(z, total, number, target):
 def rotate(x, cos, sin, back=False):
     """x (..., T, D) times cos, plus (-x₂, x₁) times sin, x₁ and x₂ the halves of a row; cos and sin (T, D).
 
-    back=True turns by the opposite angles, which is the same with the halves exchanged. A GPU reads x where it is. On a
-    CPU a contiguous copy of whole heads is turned in place, in the cache.
+    back=True turns by the opposite angles. A contiguous copy of whole heads is turned in place, in the cache.
     """
-    half = x.shape[-1] // 2
     if device.on_gpu:
-        out = device.xp.empty(x.shape, x.dtype)
-        halves = [slice(half), slice(half, None)][::-1 if back else 1]
-        x1, x2, out1, out2 = (array[..., part] for array in (x, out) for part in halves)
-        _rotate(x1, x2, cos[:, :half], sin[:, :half], out1, out2)
-        return out
-    out, sin = x.copy(), -sin if back else sin
+        return _rotate_on_gpu(x, cos, sin, back)
+    out, half = x.copy(), x.shape[-1] // 2
     heads = out.reshape(-1, *x.shape[-2:])      # (N, T, D), a view
-    sin = np.concatenate((-sin[:, :half], sin[:, half:]), -1)
+    sin = -sin if back else sin
+    sin = np.concatenate((-sin[:, :half], sin[:, half:]), -1)           # (-x₂, x₁) sin = (x₂, x₁) (-sin, sin)
 
     def block(part):
         xs = heads[part]
@@ -112,6 +107,15 @@ def rotate(x, cos, sin, back=False):
         xs *= cos
         xs += swapped * sin
     sweep(block, len(heads), (1 << 16) // max(math.prod(x.shape[-2:]), 1))
+    return out
+
+
+def _rotate_on_gpu(x, cos, sin, back):
+    """The same in one kernel, which reads x where it is. The opposite angles are the same with the halves exchanged."""
+    half, out = x.shape[-1] // 2, device.xp.empty(x.shape, x.dtype)
+    halves = [slice(half), slice(half, None)][::-1 if back else 1]
+    x1, x2, out1, out2 = (array[..., part] for array in (x, out) for part in halves)
+    _rotate(x1, x2, cos[:, :half], sin[:, :half], out1, out2)
     return out
 
 

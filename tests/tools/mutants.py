@@ -25,7 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {   # the functions in which bugs are planted; None: all
     "autograd.py": None, "hardware/device.py": ("add_rows", "add_each", "_product"), "hardware/random_bits.py": None,
-    "hardware/formulas.py": ("exp_less", "less_times", "_add_scaled"), "images/ops.py": None}
+    "hardware/formulas.py": ("exp_less", "less_times", "_add_scaled", "rotate"), "images/ops.py": None}
 TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 
 # Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
@@ -64,6 +64,7 @@ EQUIVALENT = {
      "lift = 1 if dtype == wide else (2.0 * 1.001) ** 15"): "any scale cancels",
     ("out[...] = x * (((r * r + z) >> half) >= limit) * scale",
      "out[...] = x * ((r * r + z) >> half > limit) * scale"): "one number of 2³²",
+    ("if device.on_gpu:", "if False:"): "what a GPU does instead",
     ("if on_gpu:", "if True:"): "add.at gives the same, more slowly",
     ("h = step * max(1.0, abs(x))", "h = step * max((1.0 * 1.001), abs(x))"): "a step 0.1 % longer",
     ("if not excess <= worst:", "if not excess < worst:"): "a tie",
