@@ -114,8 +114,9 @@ def command_line():
                         description="Measure how well a model predicts a text: loss, perplexity, bits per byte and "
                         "accuracy. Every token except the first is predicted once.")
     parser.add_model()
-    parser.add_argument("--text", metavar="FILE", type=cli.path, required=True, nargs="+",
-                        help="UTF-8 texts that the model was not trained on; as train.py takes them")
+    parser.add_argument("--text", metavar="FILE", type=cli.path, required=True, action="append",
+                        help="a UTF-8 text that the model was not trained on, or a folder or pattern of such, as in "
+                        "train.py; can be given several times")
     parser.add("--field", "text", cli.text, "the field of a .jsonl's lines that holds a text", "NAME")
     parser.add("--no-separator", False, bool, "put nothing between two texts")
     parser.add("--seq-len", None, number(int, 1), "tokens in a window; default: the model's longest context")

@@ -199,6 +199,9 @@ def test_an_evaluation_of_several_texts(finished, tmp_path):
                   for name in ("all", "joined.txt"))
     assert one | {"tokens_per_second": 0} == other | {"tokens_per_second": 0}
     assert "between documents: an empty line" in command(evaluate.main, folder, "--text", "all")[1]
+    Path("other.txt").write_text(DOCUMENTS[0])
+    several = command(evaluate.main, "--text", "joined.txt", "--text", "other.txt", folder)[1]      # the folder last
+    assert "documents: 2, files: 2" in several
 
 
 def test_a_tokenizer_may_be_a_folder(finished, tmp_path):
