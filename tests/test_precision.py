@@ -2,6 +2,7 @@
 import math
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -9,7 +10,7 @@ from tiny import rows
 
 import autograd
 import train
-from autograd import Tensor, dropout, gradcheck, linear, linear_cross_entropy, no_grad, recompute
+from autograd import Tensor, attention, dropout, gradcheck, linear, linear_cross_entropy, no_grad, recompute
 from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
@@ -356,3 +357,15 @@ def test_recompute_without_gradients_only_computes(rng):
     w = Tensor(device.xp.ones(3), requires_grad=True)
     recompute(lambda x: x * w, x).sum().backward()      # x needs no gradient, but w does
     np.testing.assert_array_equal(to_host(w.grad), to_host(x.data))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_attention_sums_over_blocks_of_queries_in_float32(dtype):
+    """Two blocks that each add less than half a last digit to dv of the first key: together they add one."""
+    digit = float(ml_dtypes.finfo(dtype).eps)
+    q, k, v = (Tensor(device.xp.zeros((1, 1, 512, 1), dtype), requires_grad=True) for _ in range(3))
+    dout = device.xp.zeros((1, 1, 512, 1), dtype)
+    for t, part in ((511, 1), (255, 0.45 * digit), (127, 0.45 * digit)):
+        dout[0, 0, t] = (t + 1) * part          # all scores are equal: p = 1 / (t + 1)
+    attention(q, k, v).backward(dout)
+    assert float(v.grad[0, 0, 0, 0]) == 1 + digit
