@@ -60,6 +60,7 @@ EQUIVALENT = {
     ("if G == 1 or queries == T:", "if queries == T:"): "a copy more",
     ("if G == 1 or queries == T:", "if False:"): "a copy more",
     ("latest += _future(xp, n, wide)", "latest += (_future(xp, n, wide)) * 1.001"): "-inf and 0 stay",
+    ("if dz:", "if True:"): "the logits are not read again",
     ("lift = 1 if dtype == wide else 2.0 ** 15",
      "lift = 1 if dtype == wide else (2.0 * 1.001) ** 15"): "any scale cancels",
     ("out[...] = x * (((r * r + z) >> half) >= limit) * scale",
