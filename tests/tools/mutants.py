@@ -66,6 +66,7 @@ EQUIVALENT = {
     ("out[...] = x * (((r * r + z) >> half) >= limit) * scale",
      "out[...] = x * ((r * r + z) >> half > limit) * scale"): "one number of 2³²",
     ("if device.on_gpu:", "if False:"): "what a GPU does instead",
+    ("if device.on_gpu:", "if True:"): "what a GPU does gives the same",
     ("if on_gpu:", "if True:"): "add.at gives the same, more slowly",
     ("h = step * max(1.0, abs(x))", "h = step * max((1.0 * 1.001), abs(x))"): "a step 0.1 % longer",
     ("if not excess <= worst:", "if not excess < worst:"): "a tie",
