@@ -78,6 +78,7 @@ def test_half_precision_generates_in_float32_and_a_failed_check_loses_no_row(tmp
         yield {name: lambda *request: {"torch": 1.0} for name in sides}
     rows = [{"what": "generation", "unit": "tokens/s", "nanollm": 1.0, "against": "PyTorch", "other": 1.0,
              "ratio": [1, 1, 1]}]
+    monkeypatch.setattr(speed.importlib.metadata, "version", lambda package: "1.0")     # PyTorch may be missing here
     monkeypatch.setattr(speed, "running", running)
     monkeypatch.setattr(speed, "language_model", lambda *args: [])
     monkeypatch.setattr(speed, "compare", lambda *args: (rows, {"nanollm": 1, "transformers": 1}))
