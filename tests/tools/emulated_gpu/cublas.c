@@ -92,3 +92,20 @@ int cublasGemmEx(void *h, int ta, int tb, int m, int n, int k, const void *alpha
     return cublasGemmStridedBatchedEx(h, ta, tb, m, n, k, alpha, A, at, lda, 0, B, bt, ldb, 0, beta, C, ct, ldc, 0, 1, compute,
                                       algo);
 }
+
+// CuPy's matmul takes these where leading axes are broadcast; the matrices stand behind arrays of pointers.
+static int each(void *h, int ta, int tb, int m, int n, int k, const void *alpha, char **A, int lda, char **B, int ldb,
+        const void *beta, char **C, int ldc, int count, int type, int compute) {
+    int status = OK;
+    for (int i = 0; i < count && status == OK; i++)
+        status = cublasGemmEx(h, ta, tb, m, n, k, alpha, A[i], type, lda, B[i], type, ldb, beta, C[i], type, ldc, compute, -1);
+    return status;
+}
+int cublasSgemmBatched(void *h, int ta, int tb, int m, int n, int k, const float *alpha, char **A, int lda, char **B, int ldb,
+        const float *beta, char **C, int ldc, int count) {
+    return each(h, ta, tb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc, count, FLOAT, IN_FLOAT);
+}
+int cublasDgemmBatched(void *h, int ta, int tb, int m, int n, int k, const double *alpha, char **A, int lda, char **B, int ldb,
+        const double *beta, char **C, int ldc, int count) {
+    return each(h, ta, tb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc, count, DOUBLE, IN_DOUBLE);
+}
