@@ -257,7 +257,7 @@ def div(a, b):
 
 
 def power(x, p):
-    """out = x**p for a number p;  dx = dout * p * x**(p-1), and 0 for p = 0.  √x is power(x, 0.5)."""
+    """out = x**p for a number p;  dx = dout * p * x**(p-1), 0 if p = 0.  √x is power(x, 0.5)."""
     data, dtype = _wide(x.data), x.dtype        # CuPy has no powers of bfloat16
     return record((data ** p).astype(dtype, copy=False), (x,), lambda dout: (
         (dout * (p and p * data ** (p - 1))).astype(dtype, copy=False),))
@@ -819,7 +819,7 @@ def logit_blocks(rows, weight):
 
 
 def loss_of_rows(z, targets, losses, dz=False):
-    """Write each row's loss L - z_y to losses (N,). z (N, V) is overwritten, with dz by p - onehot."""
+    """Write each row's loss L - z_y to losses (N,). z (N, V) is lost; with dz it becomes p - onehot."""
     def block(part):
         p, target = z[part], targets[part]
         top, own = p.max(-1, keepdims=True), formulas.at(p, target)

@@ -48,7 +48,7 @@ class TokenDataset:
     def from_text(cls, text, tokenizer, seq_len, stride=None):
         """The windows of a text file; `tokenizer` is a tokenizer.json; stride None: seq_len // 2.
 
-        Warns if more than 1 % of the characters are unknown. Raises InputError for what it cannot use.
+        Warns if over 1 % of the characters are unknown. Raises InputError for what it cannot use.
         """
         stride = max(1, seq_len // 2) if stride is None else stride
         require(seq_len >= 1, f"seq_len {seq_len}: must be at least 1")

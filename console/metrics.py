@@ -35,7 +35,7 @@ def parse(path, columns):
     header = text.partition("\n")[0]
     try:
         names, *lines = csv.reader(text.split("\n"), delimiter=max(",;\t", key=header.count))
-    except csv.Error:                   # so many characters without a comma are no table
+    except csv.Error:                   # a cell is longer than csv allows: this is no table
         return [], False
     found = [_row(names, line, columns) for line in lines if line]
     if found and not found[-1] and "step" in names:

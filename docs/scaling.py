@@ -25,7 +25,7 @@ def n_weight(config):
 
 
 def step_seconds(config, windows, rate):
-    """The time of a step of so many windows of max_context tokens, at `rate` FLOP/s."""
+    """The time of a step of `windows` windows of max_context tokens, at `rate` FLOP/s."""
     return windows * config.max_context * flops_per_token(config, config.max_context) / rate
 
 
@@ -41,7 +41,7 @@ def efficiency(config, windows, rate, n, bandwidth):
 
 
 def table(config, windows, rate, networks):
-    """How n ranks of this rate do; each takes so many windows a step, so the batch grows with n."""
+    """How n ranks of this rate do. Each takes `windows` windows a step, so the batch grows with n."""
     rows = [f"| network | exchange, n = {MACHINES[-1]} | " + " | ".join(f"n = {n}" for n in MACHINES) + " |",
             "|---" * (2 + len(MACHINES)) + "|"]
     for name, bandwidth in networks.items():

@@ -2,7 +2,7 @@
 
 They are: the lines of each Python file at the root, the line of each op in its file and the number of its tests, and
 the comparison in docs/speed.json, which benchmarks/speed.py writes. README.zh.md gets the parts of README.md that
-docs/results.py wrote, with its captions translated. docs/scaling.md is written anew. People write the words, scripts
+docs/results.py wrote, with its captions translated. docs/scaling.md is rewritten. People write the words, scripts
 write the numbers.
 
 Exit status 1: README's table of the root has no row for a file or folder there, or names something that does not

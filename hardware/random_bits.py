@@ -16,7 +16,7 @@ def drop(x, p, key):
     """x with each element set to 0 with probability p, and divided by 1 - p otherwise.
 
     `key`, a tuple of whole numbers of at least 0, decides which. Its last is the number of x's first row: a row has the
-    same elements dropped wherever it stands in a batch. The result has x's shape and dtype.
+    same elements dropped at any place in a batch. The result has x's shape and dtype.
     """
     *key, first = key
     words = np.random.SeedSequence(key).generate_state(2, np.uint64)

@@ -40,7 +40,7 @@ def class_map(model, pixels, label):
 
 @drawing.defaults()
 def draw_map(path, pixels, scores, name, answer):
-    """The picture (S, S, 3), and beside it, in grey, under the map: red where a place adds to the logit of the class
+    """The picture (S, S, 3), and to its right, in grey, under the map: red where a place adds to the logit of the class
     `name`, blue where it takes from it.
     """
     from matplotlib.figure import Figure

@@ -23,7 +23,7 @@ def conv2d_plain(x, w, b):
     p is a pixel, d one of the k · k steps from p to its neighbours, and w_d (F, C) a matrix: the sum of k · k
     linear layers, each on the image moved by -d. So, as in `linear`,
         dw_d = sum_p dout_p x_{p+d}ᵀ,   db = sum_p dout_p
-    x_q entered out_p wherever p + d = q, so dx_q = sum_d w_dᵀ dout_{q-d}: each term goes back to where it came from.
+    x_q entered every out_p with p + d = q, so dx_q = sum_d w_dᵀ dout_{q-d}: each term goes back to where it came from.
 
     >>> from autograd import Tensor
     >>> x = Tensor(device.xp.zeros((1, 3, 3, 1)), requires_grad=True)

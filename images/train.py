@@ -58,7 +58,7 @@ class Settings(Training):
     demo: bool = like("demo", help="train on digits drawn in matplotlib's fonts: no files needed")
 
     size: int = options.in_data(
-        128, number(int, 16, 2048), "pictures become squares with so many pixels a side", fixed=True)
+        128, number(int, 16, 2048), "pictures become squares with this number of pixels on each side", fixed=True)
     val_fraction: float = like("val_fraction", 0.2, help="share of each class held out for validation; 0: none")
     num_epochs: int = like("num_epochs", help="passes over the training pictures")
     max_steps: int | None = like("max_steps")

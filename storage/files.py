@@ -126,7 +126,7 @@ def refuse_existing(path):
 
 # .NAME.1a2b3c4d.nanollm/ holds NAME until it is complete. Half of the digits are random, half are the machine's.
 _WORKPLACE = re.compile(r"\.(.+)\.([0-9a-f]{4})[0-9a-f]{4}\.nanollm")
-_DAY = 24 * 3600        # where no lock tells, the process of a workplace that has not changed for so long is dead
+_DAY = 24 * 3600        # where no lock tells, the process of a workplace that has not changed for a day is dead
 
 
 @contextlib.contextmanager

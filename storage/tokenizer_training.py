@@ -35,7 +35,7 @@ def byte_bpe(texts, words, special=()):
 
 
 def usual_size(n_byte):
-    """The size of the vocabulary for a text of so many bytes: a 500th of that, as a power of two from 512 to 8,192.
+    """The size of the vocabulary for a text of n_byte bytes: a 500th of them, as a power of two from 512 to 8,192.
 
     >>> [usual_size(n) for n in (1000, 300_000, 2_100_000, 10**9)]
     [512, 512, 4096, 8192]

@@ -986,7 +986,7 @@ def test_gradcheck_rejects_a_softmax_whose_gradient_is_zero():
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 1), (-1, -1)])
-def test_gradcheck_rejects_a_gradient_that_is_nan_wherever_it_stands(place):
+def test_gradcheck_rejects_a_gradient_that_is_nan_at_any_place(place):
     def nan(x, w, dout):
         dx = dout @ w
         dx[place] = np.nan
