@@ -13,23 +13,18 @@ console/observer.py; how far training is (State) is in storage/checkpoint.py.
 """
 import contextlib
 import math
-import shlex
 import warnings
 from functools import partial
-from pathlib import Path
-
-import numpy as np
 
 from console import cli, metrics, options
-from console.observer import Observer, announce, open_run
+from console.observer import Observer, announce, make_model, note_loss, open_run
 from console.progress import Progress, say
 from data import TokenDataset
 from evaluate import evaluate
 from generate import sample_text
 from hardware import device, ranks
-from nanollm import NanoLLM
 from storage import checkpoint
-from storage.files import InputError, read_json, require
+from storage.files import require
 
 # ---------------------------------------------------------------- the optimizer
 
@@ -188,22 +183,6 @@ def clipping(norm, limit):
     return min(1.0, limit / norm) if limit and norm else 1.0
 
 
-def note_loss(state, loss, norm, finite):
-    """Add the loss to the next report's mean, or report a skipped step.
-
-    With a loss scale above 1 a skipped step is expected: the scale is halved for the next one.
-    """
-    if finite:
-        state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
-        state.skipped_in_a_row = 0
-        return
-    state.skipped, remedy = state.skipped + 1, f" (loss scale {state.loss_scale:.0f}, halved)"
-    if state.loss_scale == 1:
-        state.skipped_in_a_row, remedy = state.skipped_in_a_row + 1, ""
-    say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, "
-        f"{state.skipped} so far{remedy}")
-
-
 def adapt_loss_scale(state, finite):
     """Dynamic loss scaling, for float16.  (Micikevicius et al. 2018, §3.2 and §5)
 
@@ -221,26 +200,6 @@ def adapt_loss_scale(state, finite):
 
 
 # ---------------------------------------------------------------- the command
-
-def make_model(request, team):
-    """(model, its BOS and EOS ids as config.json has them): read from a folder, or fresh.
-
-    Rank 0 alone reads or draws weights; the others get them from it.
-    """
-    source, entries = request.source, request.ends
-    if source and team.rank == 0:
-        model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
-        entries = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
-        if not model.trainable:
-            raise InputError(f"{source} is quantised and cannot be trained: start from the model "
-                             "from which it was made")
-    else:
-        model = NanoLLM(request.config, request.settings.seed if team.rank == 0 else None)
-    model.compute_dtype = np.dtype(request.settings.dtype)
-    model.recompute = request.settings.recompute
-    team.adopt(model.weights)
-    return model, entries
-
 
 def work(request, team):
     """Train as one rank of a team; returns the exit code. Rank 0 alone writes, and is heard."""
@@ -283,15 +242,7 @@ def work(request, team):
             observer = Observer(run, settings, train_set, progress, validate if val_set else None,
                                 sample, team, saved=state.step if resumed else None)
             train(model, optimizer, train_set, settings, state, observer, stop, team)
-        observer.finish(model, is_over(settings, state))
-    if not is_over(settings, state):
-        say(f"\nstopped after step {state.step}; continue with\n"
-            f"    {checkpoint.resume_command(folder)}")
-        return 128 + stop.signal
-    prompt = shlex.quote(settings.prompt or "Once upon a time")
-    say(f"\n{folder} holds the model, metrics.csv and loss.png; generate text with\n"
-        f"    python generate.py {shlex.quote(str(folder))} --prompt {prompt}")
-    return 0
+        return observer.finish(model, state, is_over(settings, state), stop.signal)
 
 
 def main(argv=None):

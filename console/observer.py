@@ -1,14 +1,18 @@
-"""What happens after a step of training: reports, evaluations, samples, checkpoints."""
+"""What happens before the first step of training and after each: reports, evaluations, samples, checkpoints."""
 import math
+import shlex
 from pathlib import Path
+
+import numpy as np
 
 from console import metrics
 from console.cli import Stopped
 from console.metrics import perplexity
 from console.progress import say
 from hardware import device, ranks
+from nanollm import NanoLLM
 from storage import checkpoint
-from storage.files import InputError
+from storage.files import InputError, read_json
 from storage.huggingface import tokenizer_files
 
 
@@ -18,6 +22,26 @@ def open_run(request, model, tokenizer, entries):
     folder = Path(request.folder) if request.checkpoint else checkpoint.new_run(request.folder)
     files = tokenizer_files(tokenizer, entries, model.config.max_context, request.source)
     return checkpoint.Run(folder, files, entries, about)
+
+
+def make_model(request, team):
+    """(model, its BOS and EOS ids as config.json has them): read from a folder, or fresh.
+
+    Rank 0 alone reads or draws weights; the others get them from it.
+    """
+    source, entries = request.source, request.ends
+    if source and team.rank == 0:
+        model, hf = NanoLLM.load(source), read_json(Path(source, "config.json"))
+        entries = {name: hf.get(name) for name in ("bos_token_id", "eos_token_id")}
+        if not model.trainable:
+            raise InputError(f"{source} is quantised and cannot be trained: start from the model "
+                             "from which it was made")
+    else:
+        model = NanoLLM(request.config, request.settings.seed if team.rank == 0 else None)
+    model.compute_dtype = np.dtype(request.settings.dtype)
+    model.recompute = request.settings.recompute
+    team.adopt(model.weights)
+    return model, entries
 
 
 def announce(model, train_set, val_set, settings, state, folder):
@@ -32,6 +56,22 @@ def announce(model, train_set, val_set, settings, state, folder):
         f"folder     {folder}")
     if device.on_gpu:
         say("The first step takes some seconds longer if CuPy has to compile its kernels, once on each machine.")
+
+
+def note_loss(state, loss, norm, finite):
+    """Add the loss to the next report's mean, or report a skipped step.
+
+    With a loss scale above 1 a skipped step is expected: the scale is halved for the next one.
+    """
+    if finite:
+        state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
+        state.skipped_in_a_row = 0
+        return
+    state.skipped, remedy = state.skipped + 1, f" (loss scale {state.loss_scale:.0f}, halved)"
+    if state.loss_scale == 1:
+        state.skipped_in_a_row, remedy = state.skipped_in_a_row + 1, ""
+    say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, "
+        f"{state.skipped} so far{remedy}")
 
 
 def due(step, every):
@@ -146,12 +186,23 @@ class Observer:
             self.run.write_checkpoint(model, moments, state, self.settings.keep_last)
         self.progress.restart()
 
-    def finish(self, model, over):
-        """Write the model if training is over, and loss.png, on which nothing depends."""
+    def next_command(self):
+        """What to do with the finished run, and the command that does it."""
+        prompt = shlex.quote(self.settings.prompt or "Once upon a time")
+        return f"generate text with\n    python generate.py {shlex.quote(str(self.run.folder))} --prompt {prompt}"
+
+    def finish(self, model, state, over, signal):
+        """Write the model if training is over, and loss.png, on which nothing depends; say what can be done next.
+        Returns the exit code.
+        """
         if self.run and over:
             self.run.write_model(self.run.folder, model)
         if self.run:
             self.progress.redraw(self.run.folder, every=0)
+            done = f"{self.run.folder} holds the model, metrics.csv and loss.png; {self.next_command()}"
+            resume = checkpoint.resume_command(self.run.folder, self.settings.program)
+            say(f"\n{done}" if over else f"\nstopped after step {state.step}; continue with\n    {resume}")
+        return 0 if over else 128 + signal
 
     def give_up(self, model, ids):
         """Raise, on rank 0, an InputError that says where NaN or infinity comes from."""

@@ -107,6 +107,10 @@ class ImageObserver(Observer):
     def on_training_set(self, loss):
         return {"loss": loss}
 
+    def next_command(self):
+        folder = shlex.quote(str(self.run.folder))
+        return f"let it look at a picture with\n    python -m images.infer {folder} --image PATH"
+
     def explain(self, result):
         accuracy = f", accuracy {result['accuracy']:.1%}" if "accuracy" in result else ""
         return f"loss {result['loss']:.4f}{accuracy}"
@@ -217,14 +221,7 @@ def main(argv=None):
             observer = ImageObserver(run, settings, train_set, progress, validate if val_set else None, None,
                                      saved=state.step if resumed else None)
             train(model, optimizer, train_set, settings, state, observer, stop)
-        observer.finish(model, is_over(settings, state))
-    if is_over(settings, state):
-        say(f"\n{folder} holds the model, metrics.csv and loss.png; let it look at a picture with\n"
-            f"    python -m images.infer {shlex.quote(str(folder))} --image PATH")
-        return 0
-    say(f"\nstopped after step {state.step}; continue with\n"
-        f"    {checkpoint.resume_command(folder, COMMAND)}")
-    return 128 + stop.signal
+        return observer.finish(model, state, is_over(settings, state), stop.signal)
 
 
 if __name__ == "__main__":
