@@ -146,7 +146,7 @@ def train(model, optimizer, train_set, settings, state, observer, stop, team=ran
         observer.save(model, optimizer, state)      # a disk that is too small fails now, not later
     elif state.cut is not None:
         observer.report_if_due(model, state, rate(settings, state.step - 1), state.cut)
-    while not is_over(settings, state) and not stop.asked():
+    while not state.is_over(settings) and not stop.asked():
         lr = rate(settings, state.step)
         optimizer.zero_grad()
         loss, count = 0.0, settings.windows_per_step()
@@ -170,12 +170,6 @@ def train(model, optimizer, train_set, settings, state, observer, stop, team=ran
             adapt_loss_scale(state, finite)
         observer.after_step(model, optimizer, state, lr, loss, norm)
     observer.save(model, optimizer, state)
-
-
-def is_over(settings, state):
-    """Whether all steps are done and evaluated, or patience has run out."""
-    no_patience = settings.patience is not None and state.without_better >= settings.patience
-    return (state.step >= settings.max_steps and state.cut is None) or no_patience
 
 
 def clipping(norm, limit):
@@ -221,7 +215,7 @@ def work(request, team):
         checkpoint.read_moments(resumed, optimizer, team)
         optimizer.t = state.updates
     run = open_run(request, model, tokenizer, entries) if leads else None
-    finished = leads and resumed and is_over(settings, state) and run.is_finished(resumed)
+    finished = leads and resumed and state.is_over(settings) and run.is_finished(resumed)
     folder, finished = team.exchange((leads and run.folder, finished))[0]
     if finished:
         say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to "
@@ -242,7 +236,7 @@ def work(request, team):
             observer = Observer(run, settings, train_set, progress, validate if val_set else None,
                                 sample, team, saved=state.step if resumed else None)
             train(model, optimizer, train_set, settings, state, observer, stop, team)
-        return observer.finish(model, state, is_over(settings, state), stop.signal)
+        return observer.finish(model, state, stop.signal)
 
 
 def main(argv=None):

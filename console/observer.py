@@ -191,10 +191,11 @@ class Observer:
         prompt = shlex.quote(self.settings.prompt or "Once upon a time")
         return f"generate text with\n    python generate.py {shlex.quote(str(self.run.folder))} --prompt {prompt}"
 
-    def finish(self, model, state, over, signal):
+    def finish(self, model, state, signal):
         """Write the model if training is over, and loss.png, on which nothing depends; say what can be done next.
         Returns the exit code.
         """
+        over = state.is_over(self.settings)
         if self.run and over:
             self.run.write_model(self.run.folder, model)
         if self.run:

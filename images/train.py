@@ -29,7 +29,7 @@ from images.network import Config, ConvNet, preprocessor
 from images.reading import ImageDataset
 from storage import checkpoint
 from storage.files import InputError, require
-from train import Adam, is_over, rate, train
+from train import Adam, rate, train
 
 COMMAND = "-m images.train"
 LIKE = {field.name: field for field in fields(options.Settings)}
@@ -207,7 +207,7 @@ def main(argv=None):
         optimizer.t = state.updates
     folder = Path(request.folder) if resumed else checkpoint.new_run(request.folder, Settings.runs)
     run = checkpoint.Run(folder, preprocessor(config), {}, about)
-    if resumed and is_over(settings, state) and run.is_finished(resumed):
+    if resumed and state.is_over(settings) and run.is_finished(resumed):
         say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to train further")
         return 0
 
@@ -221,7 +221,7 @@ def main(argv=None):
             observer = ImageObserver(run, settings, train_set, progress, validate if val_set else None, None,
                                      saved=state.step if resumed else None)
             train(model, optimizer, train_set, settings, state, observer, stop)
-        return observer.finish(model, state, is_over(settings, state), stop.signal)
+        return observer.finish(model, state, stop.signal)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,11 @@ class State:
     seconds: float = 0.0                # time spent, over all resumptions
     cut: float | None = None            # the last step's gradient norm, if a signal cut its evaluation short
 
+    def is_over(self, settings):
+        """Whether all steps are done and evaluated, or patience has run out."""
+        no_patience = settings.patience is not None and self.without_better >= settings.patience
+        return (self.step >= settings.max_steps and self.cut is None) or no_patience
+
 
 def versions():
     """What computed a run, for people who read its trainer.json."""
