@@ -11,6 +11,13 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+BLUE, RED, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"     # safe for the colour-blind (Okabe & Ito 2008)
+INK, GREY, PALE, PAPER = "#24292f", "#6e7781", "#dde1e5", "#fcfcfa"
+STYLE = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+         "axes.titlesize": 11, "axes.titlelocation": "left", "axes.edgecolor": GREY, "axes.spines.top": False,
+         "axes.spines.right": False, "axes.facecolor": PAPER, "figure.facecolor": PAPER, "axes.axisbelow": True,
+         "axes.grid": True, "grid.color": PALE, "legend.frameon": False, "lines.linewidth": 1.8}
+
 _failed = set()         # pictures of which `optional` has warned
 
 

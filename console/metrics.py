@@ -82,22 +82,26 @@ def append(path, row, columns=COLUMNS):
 
 # ---------------------------------------------------------------- loss.png
 
-@drawing.defaults()
+@drawing.defaults(drawing.STYLE)
 def draw_loss(folder):
-    """Draw loss.png from metrics.csv: training and validation loss, in nats, by step."""
+    """Draw loss.png from metrics.csv: training and validation loss, in nats, by step. The title is the lowest one."""
     from matplotlib.figure import Figure
 
     rows = read(folder / "metrics.csv")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, label, style in (("train_loss", "training", "-"), ("val_loss", "validation (unseen)", "o-")):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+    curves = {name: [(float(row[column]), int(row["step"])) for row in rows if row[column]]
+              for name, column in (("training", "train_loss"), ("validation", "val_loss"))}
+    lasts = [points[-1] for points in curves.values() if points]
+    for (name, points), color, style in zip(curves.items(), (drawing.RED, drawing.BLUE), ("-", "o-"), strict=True):
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+            losses, steps = zip(*points, strict=True)
+            axes.plot(steps, losses, style, color=color, markersize=4)
+            axes.annotate(f"{name} {losses[-1]:.3f}", (steps[-1], losses[-1]), (8, 0), textcoords="offset points",
+                          va="bottom" if points[-1] == max(lasts) else "top", color=color, annotation_clip=False)
+            loss, step = min(points)
+            axes.set_title(f"The lowest {name} loss is {loss:.3f}, at step {step:,}", fontweight="bold")
     axes.set(xlabel="step", ylabel="loss (nats)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(frameon=False)
     with whole(folder / "loss.png") as path:
         figure.savefig(path, format="png", dpi=120)
 

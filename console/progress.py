@@ -66,7 +66,8 @@ class Progress:
             self.drawn = time.monotonic()
 
     def show(self, step, loss, lr, norm):
-        text = (f"loss {loss:.4f}  ppl {metrics.perplexity(loss):,.1f}  lr {lr:.1e}  |g| {norm:.2f}  "
+        perplexity = f"ppl {metrics.perplexity(loss):,.1f}  " if self.unit == "tok" else ""     # a picture has none
+        text = (f"loss {loss:.4f}  {perplexity}lr {lr:.1e}  |g| {norm:.2f}  "
                 f"{self.speed:,.0f} {self.unit}/s  {self.speed * self.flops_per_token / 1e9:,.1f} GFLOP/s")
         if not self.bar.disable:
             self.bar.set_postfix_str(text)

@@ -25,6 +25,7 @@ from probes import attention_maps, hooked, training_step
 
 from autograd import Tensor, no_grad, rmsnorm, rope
 from console import demo, drawing, metrics
+from console.drawing import BLUE, GREEN, GREY, INK, PALE, PAPER, PINK, RED
 from data import TokenDataset
 from generate import open_model
 from hardware import device
@@ -40,13 +41,7 @@ SENTENCE, CONTEXT = " If the file does not exist, the file is created.", "This f
 
 # ---------------------------------------------------------------- the common style
 
-BLUE, RED, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"     # safe for the colour-blind (Okabe & Ito 2008)
-INK, GREY, PALE, PAPER = "#24292f", "#6e7781", "#dde1e5", "#fcfcfa"
-STYLE = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-         "axes.titlesize": 11, "axes.titlelocation": "left", "axes.edgecolor": GREY, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.facecolor": PAPER, "figure.facecolor": PAPER, "axes.axisbelow": True,
-         "axes.grid": True, "grid.color": PALE, "legend.frameon": False, "lines.linewidth": 1.8,
-         "axes.prop_cycle": cycler(color=[BLUE, RED, GREEN, PINK]), "svg.hashsalt": "nanollm"}
+STYLE = drawing.STYLE | {"axes.prop_cycle": cycler(color=[BLUE, RED, GREEN, PINK]), "svg.hashsalt": "nanollm"}
 
 
 def shades():

@@ -76,7 +76,9 @@ def test_loss_png_is_drawn_with_labelled_axes(finished, monkeypatch):
     assert train_line.get_xdata().tolist() == [int(row["step"]) for row in table]
     assert train_line.get_ydata().tolist() == [float(row["train_loss"]) for row in table]
     assert val_line.get_ydata().tolist() == [float(row["val_loss"]) for row in table if row["val_loss"]]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation (unseen)"]
+    train, val = train_line.get_ydata()[-1], val_line.get_ydata().tolist()
+    assert [text.get_text() for text in axes.texts] == [f"training {train:.3f}", f"validation {val[-1]:.3f}"]
+    assert axes.get_title("left").startswith(f"The lowest validation loss is {min(val):.3f}, at step ")
 
 
 @pytest.mark.parametrize("name", ["a$^$b", "训练", "%s{"])
