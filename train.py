@@ -100,11 +100,15 @@ def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, 
     p -= m * step_size / (device.xp.sqrt(v) * root + eps)
 
 
-def gradient_norm(model, team=ranks.ALONE):
-    """The Euclidean norm of the whole gradient, √(sum of all squares), a float."""
-    g = model.weights.grad[model.weights.own]
+def loss_and_norm(model, loss, team=ranks.ALONE):
+    """The sum of the team's losses, and the norm √(sum of all squares) of its gradients, two floats.
+
+    `loss` is this rank's, a 0-d array or 0.0. A GPU has to be waited for once, not once for each.
+    """
+    loss, g = team.add_up(loss), model.weights.grad[model.weights.own]
     squares = device.sweep(lambda s: device.sum_of_squares(g[s]), g.size, 1 << 18)
-    return math.sqrt(team.sum(sum(float(square) for square in squares)))
+    loss, *squares = device.floats(loss, *squares)
+    return loss, math.sqrt(team.sum(sum(squares)))
 
 
 def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
@@ -155,8 +159,8 @@ def train(model, optimizer, train_set, settings, state, observer, stop, team=ran
             part = model.loss(x, y, settings.dropout, (settings.seed, first))
             part.backward(state.loss_scale * size / count)
             loss = loss + part.data * (size / count)            # stays on the device: no waiting
-        loss = team.add_up(float(loss))             # of all ranks, and their gradients
-        norm = gradient_norm(model, team) / state.loss_scale
+        loss, norm = loss_and_norm(model, loss, team)
+        norm /= state.loss_scale
         finite = math.isfinite(loss + norm)
         if finite:
             optimizer.step(lr, clipping(norm, settings.clip_norm) / state.loss_scale)

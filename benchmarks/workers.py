@@ -111,19 +111,21 @@ class Training:
     """One rank's training of a model."""
 
     def __init__(self, model, plan, team):
-        from train import Adam, gradient_norm
-        self.model, self.team, self.gradient_norm = model, team, gradient_norm
+        from train import Adam, loss_and_norm
+        self.model, self.team, self.loss_and_norm = model, team, loss_and_norm
         team.adopt(model.weights)
         self.adam = Adam(model, **ADAM)
         model.compute_dtype, self.loss_scale = np.dtype(plan.dtype), 2.0 ** 16 if plan.dtype == "float16" else 1.0
 
     def step(self, ids, targets):
         self.adam.zero_grad()
+        total = 0.0
         for first, size in self.team.share(0, len(ids), len(ids)):
             own = slice(first, first + size)
-            self.model.loss(ids[own], targets[own]).backward(self.loss_scale * size / len(ids))
-        self.team.add_up(0.0)
-        norm = self.gradient_norm(self.model, self.team) / self.loss_scale
+            loss = self.model.loss(ids[own], targets[own])
+            loss.backward(self.loss_scale * size / len(ids))
+            total = total + loss.data * (size / len(ids))
+        norm = self.loss_and_norm(self.model, total, self.team)[1] / self.loss_scale
         self.adam.step(scale=CLIP_NORM / max(norm, CLIP_NORM) / self.loss_scale)
         self.team.share_weights()
 
@@ -190,9 +192,9 @@ class NanollmPictures(Pictures):
     def load(self, folder, threads, variant):
         from hardware import device
         from images.network import Config, ConvNet
-        from train import Adam, gradient_norm
+        from train import Adam, loss_and_norm
         device.use("gpu" if self.gpu else "cpu", self.tf32)
-        self.threads, self.gradient_norm = device.threads, gradient_norm
+        self.threads, self.loss_and_norm = device.threads, loss_and_norm
         if self.gpu:
             self.wait = device.xp.cuda.Device().synchronize
             self.reserved = device.xp.get_default_memory_pool().total_bytes
@@ -208,8 +210,10 @@ class NanollmPictures(Pictures):
 
     def step(self, pixels, labels):
         self.adam.zero_grad()
-        self.model.loss(pixels, labels).backward()
-        self.adam.step(scale=CLIP_NORM / max(self.gradient_norm(self.model), CLIP_NORM))
+        loss = self.model.loss(pixels, labels)
+        loss.backward()
+        _, norm = self.loss_and_norm(self.model, loss.data)
+        self.adam.step(scale=CLIP_NORM / max(norm, CLIP_NORM))
 
 
 class PyTorchPictures(Pictures):

@@ -9,7 +9,7 @@ All other files use `device.xp`, which is NumPy or CuPy, and these helpers:
     add_rows(...)    out[ids[i]] += rows[i]
     as_ids(ids, n)   token ids on the device, checked
     linear(x, w)     x @ wᵀ for a weight that is an array or a matrix in 8 or 4 bits
-    to_host(array)   the array as NumPy has it, on the host
+    to_host(array)   the array as NumPy has it, on the host; floats(a, b) are two numbers in one transfer
 
 Always write `device.xp`, never `from hardware.device import xp`: the device is chosen when `xp` is first read, by
 `NANOLLM_DEVICE` (auto, gpu or cpu), unless `use` was called before. Importing this file changes nothing; `use` does:
@@ -150,6 +150,11 @@ def __getattr__(name):
 def to_host(array):
     """The NumPy array with the same elements; waits for the GPU where the array is there."""
     return array.get() if on_gpu and isinstance(array, xp.ndarray) else np.asarray(array)
+
+
+def floats(*numbers):
+    """0-d arrays and numbers as Python's floats. A GPU is waited for once."""
+    return to_host(xp.stack([xp.asarray(number) for number in numbers])).tolist()
 
 
 def as_ids(ids, limit):

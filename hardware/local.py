@@ -28,7 +28,7 @@ class Local(Team):
         return weights, self.gradients[self.rank]
 
     def add_up(self, value):
-        value = self.sum(value)                 # and so all gradients are there
+        value = self.sum(float(value))                 # and so all gradients are there
         self.add([gradients[self.slices[self.rank]] for gradients in self.gradients])
         return value
 

@@ -38,7 +38,7 @@ class Mpi(ranks.Team):
         self.world.Bcast(self.flat)
 
     def add_up(self, value):
-        value = self.sum(value)
+        value = self.sum(float(value))
         self.world.Alltoall(self.grad, self.received)           # slice r of every rank's gradients goes to rank r
         self.add(self.received.reshape(self.size, self.part))
         return value

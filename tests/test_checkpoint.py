@@ -639,14 +639,14 @@ def test_a_real_limit_on_the_size_of_files(files, tmp_path):
 
 def poison(patch, steps, value=math.nan):
     """Give the gradients of these steps, counted from 1, one number that is not finite."""
-    norm, count = train.gradient_norm, [0]
+    loss_and_norm, count = train.loss_and_norm, [0]
 
-    def poisoned(model, team):
+    def poisoned(model, *others):
         count[0] += 1
         if count[0] in steps:
             model.parameters()["model.layers.0.mlp.up_proj.weight"].grad[1, 2] = value
-        return norm(model, team)
-    patch.setattr(train, "gradient_norm", poisoned)
+        return loss_and_norm(model, *others)
+    patch.setattr(train, "loss_and_norm", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30], ids=str)

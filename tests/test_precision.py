@@ -192,12 +192,12 @@ def test_an_overflow_halves_the_loss_scale_and_is_survived(files, tmp_path, monk
     def steep(self, dout=None):
         backward(self, dout if dout is None or dout < 2.0 ** 14 else dout * 2.0 ** 40)
     monkeypatch.setattr(Tensor, "backward", steep)
-    norm = train.gradient_norm
+    loss_and_norm = train.loss_and_norm
 
-    def seen(model, team):
+    def seen(model, *others):
         weights.append(to_host(model.weights.flat).copy())
-        return norm(model, team)
-    monkeypatch.setattr(train, "gradient_norm", seen)
+        return loss_and_norm(model, *others)
+    monkeypatch.setattr(train, "loss_and_norm", seen)
     tiny.run(*files, "--max-steps", 6, "--log-every", 1, "--dtype", "float16", "--artifact-dir", "run")
     table = rows(tmp_path / "run")
     assert [math.log2(float(row["loss_scale"])) for row in table] == [15, 14, 13, 13, 13, 13]

@@ -16,7 +16,7 @@ from hardware.device import to_host
 from nanollm import Config, NanoLLM
 from storage import checkpoint
 from storage.tokens import load_tokenizer
-from train import Adam, gradient_norm, learning_rate
+from train import Adam, learning_rate, loss_and_norm
 
 pytestmark = pytest.mark.usefixtures("cheap")
 TINY = Config(vocab_size=50, embedding_dim=16, n_block=2, n_head=4, n_kv_head=2, max_context=12, hidden_dim=24)
@@ -93,13 +93,14 @@ def test_the_boundary_between_matrices_and_vectors_may_fall_anywhere_in_a_sweep(
     np.testing.assert_allclose(to_host(model.weights.flat), expected, rtol=1e-6)
 
 
-def test_zero_grad_and_gradient_norm():
+def test_zero_grad_loss_and_norm():
     model = NanoLLM(Config(2100, 32, 1, 4, 2, 12, 24))
     set_gradients(model, 0)
     expected = np.linalg.norm(to_host(model.weights.grad).astype(np.float64))
-    assert gradient_norm(model) == pytest.approx(expected, rel=1e-5) and isinstance(gradient_norm(model), float)
+    loss, norm = loss_and_norm(model, device.xp.asarray(1.5, "float32"))
+    assert (loss, norm) == (1.5, pytest.approx(expected, rel=1e-5)) and type(loss) is type(norm) is float
     Adam(model).zero_grad()
-    assert gradient_norm(model) == 0 and not to_host(model.weights.grad).any()
+    assert loss_and_norm(model, 0.0) == (0, 0) and not to_host(model.weights.grad).any()
 
 
 # ---------------------------------------------------------------- the learning rate

@@ -36,7 +36,7 @@ def step(model, optimizer, x, y):
     loss = []
     return {name: count(f) for name, f in {
         "zero": optimizer.zero_grad, "forward": lambda: loss.append(model.loss(x, y)),
-        "backward": lambda: loss[0].backward(), "norm": lambda: train.gradient_norm(model),
+        "backward": lambda: loss[0].backward(), "norm": lambda: train.loss_and_norm(model, loss[0].data),
         "adam": optimizer.step}.items()}
 
 
