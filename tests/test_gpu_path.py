@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from conftest import same_device
 from test_autograd import CASES, case, for_all
 from test_ranks import a_step, together
@@ -31,6 +32,7 @@ from images import network
 from images.network import ConvNet
 from nanollm import Config
 
+emulated = pytest.mark.skipif("emulated" not in device.reason, reason="needs the emulated device")
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
 
@@ -255,6 +257,22 @@ def test_programs_on_one_device_and_then_the_other(tmp_path, text_and_tokenizer,
     np.testing.assert_allclose(device.to_host(got), device.to_host(expected), atol=1e-4)
 
 
+@emulated
+def test_a_step_waits_for_the_gpu_once(files, cheap, monkeypatch):
+    """For the loss and the gradient's norm in one transfer. Step 1, which is reported, waits more often."""
+    import emulated_runtime
+    notes, step, waits = [], train.Adam.step, []
+
+    def counted(self, *args):
+        waits.append([kind for kind, _ in notes].count("sync"))
+        step(self, *args)
+    monkeypatch.setattr(train.Adam, "step", counted)
+    emulated_runtime.start(notes)
+    tiny.run(*files, "--max-steps", 4, "--log-every", 9, "--grad-accum", 2, "--artifact-dir", "run")
+    emulated_runtime.stop()
+    assert np.diff(waits)[1:].tolist() == [1, 1]
+
+
 def test_each_formula_is_one_kernel_and_none_is_double(rng):
     """CuPy's older fusion makes one of each. Its newer one, to which it turns in silence, keeps most of a card idle."""
     ids = rng.integers(0, 23, (2, 13))
@@ -265,6 +283,7 @@ def test_each_formula_is_one_kernel_and_none_is_double(rng):
             model.loss(ids[:, :-1], ids[:, 1:], 0.1, (1, 2)).backward()
             train.Adam(model).step()
             assert np.isfinite(train.loss_and_norm(model, 0.0)).all()
+    evaluate.ranks_of(device.xp.ones((2, 23), "float32"), device.xp.zeros(2, int))
     modules = ag, device, formulas, random_bits, train
     for formula in {f for module in modules for f in vars(module).values() if hasattr(f, "kernels")}:
         fusion = formula.kernels[device.xp]
@@ -309,7 +328,7 @@ class Cards:
         self.barrier.wait()
 
 
-@pytest.mark.skipif("emulated" not in device.reason, reason="the memory of these cards is the host's")
+@emulated
 @pytest.mark.parametrize("size", [2, 3])
 def test_gpus_send_each_other_the_arrays_by_nccl(size, monkeypatch):
     cards = Cards(size)

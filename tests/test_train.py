@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 import train
 from console import metrics, options
 from data import TokenDataset
+from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
 from storage import checkpoint
