@@ -26,7 +26,7 @@ class Nccl(Team):
         self.cards.bcast(self.flat.data.ptr, self.flat.size, self.nccl.NCCL_FLOAT32, 0, self.stream())
 
     def add_up(self, value):
-        value, start = self.sum(float(value)), self.grad.data.ptr      # in place, where the result is the rank's own slice
+        value, start = self.sum(float(value)), self.grad.data.ptr   # in place: the result is the rank's own slice
         self.cards.reduceScatter(start, start + 4 * self.rank * self.part, self.part, self.nccl.NCCL_FLOAT32,
                                  self.nccl.NCCL_SUM, self.stream())
         return value

@@ -108,7 +108,10 @@ class Team:
         self.spread()
 
     def add_up(self, value):
-        """The sum of all ranks' values; and in this rank's slice of the gradients, the sum of theirs."""
+        """The sum of all ranks' values; and in this rank's slice of the gradients, the sum of theirs.
+
+        One rank alone does not look at the value: it may still be on its way from a GPU.
+        """
         return value
 
     def add(self, parts):
