@@ -31,7 +31,7 @@ from storage.tokens import encode_prompt, load_tokenizer, vocab_size
 COUNT, SIZE = number(int, 1, 10**9), number(int, 1, 10**6)
 POSITIVE, SHARE = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
 RATE = number(float, 0, 1, open_low=True)
-SIZES = {               # other defaults; README says what they were measured to do
+SIZES = {               # other defaults; docs/guide.md says what they were measured to do
     "tiny": {"embedding_dim": 128, "n_block": 4, "n_head": 4, "hidden_dim": 344, "max_context": 128,
              "tie_embeddings": True, "batch_size": 16, "learning_rate": 3e-3, "beta2": 0.99, "weight_decay": 0.1,
              "max_steps": 1000},
@@ -125,8 +125,8 @@ class Settings(Training):
         "hf:ORG/NAME, too", "FOLDER", fixed=True)
 
     size: str = in_model(
-        "base", list(SIZES), "other defaults for all the flags that README lists: tiny learns a book in minutes on two "
-        "cores, small in an hour")
+        "base", list(SIZES), "other defaults, see docs/guide.md: tiny learns a book in minutes on two cores, small "
+        "in an hour")
     embedding_dim: int = in_model(Config.embedding_dim, SIZE, "C, the width of the model")
     n_block: int = in_model(Config.n_block, number(int, 1, 1000), "number of transformer blocks")
     n_head: int = in_model(Config.n_head, SIZE, "number of attention heads")

@@ -1,8 +1,8 @@
-"""Fill in the numbers of README.md and README.zh.md:  python docs/tables.py [--check]
+"""Fill in the numbers of README.md, docs/guide.md, docs/ops.md and docs/benchmarks.md:  python docs/tables.py [--check]
 
 They are: the lines of each Python file at the root, the line of each op in its file and the number of its tests, and
-the comparison in docs/speed.json, which benchmarks/speed.py writes. README.zh.md gets the parts of README.md that
-docs/results.py wrote, with its captions translated. docs/scaling.md is rewritten. People write the words, scripts
+the comparison in docs/speed.json, which benchmarks/speed.py writes. NAME.zh.md gets the parts of NAME.md that
+a script wrote, with their captions translated. docs/scaling.md is rewritten. People write the words, scripts
 write the numbers.
 
 Exit status 1: README's table of the root has no row for a file or folder there, or names something that does not
@@ -19,18 +19,19 @@ from pathlib import Path
 import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ROOT / "README.md", ROOT / "README.zh.md"
+PAIRS = [(ROOT / f"{name}.md", ROOT / f"{name}.zh.md")
+         for name in ("README", "docs/guide", "docs/ops", "docs/benchmarks")]
+README = PAIRS[0]
 ROW = re.compile(r"(?m)^(\| \[`([\w./-]+)`\]\([^)]+\) \| )\d* ?\|(.*)$")      # | [`name`](name) | 123 | what it is |
 CHINESE = {
-    "parameters | steps | tokens | training loss | validation loss | perplexity | bits per byte | tokens/s | seconds":
-        "参数量 | 步数 | token 数 | 训练损失 | 验证损失 | 困惑度 | 每字节比特数 | token/秒 | 秒",
+    "parameters | steps | tokens | training loss | validation loss | perplexity | bits per byte | seconds":
+        "参数量 | 步数 | token 数 | 训练损失 | 验证损失 | 困惑度 | 每字节比特数 | 秒",
     "training pictures | steps | training loss | validation loss | validation accuracy "
     "| always the most frequent class | seconds":
         "训练图片 | 步数 | 训练损失 | 验证损失 | 验证准确率 | 总猜最常见的类别 | 秒",
-    " prints this and stops at its limit:": " 的输出，到数目上限为止：",
-    "### The demo": "### demo",
-    "### Tiny Shakespeare": "### tiny Shakespeare",
-    "training and validation loss on tinyshakespeare": "tiny Shakespeare 的训练损失与验证损失",
+    "The last command prints this and stops at its limit:": "最后一条命令输出以下内容，到数目上限为止：",
+    " writes after the demo, up to its limit:": " 在 demo 之后的输出，到数目上限为止：",
+    "| tiny Shakespeare, as above |": "| tiny Shakespeare，见上文 |",
     "compared with | its figure | time ratio (range) | peak MB of both | share of the sgemm rate of both":
         "对比对象 | 对方的数值 | 时间之比（范围）| 双方的内存峰值，MB | 双方达到 sgemm 速率的比例",
     ": training step |": "：训练步 |",
@@ -76,7 +77,7 @@ def ops_of(text):
     """| `name`, `name` | forward | backward | line | tests |: fill the last two cells of each row about ops."""
     known, ids = {}, tests()
     for file in ("autograd.py", "images/ops.py"):
-        known |= {node.name: f"[{node.lineno}]({file}#L{node.lineno})"
+        known |= {node.name: f"[{node.lineno}](../{file}#L{node.lineno})"
                   for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
                   if isinstance(node, ast.FunctionDef)}
 
@@ -118,13 +119,21 @@ def speed():
     return "\n".join(rows)
 
 
+def ratios_of(text):
+    """Fill the text after each mark <!-- ratios of WHAT --> with the least and the largest ratio of the newest run."""
+    def fill(match):
+        ratios = [row["ratio"][0] for row in newest["rows"] if row["what"].endswith(match[2])
+                  and row["against"] in ("PyTorch", "transformers")]
+        return f"{match[1]}{min(ratios):.2f}–{max(ratios):.2f}{match[3]}"
+    newest = json.loads((ROOT / "docs" / "speed.json").read_text(encoding="utf-8"))[0]
+    return re.sub(r"(<!-- ratios of ([\w ]+) -->).*?(<!-- / -->)", fill, text)
+
+
 def shown(x):
     return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
 
 
-def block(name, text):
-    """(the text between the marks of this name, with the marks)"""
-    return re.search(rf"(?s)<!-- {name}: .*?<!-- /{name} -->", text)[0]
+BLOCK = re.compile(r"(?s)<!-- (\w+): written by .*?<!-- /\1 -->")
 
 
 def translated(text):
@@ -133,28 +142,25 @@ def translated(text):
     return text
 
 
-def filled(page):
-    """(its text, its text with every number up to date)"""
-    before = text = page.read_text(encoding="utf-8")
-    text = re.sub(r"(?s)(<!-- speed: written by docs/tables.py -->\n).*?(<!-- /speed -->)",
-                  lambda match: f"{match[1]}{speed()}{match[2]}", ops_of(lines_of(text)))
-    if page != PAGES[0]:
-        english = PAGES[0].read_text(encoding="utf-8")
-        for name in ("results", "pictures"):
-            text = text.replace(block(name, text), block(name, english))
-        for name in ("results", "pictures", "speed"):
-            text = text.replace(block(name, text), translated(block(name, text)))
-    return before, text
+def filled(english, chinese):
+    """(the text of an English page, that of its Chinese one) with every number up to date."""
+    texts = [ratios_of(ops_of(lines_of(page.read_text(encoding="utf-8")))) for page in (english, chinese)]
+    texts[0] = re.sub(r"(?s)(<!-- speed: .*? -->\n).*?(<!-- /speed -->)",
+                      lambda match: f"{match[1]}{speed()}{match[2]}", texts[0])
+    written = {match[1]: translated(match[0]) for match in BLOCK.finditer(texts[0])}
+    texts[1] = BLOCK.sub(lambda match: written[match[1]], texts[1])
+    return texts
 
 
 def main():
-    pages = {page: filled(page) for page in PAGES}
-    wrong = [f"{page.name} {error}" for page in PAGES for error in map_errors(pages[page][1])]
-    pages[scaling.PAGE] = scaling.PAGE.read_text(encoding="utf-8"), scaling.page()
-    for page, (before, after) in pages.items():
+    pages = {scaling.PAGE: scaling.page()}
+    for pair in PAIRS:
+        pages |= zip(pair, filled(*pair), strict=True)
+    wrong = [f"{page.name} {error}" for page in README for error in map_errors(pages[page])]
+    for page, text in pages.items():
         if "--check" not in sys.argv:
-            page.write_text(after, encoding="utf-8")
-        elif after != before:
+            page.write_text(text, encoding="utf-8")
+        elif text != page.read_text(encoding="utf-8"):
             wrong.append(f"{page.name} is out of date: python docs/tables.py")
     for error in wrong:
         print(error, file=sys.stderr)

@@ -19,23 +19,44 @@ def test_examples(module):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md", "CONTRIBUTING.md"])
-def test_the_example_of_a_page_prints_what_its_comments_say(page, capsys):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    exec(example, {})
-    said = [line.split("# ")[1].split(";")[0].strip() for line in example.splitlines()
-            if line.strip().startswith("print")]
-    assert said and capsys.readouterr().out.splitlines() == said
-    assert len(example.splitlines()) < 30
+def test_the_examples_of_a_page_print_what_their_comments_say(page, capsys):
+    examples = re.findall(r"(?s)```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"))
+    assert examples
+    for example in examples:
+        exec(example, {})
+        said = [line.split("# ")[1].split(";")[0].strip() for line in example.splitlines()
+                if line.strip().startswith("print")]
+        assert said and capsys.readouterr().out.splitlines() == said
+        assert len(example.splitlines()) < 30
 
 
-def test_the_chinese_page_is_in_step():
-    """The same headings, figures, links, commands, numbers in code, table rows and references, in the same order."""
-    pages = [re.sub(r"(  # .*?);.*", r"\1", (ROOT / name).read_text(encoding="utf-8"))     # ; and a translated remark
-             for name in ("README.md", "README.zh.md")]
-    for pattern in (r"(?m)^#+(?= )", r"\]\(((?!README)[^)]+)\)", r"(?m)^    \S.*?(?=  #|$)", r"(?m)^\|",
-                    r"(?s)```.*?```", r"(?s)\*Attention Is All.*?\n\n", r"(?m)^(?:-|\d+\.) "):
+PAGES = ["README", "docs/guide", "docs/ops", "docs/benchmarks"]        # each with a Chinese one
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_chinese_page_is_in_step(name):
+    """The same headings, figures, links, commands, numbers in code, table rows and steps, in the same order."""
+    pages = [(ROOT / f"{name}{end}").read_text(encoding="utf-8") for end in (".md", ".zh.md")]
+    pages = [re.sub(r"  # .*|\.zh(?=\.md)|(?<=\.md)#[^)]+", "", page) for page in pages]     # remarks; anchors: below
+    for pattern in (r"(?m)^#+(?= )", r"\]\(([^#)]+)\)", r"(?m)^    \S.*", r"(?m)^\|", r"(?s)```.*?```",
+                    r"(?m)^(?:-|\d+\.) "):
         english, chinese = (re.findall(pattern, page) for page in pages)
-        assert english == chinese and english
+        assert english == chinese
     english, chinese = (sorted(re.findall(r"`[^`\n]+`", re.sub(r"(?s)```.*?```", "", page))) for page in pages)
     assert english == chinese
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page: small letters, hyphens for spaces, no other punctuation."""
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+            for heading in re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("name", [*(name + end for name in PAGES for end in (".md", ".zh.md")), "CONTRIBUTING.md"])
+def test_every_link_of_a_page_leads_somewhere(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or target.suffix == ".py" or anchor in anchors(target), link

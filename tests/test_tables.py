@@ -1,4 +1,5 @@
-"""docs/tables.py: README's table of the root names every file and folder there, and nothing else."""
+"""docs/tables.py: README's table of the root names every file and folder there, and nothing else; the numbers."""
+import json
 import sys
 from pathlib import Path
 
@@ -8,10 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
 import scaling
 import tables
 
-README = tables.PAGES[0].read_text(encoding="utf-8")
+README = tables.README[0].read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", tables.README, ids=lambda page: page.name)
 def test_every_file_and_folder_of_the_root_has_a_row(page):
     assert tables.map_errors(page.read_text(encoding="utf-8")) == []
 
@@ -32,6 +33,17 @@ def test_only_a_python_file_has_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     assert tables.lines_of("| [`a.py`](a.py) | 9 | x |\n| [`b/`](b) | | y |\n") == (
         "| [`a.py`](a.py) | 3 | x |\n| [`b/`](b) | | y |\n")
+
+
+def test_a_ratio_is_filled_in_where_a_page_says_so(tmp_path, monkeypatch):
+    rows = [{"what": what, "against": against, "ratio": [ratio, 0, 9]} for what, against, ratio in (
+        ("a: training step", "PyTorch", 0.9), ("b: training step", "PyTorch", 1.2),
+        ("b: training step", "torch.compile", 7), ("b: generation", "transformers", 0.5))]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "speed.json").write_text(json.dumps([{"rows": rows}, {"rows": []}]))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    page = "<!-- ratios of training step -->{}<!-- / --> times, <!-- ratios of generation -->{}<!-- / --> times"
+    assert tables.ratios_of(page.format("?", "?")) == page.format("0.90–1.20", "0.50–0.50")
 
 
 def test_an_exchange_sends_gradients_and_weights_once():
