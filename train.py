@@ -47,6 +47,7 @@ class Adam:
     m, v, parameters and gradients are one flat array each: a step is one sweep over memory. One of
     several processes has m and v for its slice `weights.own` alone, and updates that.
 
+    >>> import numpy as np
     >>> from types import SimpleNamespace
     >>> from nanollm import Parameters
     >>> weights = Parameters({"bias": (2,)}, np.float64)        # two ones
