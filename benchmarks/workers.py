@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +69,12 @@ class Nanollm(Side):
     def load(self, folder, threads, recompute):
         from console import cli
         from hardware import device, local, ranks
-        from nanollm import Config, NanoLLM
         device.use("gpu" if self.gpu else "cpu", self.tf32)
         self.threads = device.threads
-        fields = {name: value for name, value in self.c.items() if name != "batch_size"}
-        self.model = NanoLLM.load(folder) if folder else NanoLLM(Config(**fields), seed=self.seed)
-        plan = Namespace(processes=self.processes, n_weight=self.model.weights.flat.size, config=self.model.config,
-                         dtype=self.dtype)
+        kind, config = self.kind()
+        self.model = kind.load(folder) if folder else kind(config, seed=self.seed)
+        plan = Namespace(processes=self.processes, n_weight=self.model.weights.flat.size, dtype=self.dtype,
+                         recompute=recompute, make=partial(kind, self.model.config, seed=None))
         self.team = ranks.ALONE
         if plan.processes > 1:
             self.others = local.started(cli.run, (serve, plan, self.gpu, self.tf32))
@@ -85,6 +85,11 @@ class Nanollm(Side):
             self.wait = device.xp.cuda.Device().synchronize
             self.reserved = device.xp.get_default_memory_pool().total_bytes
         self.save = self.model.save
+
+    def kind(self):
+        """(the model's class, its Config)"""
+        from nanollm import Config, NanoLLM
+        return NanoLLM, Config(**{name: value for name, value in self.c.items() if name != "batch_size"})
 
     def flops_per_token(self):
         from console import metrics
@@ -115,6 +120,7 @@ class Training:
         self.model, self.team, self.loss_and_norm = model, team, loss_and_norm
         team.adopt(model.weights)
         self.adam = Adam(model, **ADAM)
+        model.recompute = plan.recompute
         model.compute_dtype, self.loss_scale = np.dtype(plan.dtype), 2.0 ** 16 if plan.dtype == "float16" else 1.0
 
     def step(self, ids, targets):
@@ -132,8 +138,7 @@ class Training:
 
 def serve(plan, team):
     """What the other ranks do: steps of the batches that rank 0 sends, and None for the memory that was used."""
-    from nanollm import NanoLLM
-    training = Training(NanoLLM(plan.config, seed=None), plan, team)
+    training = Training(plan.make(), plan, team)
     while True:
         batch = team.exchange()[0]
         if batch:
@@ -188,32 +193,13 @@ class Pictures(Side):
         return pixels, rng.integers(0, self.c["classes"], len(pixels))
 
 
-class NanollmPictures(Pictures):
-    def load(self, folder, threads, variant):
-        from hardware import device
+class NanollmPictures(Pictures, Nanollm):
+    def kind(self):
         from images.network import Config, ConvNet
-        from train import Adam, loss_and_norm
-        device.use("gpu" if self.gpu else "cpu", self.tf32)
-        self.threads, self.loss_and_norm = device.threads, loss_and_norm
-        if self.gpu:
-            self.wait = device.xp.cuda.Device().synchronize
-            self.reserved = device.xp.get_default_memory_pool().total_bytes
-        config = Config(tuple(map(str, range(self.c["classes"]))), self.c["size"])
-        self.model = ConvNet.load(folder) if folder else ConvNet(config, self.seed)
-        self.adam, self.save = Adam(self.model, **ADAM), self.model.save
+        return ConvNet, Config(tuple(map(str, range(self.c["classes"]))), self.c["size"])
 
     def flops_per_token(self):
         return self.model.config.flops_per_picture()
-
-    def loss(self, pixels, labels):
-        return self.model.loss(pixels, labels).data
-
-    def step(self, pixels, labels):
-        self.adam.zero_grad()
-        loss = self.model.loss(pixels, labels)
-        loss.backward()
-        _, norm = self.loss_and_norm(self.model, loss.data)
-        self.adam.step(scale=CLIP_NORM / max(norm, CLIP_NORM))
 
 
 class PyTorchPictures(Pictures):

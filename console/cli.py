@@ -173,12 +173,12 @@ def fail(name, problem, code=2):
     return code
 
 
-def run(main, name=None):
+def run(main, name=None, where=""):
     """Exit with what main() returns. What the user can fix is one line and code 2; a bug keeps its traceback.
 
-    `name` is the command as it is typed, by default the file's name.
+    `name` is the command as it is typed, by default the file's name; `where` says which rank of several this is.
     """
-    name = name or os.path.basename(sys.argv[0])
+    name = f"{name or os.path.basename(sys.argv[0])}{where}"
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:        # closed, as in a service; no other file may get its number
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115

@@ -61,6 +61,7 @@ class Training:
     needed = "--text FILE"
     paths = "text", "tokenizer", "init_from"
     windows, more = "windows", "--grad-accum, --seq-len or --stride, or give more text"
+    default_processes = "as many as there are cores or GPUs, if they can share them evenly"
 
     def windows_per_step(self):
         return self.batch_size * self.grad_accum
@@ -250,10 +251,9 @@ def command_line(kind=Settings):
                        help=f"folder of the run; default: runs/{kind.runs}, then runs/{kind.runs}-2, …")
             parser.add("--resume", False, bool,
                        f"continue from the newest checkpoint of --artifact-dir (or of the last runs/{kind.runs})")
-        if group == "speed and memory" and kind is Settings:
-            parser.add("--processes", None, COUNT, "number of processes that share the windows of a step; default: as "
-                       "many as there are cores or GPUs, if they can share them evenly")
         if group == "speed and memory":
+            parser.add("--processes", None, COUNT, f"number of processes that share the {kind.windows} of a step; "
+                       f"default: {kind.default_processes}")
             parser.add_device()
     return parser
 
@@ -410,7 +410,7 @@ def parse(argv):
     return replace(request, config=make_config(request, tokenizer),
                    ends={"eos_token_id": tokenizer.token_to_id(between)} if ended else {},
                    hashes=request.hashes or {"text": file_hash(text), "tokenizer": file_hash(path)},
-                   processes=count_processes(request.processes, settings.windows_per_step(), alone=argv is not None))
+                   processes=count_processes(request.processes, settings, alone=argv is not None))
 
 
 def with_opening(request, tokenizer):
@@ -427,11 +427,11 @@ def with_opening(request, tokenizer):
         return replace(request, settings=replace(settings, prompt=None))
 
 
-def count_processes(wanted, windows, alone):
+def count_processes(wanted, settings, alone):
     """How many processes share the windows of a step: as many as --processes says or mpiexec has started. By default
     one if `alone`, which is for callers of train.main, or one for each core or GPU. Raises InputError.
     """
-    started = ranks.launched()
+    started, windows = ranks.launched(), settings.windows_per_step()
     if started > 1:
         require(wanted in (None, started), f"--processes {wanted}: mpiexec has started {started}; leave the flag out")
         count = started
@@ -439,8 +439,8 @@ def count_processes(wanted, windows, alone):
         count = wanted or (1 if alone else math.gcd(windows, device.places()))
         require(not device.on_gpu or count <= device.places(),
                 f"--processes {count} is more than the GPUs of this machine, {device.places()}")
-    require(count <= windows, f"{count} processes cannot share the {windows} windows of a step (--batch-size times "
-            "--grad-accum): use fewer, or raise one of these")
+    require(count <= windows, f"{count} processes cannot share the {windows} {settings.windows} of a step "
+            "(--batch-size times --grad-accum): use fewer, or raise one of these")
     return count
 
 

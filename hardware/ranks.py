@@ -139,7 +139,8 @@ def run(prepare, work, end):
     """Do work(plan, team) on all ranks; returns what it returns on rank 0, an exit code.
 
     prepare(), on rank 0 alone, gives the plan: plan.processes ranks for a model of plan.n_weight weights.
-    end(function, name) runs a function and ends the process as a command of this name ends. Raises Unavailable.
+    end(function, where) runs a function and ends the process as the command ends; `where`, "" on rank 0, follows the
+    command's name in a message. Raises Unavailable.
     """
     team = ALONE
     if launched() > 1:
@@ -159,7 +160,7 @@ def follow(team, end, task):
     """Do the work of a rank other than 0, which writes nothing but its errors, and end the process."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     warnings.simplefilter("ignore")
-    end(partial(do, team, *task), f"{os.path.basename(sys.argv[0])} (rank {team.rank}, {platform.node()})")
+    end(partial(do, team, *task), where=f" (rank {team.rank}, {platform.node()})")
 
 
 def do(team, work, plan, on_gpu, tf32):

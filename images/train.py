@@ -1,20 +1,24 @@
 """Train an image classifier on a folder of pictures:  python -m images.train --images FOLDER
 
 The loop, Adam, the checkpoints and most flags are those of train.py. Here are the flags that pictures need and what is
-reported about them. It is one process: its ops share their work among the threads.
+reported about them. On CPUs it is one process by default, because threads are as fast: its products are large. Rank 0
+of several (hardware/ranks.py) reads the pictures and gives the others a copy.
 """
+import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import shlex
 import sys
 import warnings
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-if not __package__:             # run by its path, as editors do
+if __name__ == "__main__" and not __package__:          # run by its path, as editors do
     sys.path[0] += "/.."
 
 from autograd import cross_entropy, no_grad
@@ -23,7 +27,7 @@ from console.cli import number
 from console.observer import Observer
 from console.options import Request, Training
 from console.progress import Progress, say
-from hardware import device
+from hardware import device, ranks
 from images import demo
 from images.network import Config, ConvNet, preprocessor
 from images.reading import ImageDataset
@@ -32,6 +36,7 @@ from storage.files import InputError, require
 from train import Adam, rate, train
 
 COMMAND = "-m images.train"
+NAME = f"python {COMMAND}"
 LIKE = {field.name: field for field in fields(options.Settings)}
 
 
@@ -49,6 +54,7 @@ class Settings(Training):
     needed = "--images FOLDER"
     paths = "images", "val_images"
     windows, more = "pictures", "--grad-accum, or give more pictures"
+    default_processes = "one, whose threads are as fast; on GPUs as many as there are, if they can share them evenly"
     dtype, sample_every = "float32", math.inf       # what train.py's loop and the Observer ask, too: never a sample
 
     images: str | None = options.in_run(None, cli.path, "a folder with one subfolder of pictures for each class",
@@ -116,16 +122,21 @@ class ImageObserver(Observer):
         return f"loss {result['loss']:.4f}{accuracy}"
 
 
-def evaluate(model, dataset, batch_size=64, watch=iter):
+def evaluate(model, dataset, batch_size=64, watch=iter, team=ranks.ALONE):
     """{loss, accuracy, confusion}: the mean loss in nats, the share of pictures whose class has the largest logit, and
-    confusion[i, j], how many pictures of class i were taken for class j. `watch` wraps what is iterated over.
+    confusion[i, j], how many pictures of class i were taken for class j. In each turn every rank of a team takes a
+    batch, and all get the result; `watch` wraps the turns.
     """
     nats, confusion = 0.0, np.zeros((len(dataset.classes),) * 2, np.int64)
     with no_grad():
-        for pixels, labels in watch(dataset.in_order(batch_size)):
+        for turn in watch(itertools.zip_longest(*[dataset.in_order(batch_size)] * team.size)):
+            if turn[team.rank] is None:         # the last turn has fewer batches
+                continue
+            pixels, labels = turn[team.rank]
             logits = model(pixels)
             nats += float(cross_entropy(logits, labels).data) * len(labels)
             np.add.at(confusion, (labels, device.to_host(logits.data).argmax(-1)), 1)
+    nats, confusion = team.sum(nats), team.sum(confusion)
     return {"loss": nats / len(dataset), "accuracy": confusion.trace() / len(dataset), "confusion": confusion}
 
 
@@ -144,10 +155,17 @@ def announce(model, train_set, val_set, settings, state, folder):
 
 # ---------------------------------------------------------------- the command
 
+@dataclass(frozen=True)
+class Plan(Request):
+    """A Request and the pictures that it names."""
+    train_set: ImageDataset | None = None
+    val_set: ImageDataset | None = None
+
+
 def parse(argv):
     """The Request of these flags, after all checks that need no pictures. Raises InputError."""
     typed = vars(options.command_line(Settings).parse_args(argv))
-    folder, where = (typed.pop(name, None) for name in ("artifact_dir", "device"))
+    folder, where, processes = (typed.pop(name, None) for name in ("artifact_dir", "device", "processes"))
     if typed.pop("resume", False):
         request = options.continued(folder, typed, Settings)
     else:
@@ -160,7 +178,8 @@ def parse(argv):
         images, val_images = demo.folders()
         settings = replace(settings, images=images, val_images=val_images)
     require(settings.images, "--images FOLDER is needed (or --demo, which needs no files)")
-    return replace(request, settings=settings)
+    return replace(request, settings=settings, processes=options.count_processes(
+        processes, settings, alone=argv is not None or not device.on_gpu))
 
 
 def defaults(typed):
@@ -190,39 +209,57 @@ def read_folders(request):
     return train_set, val_set, hashes
 
 
-def main(argv=None):
+def prepare(argv):
+    """The Plan of these flags, which rank 0 makes. Raises InputError."""
     request = parse(argv)
-    settings, state, resumed = request.settings, request.state, request.checkpoint
     train_set, val_set, hashes = read_folders(request)
-    about = {"command": settings.to_json(), "hashes": hashes, "versions": checkpoint.versions()}
-    settings = settings.resolved(state, len(train_set))
-    if resumed:
-        options.note_horizon(request, settings, len(train_set), rate)
-    config = Config(tuple(train_set.classes), settings.size)
-    model = ConvNet.load(resumed) if resumed else ConvNet(config, settings.seed)
+    request.settings.resolved(request.state, len(train_set))        # for its errors, before other processes start
+    return Plan(**vars(replace(request, hashes=hashes, config=Config(tuple(train_set.classes), request.settings.size))),
+                train_set=train_set, val_set=val_set)
+
+
+def work(plan, team):
+    """Train as one rank of a team; returns the exit code. Rank 0 alone writes, and is heard."""
+    settings, state, resumed, leads = plan.settings, plan.state, plan.checkpoint, team.rank == 0
+    about = {"command": settings.to_json(), "hashes": plan.hashes, "versions": checkpoint.versions()}
+    settings = settings.resolved(state, len(plan.train_set))
+    if leads and resumed:
+        options.note_horizon(plan, settings, len(plan.train_set), rate)
+    model = ConvNet.load(resumed) if leads and resumed else ConvNet(plan.config, settings.seed if leads else None)
+    team.adopt(model.weights)
     optimizer = Adam(model, settings.learning_rate, (settings.beta1, settings.beta2),
                      weight_decay=settings.weight_decay)
     if resumed:
-        checkpoint.read_moments(resumed, optimizer)
+        checkpoint.read_moments(resumed, optimizer, team)
         optimizer.t = state.updates
-    folder = Path(request.folder) if resumed else checkpoint.new_run(request.folder, Settings.runs)
-    run = checkpoint.Run(folder, preprocessor(config), {}, about)
-    if resumed and state.is_over(settings) and run.is_finished(resumed):
+    run = None
+    if leads:
+        folder = Path(plan.folder) if resumed else checkpoint.new_run(plan.folder, Settings.runs)
+        run = checkpoint.Run(folder, preprocessor(plan.config), {}, about)
+    finished = leads and resumed and state.is_over(settings) and run.is_finished(resumed)
+    folder, finished = team.exchange((leads and run.folder, finished))[0]
+    if finished:
         say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to train further")
         return 0
 
-    validate = lambda: evaluate(model, val_set, settings.batch_size, stop.watch)
-    with checkpoint.held(folder, COMMAND), cli.Stop() as stop, warnings.catch_warnings():
+    validate = lambda: evaluate(model, plan.val_set, settings.batch_size, stop.watch, team)
+    held = checkpoint.held(folder, COMMAND) if leads else contextlib.nullcontext()
+    with held, cli.Stop(team) as stop, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
-        announce(model, train_set, val_set, settings, state, folder)
-        metrics.rewind(folder / "metrics.csv", state.step, ImageObserver.columns)
-        flops = config.flops_per_picture()
-        with Progress(settings.max_steps, flops, state.step, state.seconds, unit="images") as progress:
-            observer = ImageObserver(run, settings, train_set, progress, validate if val_set else None, None,
-                                     saved=state.step if resumed else None)
-            train(model, optimizer, train_set, settings, state, observer, stop)
+        if leads:
+            announce(model, plan.train_set, plan.val_set, settings, state, folder)
+            metrics.rewind(folder / "metrics.csv", state.step, ImageObserver.columns)
+        flops = plan.config.flops_per_picture()
+        with Progress(settings.max_steps, flops, state.step, state.seconds, leads, unit="images") as progress:
+            observer = ImageObserver(run, settings, plan.train_set, progress, validate if plan.val_set else None, None,
+                                     team, saved=state.step if resumed else None)
+            train(model, optimizer, plan.train_set, settings, state, observer, stop, team)
         return observer.finish(model, state, stop.signal)
 
 
+def main(argv=None):
+    return ranks.run(partial(prepare, argv), work, partial(cli.run, name=NAME))
+
+
 if __name__ == "__main__":
-    cli.run(main, f"python {COMMAND}")
+    cli.run(main, NAME)

@@ -103,7 +103,7 @@ for name in {[name for name in COMMANDS if name.startswith("extras.")]}:
 def test_commands_run_by_their_paths_too(tmp_path):
     """Editors run the open file by its path: then Python looks for modules in the file's folder."""
     for name in COMMANDS:
-        assert 'if not __package__:' in (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"), name
+        assert ' not __package__:' in (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"), name
     done = subprocess.run([sys.executable, ROOT / "extras/quantize.py", "--help"], cwd=tmp_path, capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m extras.quantize "), done.stderr

@@ -5,21 +5,25 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from conftest import reference
+from conftest import CI, reference
 from PIL import Image
-from tiny import check, command, refused, rows, snapshot
+from safetensors.numpy import load_file
+from tiny import check, command, refused, rows, snapshot, together
 
 from autograd import Tensor
-from console import metrics, options
+from console import cli, metrics, options
 from hardware import device
 from images import demo, infer, network, reading, train
 from images.network import Config, ConvNet
@@ -29,6 +33,7 @@ from storage.checkpoint import Run
 pytestmark = pytest.mark.usefixtures("cheap")
 
 NAME = "python -m images.train"
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = "--size 16 --batch-size 4 --num-epochs 2 --log-every 3 --save-every 3".split()
 SMALL = Config(("a", "b", "c"), 16, (4, 5, 6, 7))
 
@@ -387,7 +392,7 @@ def test_help_tells_every_flag():
     text = options.command_line(train.Settings).format_help()
     for field in dataclasses.fields(train.Settings):
         assert f"\n  {options.flag(field.name)}" in text
-    assert "runs/images" in text and "--processes" not in text and "None" not in text
+    assert "runs/images" in text and "--processes" in text and "None" not in text
 
 
 def test_fashion_mnist_becomes_folders(tmp_path, monkeypatch):
@@ -461,6 +466,57 @@ def test_resumed_equals_uninterrupted(stopped, tmp_path):
     tiny.assert_same(half, tmp_path / "whole")
     code, out, _ = command(train.main, "--resume", "--artifact-dir", half)
     assert code == 0 and "has finished, after step" in out
+
+
+def ended(folder):
+    """(weights, the numbers of metrics.csv) of a finished run."""
+    names = "train_loss", "val_loss", "val_accuracy", "grad_norm"
+    return (np.concatenate([x.ravel() for x in load_file(folder / "model.safetensors").values()]),
+            [float(row[name] or 0) for row in rows(folder) for name in names])
+
+
+@pytest.fixture
+def as_ranks(shared, on_cpu, monkeypatch):
+    """train(size, *flags): a training by that many ranks, in threads of this process."""
+    monkeypatch.setattr(cli, "handle", lambda *_: {})       # signals are for the main thread
+
+    def train_(size, *flags):
+        plan = train.prepare([str(flag) for flag in flags])
+        copies = [pickle.loads(pickle.dumps(plan)) for _ in range(size)]        # as other processes get them
+        assert together(size, lambda team: train.work(copies[team.rank], team), n=plan.n_weight) == [0] * size
+    return train_
+
+
+SHARED = [*QUICK, "--num-epochs", 3, "--batch-size", 3, "--dropout", 0.3, "--grad-accum", 2, "--seed", 5]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_ranks_train_as_one_does_and_continue_with_any_number(size, as_ranks, shared, tmp_path):
+    for ranks, name in ((1, "one"), (size, "several"), (size, "again")):
+        as_ranks(ranks, "--images", shared, *SHARED, "--artifact-dir", tmp_path / name)
+    tiny.assert_same(tmp_path / "several", tmp_path / "again")
+    for one, several in zip(ended(tmp_path / "one"), ended(tmp_path / "several"), strict=True):
+        np.testing.assert_allclose(one, several, rtol=1e-4, atol=1e-5)
+    shutil.rmtree(tmp_path / "again/checkpoint-7")
+    as_ranks(1, "--resume", "--artifact-dir", tmp_path / "again")
+    np.testing.assert_allclose(ended(tmp_path / "again")[0], ended(tmp_path / "one")[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not CI, reason="it takes some seconds: only continuous integration runs it")
+def test_processes_give_the_bits_of_threads(as_ranks, shared, tmp_path):
+    flags = ["--images", shared, *SHARED, "--device", "cpu", "--artifact-dir"]
+    as_ranks(2, *flags, tmp_path / "threads")
+    for name, typed in {"name": ("-m", "images.train"), "path": ("images/train.py",)}.items():
+        words = sys.executable, *typed, "--processes", 2, *flags, tmp_path / name
+        done = subprocess.run([str(word) for word in words], cwd=ROOT, env=os.environ | {"NANOLLM_THREADS": "2"},
+                              capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "") and ", 2 processes of 1 thread)" in done.stdout
+        assert all(map(np.array_equal, ended(tmp_path / "threads"), ended(tmp_path / name)))
+
+
+def test_more_processes_than_pictures_in_a_step(shared):
+    check(command(train.main, "--images", shared, *QUICK, "--processes", 5, name=NAME),
+          "5 processes cannot share the 4 pictures of a step", name=NAME)
 
 
 @pytest.mark.parametrize("change", [

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +17,12 @@ import pytest
 import tiny
 from conftest import CI, same_device
 from safetensors.numpy import load_file
-from tiny import QUICK, SHAPE, command, make_files, refused, rows
+from tiny import QUICK, SHAPE, command, make_files, refused, rows, together
 
 import train
 from console import options
 from evaluate import evaluate
 from hardware import device, ranks
-from hardware.local import Local
 from hardware.random_bits import drop
 from nanollm import Config, NanoLLM, Parameters
 
@@ -34,28 +32,6 @@ FLAGS = [*SHAPE, *QUICK, "--max-steps", "8", "--batch-size", "3", "--grad-accum"
 
 
 # ---------------------------------------------------------------- a team, in threads
-
-def together(size, work, wrap=lambda team: team, n=0):
-    """[work(team) for each rank], in threads of this process; the team is a Local, or `wrap` of one."""
-    pipes = {rank: multiprocessing.Pipe() for rank in range(1, size)}
-    shared = [bytearray(4 * n) for _ in range(1 + size)]
-    teams = [Local(0, {rank: pipe[0] for rank, pipe in pipes.items()}, shared),
-             *(Local(rank, {0: pipe[1]}, shared) for rank, pipe in pipes.items())] if pipes else [ranks.ALONE]
-    results = [None] * size
-
-    def run(rank):
-        try:
-            results[rank] = work(wrap(teams[rank]))
-        finally:
-            for pipe in teams[rank].pipes.values():
-                pipe.close()            # after an error nobody waits for this rank
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
 
 SHAPES = {"matrix": (5, 2), "vector": (7,)}
 
@@ -119,7 +95,8 @@ def test_a_window_loses_the_same_elements_in_any_batch():
 def test_the_default_number_divides_the_windows_of_a_step(monkeypatch):
     monkeypatch.setattr(device, "threads", 4)
     monkeypatch.setattr(device, "on_gpu", False)
-    count = functools.partial(options.count_processes, windows=6, alone=False)
+    count = functools.partial(options.count_processes, settings=options.Settings(batch_size=3, grad_accum=2),
+                              alone=False)
     assert (count(None), count(3), count(None, alone=True)) == (2, 3, 1)
     refused(lambda: count(7), "7 processes", "6 windows", "--batch-size", "--grad-accum")
     monkeypatch.setenv("PMI_SIZE", "3")
@@ -163,7 +140,6 @@ def finish(process):
 
 
 NAN = """
-from hardware.local import Local
 add_up = Local.add_up
 def poisoned(self, value):
     if self.rank:

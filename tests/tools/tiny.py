@@ -3,11 +3,13 @@ import contextlib
 import csv
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import pytest
 import train
 from autograd import ACTIVATIONS
 from console import cli, metrics
-from hardware import device
+from hardware import device, ranks
 from hardware.device import to_host
+from hardware.local import Local
 from nanollm import Config, NanoLLM
 from storage.files import InputError, file_hash
 from storage.tokenizer_training import byte_bpe
@@ -189,6 +192,28 @@ def refused(call, *words):
     assert message and message.isprintable(), f"not one clean line: {message!r}"
     for word in words:
         assert re.search(rf"(?<!\w){re.escape(word)}", message), f"{word!r} is not named in: {message}"
+
+
+def together(size, work, wrap=lambda team: team, n=0):
+    """[work(team) for each rank], in threads of this process; the team is a Local, or `wrap` of one."""
+    pipes = {rank: multiprocessing.Pipe() for rank in range(1, size)}
+    shared = [bytearray(4 * n) for _ in range(1 + size)]
+    teams = [Local(0, {rank: pipe[0] for rank, pipe in pipes.items()}, shared),
+             *(Local(rank, {0: pipe[1]}, shared) for rank, pipe in pipes.items())] if pipes else [ranks.ALONE]
+    results = [None] * size
+
+    def run(rank):
+        try:
+            results[rank] = work(wrap(teams[rank]))
+        finally:
+            for pipe in teams[rank].pipes.values():
+                pipe.close()            # after an error nobody waits for this rank
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
 
 
 # every pair of values occurs, though not every combination of three
