@@ -11,7 +11,8 @@ from lessons import common
 
 FOLDER = Path(common.__file__).parent
 NAMES = ["gradcheck_of_ones", "no_causal_mask", "validation_on_training_text", "unequal_batches",
-         "float16_without_loss_scaling", "rope_pairing", "accuracy_of_one_column", "dropout_on_the_logit"]
+         "float16_without_loss_scaling", "rope_pairing", "accuracy_of_one_column", "dropout_on_the_logit",
+         "gradcheck_of_small_squares", "tied_weights_counted_once", "byte_pairs_in_the_wrong_order"]
 SMALL = {"T": 8, "C": 32, "n_block": 1}
 NOISE = np.random.default_rng(0).integers(0, 8, 4000), np.frombuffer(b"abcdefgh", np.uint8)
 SONG = np.tile([0, 1, 2, 3, 0, 2, 1, 3, 3, 1], 200), NOISE[1]      # what comes next depends on several letters before
@@ -90,6 +91,46 @@ def test_dropout_on_the_logit_makes_it_too_small(lesson):
     assert logit[0] > features[0] + 0.02                # half of the batch can only guess
     assert logit[2] < logit[1] and features[2] > features[1]        # with doubled logits
     assert logit[3].argmin() > features[3].argmin() + 3
+
+
+def test_a_small_square_check_accepts_a_missing_transpose(lesson):
+    verdicts, _, errors, losses, share = lesson("gradcheck_of_small_squares", SONG, steps=30, **SMALL)
+    assert list(verdicts.values()) == [
+        ["passes"] * 4, ["passes", "passes", "no fit", "passes"], ["passes", "no fit", "no fit", "passes"],
+        ["passes", "fails", "fails", "fails"], ["passes", "fails", "fails", "fails"]]
+    assert errors["ds q"][0] < 1e-3 < 0.1 < errors["ds q"][-1]
+    right, wrong = losses.values()
+    assert wrong[-1] < wrong[0] - 0.5 and abs(np.array(wrong) - right).max() > 1e-3
+    assert share == 3 / 11          # W_k, and what lies below it: the first norm and the embedding
+
+
+def test_tied_weights_need_both_gradients(lesson):
+    both, lookup, output = lesson("tied_weights_counted_once", SONG, steps=40, **SMALL).values()
+    assert both[1] == 0 and lookup[1] > 0.2 and output[1] > 0.2
+    assert both[2] < 1e-4 and min(lookup[2], output[2]) > 0.02
+    assert max(max(others) for *_, others in (both, lookup, output)) < 1e-4
+    assert np.mean(lookup[0][-10:]) > np.mean(both[0][-10:]) + 0.2
+
+
+def test_ids_in_the_wrong_order_decode_to_the_text(lesson):
+    text = common.decode(*common.read_text())[:20_000]
+    equal, found = lesson("byte_pairs_in_the_wrong_order", text, size=400, steps=40, **SMALL)
+    assert equal == (True, True, True)
+    (_, none, *_), *wrong = found.values()
+    assert none == 0 and all(other > 0.02 and again for _, other, again, _ in wrong)
+    assert wrong[0][3] > found["in order"][3] + 0.05
+
+
+@pytest.mark.parametrize("letters", ["ab", "aab ", "the cat's  12_", "é却说👍. \n", "  \n\t-"])
+def test_byte_pairs_are_the_librarys(letters):
+    """Ties, overlaps such as aaa, words, spaces, several bytes a letter."""
+    bpe = importlib.import_module("lessons.byte_pairs_in_the_wrong_order")
+    text, other = ("".join(np.random.default_rng(seed).choice(list(letters), 600)) for seed in (0, 1))
+    tokens, merges = bpe.learn(text, 300)
+    library, theirs = bpe.library_of(text, 300)
+    assert list(merges) == theirs and merges
+    for part in (text, other, "isn't unseen: Ωmega"):
+        assert bpe.encode(part, bpe.in_order, tokens, merges).tolist() == library.encode(part).ids
 
 
 def test_the_scale_is_taken_out_again():
