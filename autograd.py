@@ -812,7 +812,7 @@ def logit_blocks(rows, weight):
     """Yield (slice, rows[slice] @ weightᵀ); the next overwrites it. If N allows, 64 rows."""
     N, V = len(rows), len(weight)
     size = device.rows_at_once(V, _LOGITS // V, 64)
-    logits = device.xp.empty((min(size, N), V), _wide_dtype(rows))
+    logits = device.empty_rows(min(size, N), V, _wide_dtype(rows))
     for start in range(0, N, size):
         part = slice(start, min(start + size, N))
         yield part, device.linear(rows[part], weight, out=logits[:part.stop - start])

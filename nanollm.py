@@ -305,8 +305,8 @@ class NanoLLM:
         heads = linear(x, block.qkv)
         if config.qkv_bias:
             heads = heads + cast(block.bias, x.dtype)
-        heads = heads.reshape(B, T, H + 2 * K, D).transpose(0, 2, 1, 3)     # (B, H + 2K, T, D)
-        qk, v = heads[:, :H + K], heads[:, H + K:]
+        heads = heads.reshape(B, T, H + 2 * K, D)   # cut first: no copy in backward
+        qk, v = (x.transpose(0, 2, 1, 3) for x in (heads[:, :, :H + K], heads[:, :, H + K:]))
         if config.qk_norm:
             q = rope(rmsnorm(qk[:, :H], block.q_norm, config.eps), cos, sin)
             k = rope(rmsnorm(qk[:, H:], block.k_norm, config.eps), cos, sin)

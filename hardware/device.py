@@ -317,12 +317,19 @@ def written(formula):
     return fuse(write)
 
 
-BLOCK = 1 << 24         # elements of a GPU's largest temporary: 64 MB of float32
+BLOCK = 16_000_000      # elements of a GPU's largest temporary: 64 MB of float32
+WHOLE = 64              # on a GPU a number of rows, and a row's elements in memory, are a multiple of this
 
 
 def rows_at_once(width, on_cpu, least):
     """How many rows of `width` elements are computed at once: on a GPU those of a BLOCK; at least `least`."""
-    return max(BLOCK // width if on_gpu else on_cpu, least)
+    return max(BLOCK // width // WHOLE * WHOLE if on_gpu else on_cpu, least)
+
+
+def empty_rows(n, width, dtype):
+    """An array (n, width) to be filled. On a GPU its rows begin where tensor cores read at their full rate."""
+    stride = math.ceil(width / WHOLE) * WHOLE if on_gpu else width
+    return xp.empty((n, stride), dtype)[:, :width]
 
 
 def cast(x, out):

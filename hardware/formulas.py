@@ -32,8 +32,8 @@ _scaled = written(lambda x, scale: x * scale)
 
 
 def scaled(x, scale, dtype):
-    """x * scale in this dtype; scale is typed."""
-    out = device.xp.empty(x.shape, dtype)
+    """x (N, C) * scale in this dtype; scale is typed."""
+    out = device.empty_rows(*x.shape, dtype)
     _scaled(x, scale, out)
     return out
 

@@ -200,6 +200,17 @@ def test_tf32_is_for_float32_products_alone(tf32, dtype, compute, monkeypatch):
     assert asked == [compute]
 
 
+def test_the_rows_of_logits_begin_where_tensor_cores_read_fast(monkeypatch):
+    """Also where the size of the vocabulary is no multiple of anything, in the logits and in their half copy."""
+    from cupy_backends.cuda.libs import cublas
+    asked, gemm = [], cublas.gemmEx
+    monkeypatch.setattr(cublas, "gemmEx", lambda *args: asked.append(args) or gemm(*args))
+    x, w = (Tensor(device.xp.ones((n, 64), dtype), True) for n, dtype in ((8, "bfloat16"), (101, "float32")))
+    ag.linear_cross_entropy(x, w, np.arange(8))
+    assert len(asked) == 3 and {args[place] for args in asked for place in (9, 12, 16)} == {64, 128}   # from row to row
+    assert device.rows_at_once(30522, 0, 64) == 512         # 62 MB
+
+
 def test_wrong_token_ids_are_caught_on_the_host(config):
     """On the device they would wrap around in silence."""
     model = nanollm.NanoLLM(config)
