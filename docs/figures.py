@@ -298,7 +298,7 @@ def attention():
     bar.outline.set_visible(False)
     return figure, (
         "There is one map for each head (block.head) of the trained model. Row t shows which tokens token t reads "
-        "from: darker means more, and each row sums to 1. The future (upper right) stays empty. The shares in the "
+        "from: a stronger colour means more, and each row sums to 1. The future (upper right) stays empty. The shares in the "
         f"title are means over {real.size} tokens of the training text.")
 
 

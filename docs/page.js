@@ -8,3 +8,15 @@ function look() {
     file.toggleAttribute("aria-current", last?.id.split(/[./]/)[0] == file.hash.slice(1));
 }
 addEventListener("scroll", () => requestAnimationFrame(look), {passive: true});
+
+// Unfold what a link leads to.
+function unfold() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const folded = target?.closest("details:not([open])");
+  if (folded) {
+    folded.open = true;
+    target.scrollIntoView();
+  }
+}
+addEventListener("hashchange", unfold);
+unfold();

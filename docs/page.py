@@ -1,7 +1,8 @@
 """Write the core as an annotated book, docs/index.html, one page that needs no network:  python docs/page.py [--check]
 
 Everything comes from the sources: a module's docstring opens a chapter, a rule (`# ------ the engine`) opens a section,
-and each definition's docstring is shown next to its code. `--check` writes nothing and fails if the page is old.
+and each definition's docstring is shown next to its code. The figures come from docs/figures/, the mistakes from
+lessons/, the first screen from docs/page.html. `--check` writes nothing and fails if the page is old.
 
 In a docstring, unindented lines are prose and the browser wraps them. Indented lines are formulas: parts that
 are aligned in two lines, after two spaces or before an =, stay aligned, and a remark at the end of a line moves below
@@ -18,6 +19,7 @@ import tokenize
 from collections import namedtuple
 from html import escape as escape_all
 from pathlib import Path
+from string import Template
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))           # nanollm is run from its folder
@@ -26,6 +28,18 @@ from storage.files import whole  # noqa: E402
 FILES = "autograd.py", "nanollm.py", "data.py", "train.py"
 NO_BREAK, GAP = "\xa0", '<span class="gap"> </span>'
 Row = namedtuple("Row", "line level title anchor doc names")    # names: the parameters, variables of its formulas
+
+FIGURES = {"autograd": "graph", "autograd.gradcheck": "step_size", "autograd.linear": "time",
+           "autograd.rope": "rope", "autograd.attention_plain": "attention", "autograd.recompute": "memory",
+           "nanollm.NanoLLM": "gradient_flow", "nanollm.NanoLLM.generate": "sampling", "train.train": "training"}
+LESSONS = {"autograd.gradcheck": "gradcheck_of_ones", "autograd.rope": "rope_pairing",
+           "autograd.attention_plain": "no_causal_mask", "autograd.dropout": "dropout_on_the_logit",
+           "autograd.cross_entropy": "accuracy_of_one_column", "data.TokenDataset.split": "validation_on_training_text",
+           "train.train": "unequal_batches", "train.adapt_loss_scale": "float16_without_loss_scaling"}
+FOLDED = {"autograd.rmsnorm": "autograd.rmsnorm", "autograd._query_blocks": "autograd.attention",
+          "autograd.logit_blocks": "autograd.linear_cross_entropy"}     # the first and last row of a blocked form
+COLOURS = {"#24292f": "ink", "#6e7781": "soft", "#dde1e5": "line", "#ced4da": "line", "#fcfcfa": "paper",
+           "white": "paper", "#0072b2": "blue", "#d55e00": "red", "#009e73": "green", "#cc79a7": "pink"}
 
 
 def escape(text):
@@ -99,9 +113,7 @@ class Chapter:
         for node in self.tree.body:
             if isinstance(node, ast.ImportFrom) and f"{node.module}.py" in FILES:
                 self.links |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            for target in node.targets if isinstance(node, ast.Assign) else [node]:
-                if name := getattr(target, "id", getattr(target, "name", None)):
-                    self.links[name] = f"{self.stem}.{name}"
+            self.links |= {name: f"{self.stem}.{name}" for name in bound(node)}
         self.rows = [Row(1, 1, file, self.stem, self.docstring(self.tree), set())]
         self.cut()
         self.code = self.highlight()
@@ -120,24 +132,37 @@ class Chapter:
                 self.hidden |= set(range(n, end + 1))
                 prose = "\n".join(comment.removeprefix("# ") for comment in self.lines[n:end])
                 self.rows.append(Row(n, 2, rule[1], f"{self.stem}/" + re.sub(r"\W+", "-", rule[1]), prose, set()))
+        helpers, used = [], set()       # the first lines of the helpers so far, and all names that the row above uses
         for node in self.tree.body:
-            self.definition(node)
+            start = self.start(node)
+            top = max((row.line for row in self.rows if row.line < start), default=0)
+            helpers = [line for line in (*helpers, start) if line > top]
+            if self.definition(node, helpers[0]):
+                used, helpers = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}, []
+            elif used & bound(node) or not bound(node):
+                helpers = []            # they belong to the row above; the others to the one below
             for method in node.body if isinstance(node, ast.ClassDef) else ():
-                self.definition(method, node.name + ".")
+                self.definition(method, self.start(method), node.name + ".")
         self.rows.sort()
 
-    def definition(self, node, owner=""):
+    def start(self, node):
+        """The first line of a definition, with its decorators and the comment above it."""
+        line = min(part.lineno for part in [node, *getattr(node, "decorator_list", ())])
+        while line > 1 and self.lines[line - 2].startswith("#") and line - 1 not in self.hidden:
+            line -= 1
+        return line
+
+    def definition(self, node, start, owner=""):
+        """Add the row of a definition. False for a helper, which stands in the row of another, and for other code."""
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-            return
-        title = owner + node.name
-        anchor = f"{self.stem}.{title}"
-        doc = self.docstring(node)
+            return False
+        doc, title = self.docstring(node), owner + node.name
         if not doc and (owner or node.name.startswith("_")):
-            return                      # a helper: it stays in the row above it
-        self.methods[title] = anchor
-        start = min(part.lineno for part in [node, *node.decorator_list])
+            return False
+        anchor = self.methods[title] = f"{self.stem}.{title}"
         names = {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
         self.rows.append(Row(start, 3, title, anchor, doc, names))
+        return True
 
     # ------------------------------------------------------------ code
 
@@ -191,22 +216,27 @@ class Chapter:
     # ------------------------------------------------------------ prose
 
     def prose(self, row):
-        """HTML of a docstring."""
+        """HTML of a docstring, and of its examples and diagrams, which need more room."""
         names, out, lines = {"out", "Loss", "leaf", "data", "self", *row.names}, [], row.doc.splitlines()
+        wide = []
         while lines:
             n, indented = 1, lines[0].startswith(" ")
             if lines[0].startswith(">>>"):
                 while n < len(lines) and lines[n]:
                     n += 1
-                out.append(plain(lines[:n]))
+                wide.append(plain(lines[:n]))
             elif lines[0]:
                 while n < len(lines) and lines[n] and lines[n].startswith(" ") == indented and (
                         indented or lines[n - 1][-1] != "." or len(lines[n - 1] + lines[n].split()[0]) >= 95):
                     n += 1              # (a line that ends early, with a full stop, ends a paragraph)
-                out.append(self.formulas(lines[:n], names) if indented else
-                           f"<p>{self.inline(' '.join(lines[:n]), names)}</p>")
+                if not indented:
+                    out.append(f"<p>{self.inline(' '.join(lines[:n]), names)}</p>")
+                elif re.search("[─-╿►]|--|[(][)]", "".join(lines[:n])):         # a diagram, or code
+                    wide.append(plain(inspect.cleandoc("\n" + "\n".join(lines[:n])).splitlines()))
+                else:
+                    out.append(self.formulas(lines[:n], names))
             del lines[:n]
-        return "\n".join(out)
+        return "\n".join(out), "".join(wide)
 
     def inline(self, text, names):
         """HTML of running text, in which code and mathematics are recognised by their form."""
@@ -253,8 +283,6 @@ class Chapter:
     def formulas(self, lines, names):
         """HTML of indented lines: a grid, with a column where parts of two lines are aligned."""
         lines = inspect.cleandoc("\n" + "\n".join(lines)).splitlines()
-        if re.search("[─-╿►]|--", "".join(lines)):
-            return plain(lines)
 
         def words(part):
             found = re.findall(r"(?<!\w)[a-z]{2,}(?!\w)", part)
@@ -289,11 +317,33 @@ class Chapter:
     # ------------------------------------------------------------ the page
 
     def contents(self):
-        out = f'<div><h2><a href="#{self.stem}">{self.file}</a></h2><p>'
+        """The chapter in the list on the first screen: its public names."""
+        about = self.inline(self.rows[0].doc.split(":  python")[0].split("\n\n")[0].strip(".") + ".", set())
+        out = f'<div><h2><a href="#{self.stem}">{self.file}</a></h2><p class="about">{about}</p><p>'
         for row in self.rows[1:]:
             link = f'<a href="#{row.anchor}">{re.sub("^.*[.]", ".", row.title)}</a>'
-            out += f"</p>\n<h3>{link}</h3><p>" if row.level == 2 else link + " "
+            if row.level == 2:
+                out += f"</p>\n<h3>{link}</h3><p>"
+            elif "_" not in (row.title[0], row.title.partition(".")[2][:1]):
+                out += link + " "
         return out.replace("<p></p>", "") + "</p></div>\n"
+
+    def figure(self, name):
+        """A figure and its caption, from docs/figures/."""
+        folder = ROOT / "docs" / "figures"
+        sections = (folder / "README.md").read_text(encoding="utf-8").split(f"\n## {name}\n\n![")[1]
+        alt, caption = re.match(r"(.*)\]\(.*\)\n\n(.*)\n", sections).groups()
+        return (f'<figure>{svg(folder / f"{name}.svg", alt)}<figcaption>{self.inline(caption, set())}</figcaption>'
+                "</figure>")
+
+    def lesson(self, name):
+        """A mistake, folded, from lessons/."""
+        tree = ast.parse((ROOT / "lessons" / f"{name}.py").read_text(encoding="utf-8"))
+        title, command, doc = re.match(r"(?s)(.*):  (python -m .*?)\n\n(.*)", ast.get_docstring(tree)).groups()
+        [question] = [ast.literal_eval(node.value) for node in tree.body if bound(node) == {"QUESTION"}]
+        return (f'<details class="lesson"><summary>{self.inline(title, set())}</summary>'
+                f'{self.prose(Row(0, 0, "", "", doc, set()))[0]}<p><em>{self.inline(question, set())}</em> '
+                f"<code>{command}</code> shows it; its answer is in lessons/README.md.</p></details>")
 
     def html(self, stops):
         """The rows; `stops` are the anchors of all chapters and sections, for the links back and forward."""
@@ -305,9 +355,16 @@ class Chapter:
                 about += "".join(f' <a class="at" href="#{stops[to]}" title="{title}">{arrow}</a>'
                                  for to, title, arrow in ((at - 1, "back", "←"), (at + 1, "forward", "→"))
                                  if 0 <= to < len(stops))
+            if row.anchor in FOLDED:
+                last = FOLDED[row.anchor].partition(".")[2]
+                out += (f'<details class="fast"><summary><code>{last}</code> as the model uses it, a block at a time'
+                        "</summary>\n")
+            prose, wide = self.prose(row)
+            if row.anchor in LESSONS:
+                prose += self.lesson(LESSONS[row.anchor])
             # The section has the id: its heading is in a sticky column, and a browser scrolls to where that is stuck.
             out += (f'<section class="r{row.level}" id="{row.anchor}"><div class="p"><h{row.level}><a '
-                    f'href="#{row.anchor}">{escape(row.title)}</a></h{row.level}> {about}\n{self.prose(row)}</div>\n')
+                    f'href="#{row.anchor}">{escape(row.title)}</a></h{row.level}> {about}\n{prose}</div>\n')
             shown = []
             for n in range(row.line, end):      # no empty line at either end, and never two in a row
                 if n not in self.hidden and (self.lines[n - 1] or (shown and self.lines[shown[-1] - 1])):
@@ -315,16 +372,26 @@ class Chapter:
             if shown and not self.lines[shown[-1] - 1]:
                 shown.pop()
             gutter, code = "\n".join(map(str, shown)), "\n".join(self.code[n] for n in shown)
-            code = f'<pre class="g">{gutter}</pre><pre class="s" tabindex="0">{code}</pre>' if shown else ""
-            out += f'<div class="c">{code}</div></section>\n'
+            code = f'<div class="k"><pre class="g">{gutter}</pre><pre class="s" tabindex="0">{code}</pre></div>'
+            wide += self.figure(FIGURES[row.anchor]) if row.anchor in FIGURES else ""
+            if row.level == 1:
+                wide += f"<details><summary>the imports</summary>{code}</details>"
+            elif shown:
+                wide = code + wide
+            out += f'<div class="c">{wide}</div></section>\n'
+            out += "</details>\n" * (row.anchor in FOLDED.values())
         return out
 
 
+def bound(node):
+    """The names that a statement defines."""
+    targets = [getattr(x, "id", getattr(x, "name", None)) for x in getattr(node, "targets", [node])]
+    return {name for name in targets if name}
+
+
 def plain(lines):
-    """HTML of an example, whose lines may wrap, or of a diagram, whose lines may not."""
-    if lines[0].lstrip().startswith(">>>"):
-        return f'<pre class="e">{"".join(f"<span>{escape(line)}</span>" for line in lines)}</pre>'
-    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+    """HTML of lines that stay as they are; on a narrow screen they become smaller."""
+    return f'<pre class="e" style="--columns:{max(map(len, lines))}">{escape(chr(10).join(lines))}</pre>'
 
 
 def tokens(source):
@@ -343,31 +410,28 @@ def tokens(source):
     return out
 
 
+def svg(path, alt):
+    """A figure as a part of the page: its colours are the page's, its ids its own."""
+    text = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "",
+                  path.read_text(encoding="utf-8"))
+    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" \1><title>{escape(alt)}</title>', text)
+    text = re.sub(r' id="(?!DejaVu)([^"]+)"|((?:href="|url\()#)(?!DejaVu)', lambda found: (
+        found[2] + path.stem + "-" if found[2] else f' id="{path.stem}-{found[1]}"'), text)
+    text = re.sub(r"(?<=[: \"])(#[\da-f]{6}|white)\b", lambda found: f"var(--{COLOURS[found[0]]})", text)
+    text = text.replace("<svg", f'<svg id="{path.stem}"', 1)
+    return re.sub(r"\s+", " ", re.sub(r"((?:\d\d|[1-9])\.\d\d)\d+", r"\1", text))
+
+
 def page():
     chapters = [Chapter(file) for file in FILES]
     stops = [row.anchor for chapter in chapters for row in chapter.rows if row.level < 3]
-    style, script = ((ROOT / "docs" / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>nanollm, annotated</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-{style}</style>
-<nav><a href="#top">nanollm</a>{"".join(f'<a href="#{x.stem}">{x.file}</a>' for x in chapters)}<span></span></nav>
-<header id="top">
-<h1>nanollm, annotated</h1>
-<p>A Llama-style language model, trained from scratch with NumPy or CuPy and no deep-learning framework. These are its
-four central files, complete and in reading order. Each definition is next to its explanation, and each gradient next to
-its derivation. Line numbers jump where a docstring was moved to the left.</p>
-<div class="toc">
-{"".join(x.contents() for x in chapters)}</div>
-</header>
-<main>
-{"".join(x.html(stops) for x in chapters)}</main>
-<script>
-{script}</script>
-"""
+    template, style, script = ((ROOT / "docs" / f"page.{kind}").read_text(encoding="utf-8")
+                               for kind in ("html", "css", "js"))
+    glyphs = set()                      # the figures draw the same letters: each is kept once
+    return re.sub(r'<path id="(DejaVu[^"]*)"[^>]*/>', lambda found: (
+        "" if found[1] in glyphs else glyphs.add(found[1]) or found[0]), Template(template).substitute(
+        style=style, script=script, links="".join(f'<a href="#{x.stem}">{x.file}</a>' for x in chapters),
+        contents="".join(x.contents() for x in chapters), chapters="".join(x.html(stops) for x in chapters)))
 
 
 def main():

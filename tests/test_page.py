@@ -5,37 +5,54 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import pytest
 
 from docs import page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PLANTED = '<a href="#nowhere">x</a><div style="width: 500px">x</div><script>console.error("planted")</script>'
-ANCHOR = '<section class="r3" id="autograd.attention"><div class="p"><h3>'
-IN_THE_STICKY_COLUMN = '<section class="r3"><div class="p"><h3 id="autograd.attention">'
+PLANTED = ('<a href="#nowhere">x</a><div style="width: 500px">x</div><script>console.error("planted")</script>'
+           '<section id="planted"><pre class="s">' + 200 * "x" + "</pre></section>")
+ANCHOR = '<section class="r3" id="autograd.attention_plain"><div class="p"><h3>'
+IN_THE_STICKY_COLUMN = '<section class="r3"><div class="p"><h3 id="autograd.attention_plain">'
 HARNESS = """<iframe src="page.html" width="390" height="800"></iframe>
 <iframe src="planted.html" width="390" height="800"></iframe>
 <script>
 onload = () => document.body.textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
-  const window = frame.contentWindow, page = frame.contentDocument, ids = [...page.querySelectorAll("[id]")];
+  const window = frame.contentWindow, page = frame.contentDocument, all = what => [...page.querySelectorAll(what)];
+  const ids = all("[id]"), of = x => x.closest("section")?.id ?? "top";
   window.scrollTo(0, page.getElementById("autograd.gradcheck").offsetTop);
   window.look();
   const seen = {
-    width: page.documentElement.scrollWidth, bar: page.querySelector("nav span").textContent,
-    links: page.links.length, twice: ids.length - new Set(ids.map(x => x.id)).size,
-    broken: [...page.links].filter(x => x.href != page.URL + x.hash || !page.getElementById(x.hash.slice(1)))
-      .map(x => x.getAttribute("href")),
-    loaded: window.performance.getEntriesByType("resource").map(x => x.name)};
-  frame.width = 1300;
-  frame.height = 1000;
-  const bar = page.querySelector("nav").getBoundingClientRect().bottom;
-  seen.hidden = ids.filter(target => {                  // by the bar, after a link from further down
-    const spot = target.closest("u, section");
-    window.scrollTo(0, page.body.scrollHeight);
-    target.scrollIntoView();
-    return spot && spot.getBoundingClientRect().top < bar - 1;
-  }).map(target => target.id);
+    bar: page.querySelector("nav span").textContent, links: page.links.length,
+    twice: ids.length - new Set(ids.map(x => x.id)).size,
+    broken: [...page.links, ...all("use")].map(x => x.getAttribute("href") ?? x.getAttribute("xlink:href"))
+      .filter(x => x[0] != "#" || !page.getElementById(x.slice(1))),
+    loaded: window.performance.getEntriesByType("resource").map(x => x.name),
+    hidden: [], cut: [], small: []};
+  for ([frame.width, frame.height] of [[390, 800], [1300, 1000]]) {
+    const bar = page.querySelector("nav").getBoundingClientRect().bottom;
+    const targets = ids.filter(x => x.matches("section, section u, section h3"));
+    for (const target of targets) {                     // each is reached by a link from further down
+      const folded = target.closest("details");
+      window.scrollTo(0, page.body.scrollHeight);
+      if (folded) {
+        folded.open = false;
+        window.location.hash = target.id;
+        window.unfold();
+      } else
+        target.scrollIntoView();
+      const spot = target.closest("u, section").getBoundingClientRect();
+      if (!spot.height || spot.top < bar - 1 || spot.top > frame.height - 50)
+        seen.hidden.push(target.id);
+    }
+    all("details").forEach(x => x.open = true);
+    const narrow = frame.width < 1000, cells = all(narrow ? ".e" : ".s, .e, .f");
+    seen.cut.push(...cells.filter(x => x.scrollWidth > x.clientWidth).map(of));
+    seen.small.push(...all("figure svg").filter(x => x.getBoundingClientRect().width < 340).map(of));
+    seen[frame.width] = page.documentElement.scrollWidth;
+  }
   return seen;
 }));
 </script>"""
@@ -43,13 +60,15 @@ onload = () => document.body.textContent = JSON.stringify([...document.querySele
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What the browser reports about the page, and about one with four planted defects."""
+    """What the browser reports about the page, and about one with planted defects."""
     if BROWSER is None:
         pytest.skip("no chromium to look at the page with")
     folder, text = tmp_path_factory.mktemp("page"), page.page()
     (folder / "page.html").write_text(text, encoding="utf-8")
     assert ANCHOR in text
-    planted = text.replace("</main>", PLANTED + "</main>").replace(ANCHOR, IN_THE_STICKY_COLUMN)
+    one_chapter = re.sub('(?s)<section class="r1" id="nanollm">.*</main>', "</main>", text)
+    planted = one_chapter.replace("</main>", PLANTED + "</main>").replace(ANCHOR, IN_THE_STICKY_COLUMN).replace(
+        'id="DejaVuSans-48"', "").replace("width: 100%; height: auto", "width: 9%")
     (folder / "planted.html").write_text(planted, encoding="utf-8")
     (folder / "harness.html").write_text(HARNESS, encoding="utf-8")
     flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
@@ -67,13 +86,14 @@ def seen(tmp_path_factory):
 def test_a_browser_finds_nothing_wrong(seen):
     good, _ = seen
     assert good.pop("links") > 500
-    assert good == {"width": 390, "bar": "gradcheck", "twice": 0, "broken": [], "loaded": [], "console": [],
-                    "hidden": []}
+    assert good == {"bar": "gradcheck", "twice": 0, "broken": [], "loaded": [], "console": [], "hidden": [], "cut": [],
+                    "small": [], "390": 390, "1300": 1300}
 
 
-def test_a_browser_would_find_a_wide_page_a_broken_link_a_hidden_target_and_an_error(seen):
+def test_a_browser_would_find_each_planted_defect(seen):
     _, bad = seen
-    assert bad["width"] > 390 and bad["broken"] == ["#nowhere"] and bad["hidden"] == ["autograd.attention"]
+    assert bad["390"] > 390 and {"#nowhere", "#DejaVuSans-48"} <= set(bad["broken"])
+    assert set(bad["hidden"]) == {"autograd.attention_plain", "planted"} and bad["cut"] == ["planted"] and bad["small"]
     assert len(bad["console"]) == 1 and "planted" in bad["console"][0]
 
 
@@ -85,6 +105,7 @@ def text_of(markup):
 def test_no_line_and_no_word_of_a_file_is_lost(file):
     chapter = page.Chapter(file)
     shown = chapter.html([row.anchor for row in chapter.rows if row.level < 3])
+    shown = re.sub("(?s)<figure>.*?</figure>|<details class=\"lesson\">.*?</details>|<summary>.*?</summary>", "", shown)
     pairs = re.findall('<pre class="g">(.*?)</pre><pre class="s" tabindex="0">(.*?)</pre>', shown, re.DOTALL)
     code = {int(n): line for numbers, lines in pairs
             for n, line in zip(numbers.split(), text_of(lines).split("\n"), strict=True)}
@@ -93,8 +114,9 @@ def test_no_line_and_no_word_of_a_file_is_lost(file):
 
     rest = '<h[123].*?</h[123]>|<(span|a) class="at".*?</(span|a)>|(?s:<div class="c">.*?</section>)|<[^>]*>'
     words = re.findall("[a-z]{3,}", html.unescape(re.sub(rest, " ", shown)))
+    wide = re.findall("[a-z]{3,}", text_of(" ".join(re.findall('(?s)<pre class="e".*?</pre>', shown))))
     said = [word for row in chapter.rows for word in re.findall("[a-z]{3,}", row.doc)]
-    assert [word for word in words if word != "sum"] == [word for word in said if word != "sum"]
+    assert Counter(words) + Counter(wide) - Counter(["sum"] * 99) == Counter(said) - Counter(["sum"] * 99)
 
 
 @pytest.mark.parametrize(("formula", "expected"), [
@@ -154,15 +176,18 @@ def test_a_name_links_to_what_it_means(chapter):
     assert chapter.code[11].count('<a href="#one.half">') == 1                          # no keyword, no attribute
     assert '<s>f"{x!r:{\'&gt;\'}3} and {double}"</s>' in chapter.code[7]
     assert [row.line for row in chapter.rows] == [1, 4, 10]
-    assert '<a href="#one.half"><code>half</code></a>' in chapter.prose(chapter.rows[1])
+    assert '<a href="#one.half"><code>half</code></a>' in chapter.prose(chapter.rows[1])[0]
     assert page.Chapter("two.py").code[3] == '<u id="two.four">four</u> = <a href="#one.half">half</a>(8)'
 
 
 def test_check_fails_for_an_old_page_and_writing_fixes_it(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
-    for file in (*page.FILES, "docs/page.css", "docs/page.js"):
+    for file in (*page.FILES, "docs/page.html", "docs/page.css", "docs/page.js"):
         shutil.copy(page.ROOT / file, tmp_path / file)
+    for folder in "docs/figures", "lessons":
+        (tmp_path / folder).symlink_to(page.ROOT / folder)
     monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "FILES", ("data.py",))
     for arguments, fails in (["--check"], True), ([], False), (["--check"], False):
         monkeypatch.setattr(page.sys, "argv", ["page.py", *arguments])
         if fails:
