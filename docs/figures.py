@@ -298,8 +298,8 @@ def attention():
     bar.outline.set_visible(False)
     return figure, (
         "There is one map for each head (block.head) of the trained model. Row t shows which tokens token t reads "
-        "from: a stronger colour means more, and each row sums to 1. The future (upper right) stays empty. The shares in the "
-        f"title are means over {real.size} tokens of the training text.")
+        "from: a stronger colour means more, and each row sums to 1. The future (upper right) stays empty. The shares "
+        f"in the title are means over {real.size} tokens of the training text.")
 
 
 # ---------------------------------------------------------------- training
