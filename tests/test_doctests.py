@@ -30,7 +30,7 @@ def test_the_examples_of_a_page_print_what_their_comments_say(page, capsys):
         assert len(example.splitlines()) < 30
 
 
-PAGES = ["README", "docs/guide", "docs/ops", "docs/benchmarks"]        # each with a Chinese one
+PAGES = ["README", "docs/guide", "docs/ops", "docs/benchmarks", "lessons/README"]        # each with a Chinese one
 
 
 @pytest.mark.parametrize("name", PAGES)

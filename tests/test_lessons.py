@@ -161,3 +161,10 @@ def test_the_page_shows_each_lesson():
         folded = "\n".join(re.findall(r"<details>(.*?)</details>", page, re.DOTALL))
         assert words(source.split("# The answer\n")[1]) in words(folded)
     assert {path.stem for path in FOLDER.glob("[a-z]*.py")} == {*NAMES, "common"}
+
+
+def test_the_chinese_page_has_the_same_numbers():
+    """Those of two digits or more: small ones may be words."""
+    english, chinese = (re.findall(r"\d[\d.,]*\d", (FOLDER / name).read_text(encoding="utf-8"))
+                        for name in ("README.md", "README.zh.md"))
+    assert sorted(english) == sorted(chinese) and {"0.07", "324.1", "143,506"} <= set(chinese)
