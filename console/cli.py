@@ -1,6 +1,7 @@
 """What the commands share: one clear line for bad input, numbers checked as they are read, an orderly end."""
 import argparse
 import contextlib
+import errno
 import operator
 import os
 import signal
@@ -9,7 +10,7 @@ import warnings
 
 from hardware import device, ranks
 from storage.files import InputError
-from storage.huggingface import HUB, from_hub
+from storage.huggingface import HUB, MODEL, TOKENIZER, from_hub
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,11 +44,12 @@ class Parser(argparse.ArgumentParser):
                           "hf:ORG/NAME, a model on the Hugging Face Hub")
 
     def parse_args(self, argv=None, namespace=None):
-        """Parse the arguments, then download a model hf:ORG/NAME: the result holds its folder."""
+        """Parse the arguments, then download a model or a tokenizer hf:ORG/NAME: the result holds its folder."""
         args = super().parse_args(argv, namespace)
-        for name, value in vars(args).items():
-            if name in ("folder", "init_from") and value and value.startswith(HUB):
-                setattr(args, name, from_hub(value))
+        for name, files in (("folder", MODEL), ("init_from", MODEL), ("tokenizer", TOKENIZER)):
+            value = getattr(args, name, None)
+            if value and value.startswith(HUB):
+                setattr(args, name, from_hub(value, files))
         return args
 
     def add_device(self):
@@ -161,6 +163,9 @@ class Stop:
             signal.signal(which, handler)
 
 
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 def reconfigure(**how):
     """Set how stdout encodes text, unless it takes text as it is, as a notebook's does."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -171,6 +176,22 @@ def fail(name, problem, code=2):
     with contextlib.suppress(OSError):          # the terminal may have gone
         print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
     return code
+
+
+def written(main):
+    """What main() returns, or --help exits with, once all that it printed is written."""
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    return code
+
+
+def drop_stdout():
+    """Write to nowhere what stdout could not take, so that Python's last attempt does not fail as well."""
+    with contextlib.suppress(OSError):          # a notebook's is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(main, name=None, where=""):
@@ -188,18 +209,20 @@ def run(main, name=None, where=""):
     handle(SIGNALS[1:], lambda number, frame: sys.exit(128 + number))       # so half-written files are removed
     reconfigure(errors="backslashreplace")      # a terminal without Chinese is no reason to stop
     try:
-        code = main()
-        sys.stdout.flush()
+        code = written(main)
     except (InputError, device.Unavailable) as problem:
         code = fail(name, problem)
     except MemoryError as problem:
         code = fail(name, f"out of memory ({problem}): lower --batch-size (--grad-accum makes up for it), "
                           "--seq-len or --size, or use a smaller model")
     except BrokenPipeError:                     # `head` in `… | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         code = 0
     except OSError as problem:
         where = f"{problem.filename}: " if problem.filename else ""
+        if not where and problem.errno in NO_ROOM:      # errors of files name them
+            where = "standard output: "
+            drop_stdout()
         code = fail(name, f"{where}{problem.strerror or problem}")
     except KeyboardInterrupt:
         code = fail(name, "interrupted", 130)

@@ -178,22 +178,27 @@ def config_of(settings, path, Config):
 # ---------------------------------------------------------------- the Hugging Face Hub
 
 HUB = "hf:"
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+TOKENIZER = ("tokenizer.json",)
+MODEL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "model*.safetensors", "model.safetensors.index.json")      # other formats of the same weights may lie there
 
 
-def from_hub(name):
-    """The folder, in the Hub's cache, of the model hf:ORG/NAME. Files that it lacks are downloaded, and no others.
+def from_hub(name, files=MODEL):
+    """The folder, in the Hub's cache, of the model hf:ORG/NAME. Of these files, those that it lacks are downloaded.
 
-    Without a network a model that is in the cache opens as well. Raises InputError that names the model.
+    Without a network a model that is in the cache opens as well. Raises InputError that names the model, also if it has
+    no file of the first name.
     """
     try:
         from huggingface_hub import snapshot_download
-        return snapshot_download(name.removeprefix(HUB), allow_patterns=FILES)
+        folder = snapshot_download(name.removeprefix(HUB), allow_patterns=files)
     except ImportError:
         raise InputError(f"{name}: the package huggingface_hub is needed: pip install huggingface_hub") from None
     except (OSError, ValueError) as problem:
         raise InputError(f"{name}: {problem}") from None
+    require(os.path.exists(Path(folder, files[0])), f"{name} has no {files[0]}: give another model, or a folder "
+            "into which transformers has saved this one")
+    return folder
 
 
 # ---------------------------------------------------------------- what begins and what ends a text

@@ -47,7 +47,7 @@ def load_tokenizer(path):
 
     It will encode whole texts, always in the same way: truncation, padding and BPE dropout are switched off.
     """
-    remedy = ": give a Hugging Face tokenizer.json or the folder with it (not a model's name)"
+    remedy = ": give a Hugging Face tokenizer.json, the folder with it, or hf:ORG/NAME"
     path = readable(path, remedy, OTHER_TOKENIZERS)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))

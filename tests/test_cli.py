@@ -276,6 +276,17 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("flags", [{}, {"write_through": True}])
+def test_what_stdout_cannot_take(flags, monkeypatch, capsys):
+    """As on a full disk. With an empty buffer Python's own end does not fail a second time."""
+    for main in (lambda: print("x"), lambda: (print("x"), sys.exit())):         # the second is --help's way
+        with open("/dev/full", "w") as full, pytest.raises(SystemExit) as end:
+            full.reconfigure(**flags)
+            monkeypatch.setattr(sys, "stdout", full)
+            cli.run(main, "it")
+        assert end.value.code == 2 and capsys.readouterr().err == "it: standard output: No space left on device\n"
+
+
 def test_number():
     assert number(int, 1)("3") == 3 and number(float, 0)("0") == 0 and number(int, 0, 5)("5") == 5
     assert isinstance(number(int, 1)("3"), int) and isinstance(number(float, 0)("3"), float)

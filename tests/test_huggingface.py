@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 from conftest import reference
 from safetensors.numpy import load_file, save_file
-from tiny import QUICK, command, edit_config, every_model, every_shape, lively, logits_of, random_ids, refused, small
+from tiny import (
+    QUICK,
+    SHAPE,
+    command,
+    edit_config,
+    every_model,
+    every_shape,
+    lively,
+    logits_of,
+    random_ids,
+    refused,
+    small,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import evaluate
@@ -429,8 +441,29 @@ def test_a_model_on_the_hub_is_named_by_its_name(finished, tmp_path, monkeypatch
     assert (code, out, err) == (2, "", "generate.py: hf:org/gated: cannot be reached\n")
     code, _, err = command(generate.main, "hf:org/name", "--top-p", 2)
     assert code == 2 and "--top-p" in err and len(asked) == 2       # nothing is downloaded for a command that is wrong
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(bare))
+    refused(lambda: huggingface.from_hub("hf:org/name"), "hf:org/name has no config.json")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(lambda: huggingface.from_hub("hf:org/name"), "hf:org/name", "pip install huggingface_hub")
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_tokenizer_on_the_hub_is_named_by_its_name(finished, tmp_path, monkeypatch):
+    """Nothing else of its repository is downloaded, and a resumed run needs no Hub."""
+    hub, (run, (_, text, *_), _), asked = reference("huggingface_hub"), finished, []
+    snapshot = in_the_cache(run, tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **named: asked.append((args, named)) or str(snapshot))
+    new = *SHAPE, *QUICK, "--text", text, "--tokenizer", "hf:org/name", "--artifact-dir", "run"
+    for flags in (*new, "--max-steps", 1), ("--resume", "--artifact-dir", "run", "--max-steps", 2):
+        code, _, err = command(train.main, *flags)
+        assert code == 0, err
+    assert asked == [(("org/name",), {"allow_patterns": ("tokenizer.json",)})]
+    assert Tokenizer.from_file("run/tokenizer.json").get_vocab_size() == 290
+    (snapshot / "tokenizer.json").unlink()
+    code, _, err = command(train.main, *new)
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("train.py: hf:org/name has no tokenizer.json: give")
 
 
 INSTEAD = {
