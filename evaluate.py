@@ -21,6 +21,7 @@ from console.metrics import perplexity
 from data import TokenDataset
 from generate import open_model
 from hardware import device, formulas, ranks
+from storage.checkpoint import WINDOW, usual_window
 from storage.files import require
 from storage.texts import gather, with_stdin
 
@@ -119,7 +120,8 @@ def command_line():
                         "train.py; can be given several times")
     parser.add("--field", "text", cli.text, "the field of a .jsonl's lines that holds a text", "NAME")
     parser.add("--no-separator", False, bool, "put nothing between two texts")
-    parser.add("--seq-len", None, number(int, 1), "tokens in a window; default: the model's longest context")
+    parser.add("--seq-len", None, number(int, 1), "tokens in a window; default: as many as the run trained with, "
+               f"for other models their longest context, but at most {WINDOW}")
     parser.add("--stride", None, number(int, 1), "tokens between the starts of two windows, of which only the last N "
                "count: smaller values give each token more context and take longer; default: --seq-len, no overlap")
     parser.add("--batch-size", 8, number(int, 1), "number of windows in a batch")
@@ -136,7 +138,7 @@ def main(argv=None):
         figure.check_path(args.figure)
     model, tokenizer, *_ = open_model(args.folder)
     longest = model.config.max_context
-    seq_len = args.seq_len or longest
+    seq_len = args.seq_len or usual_window(args.folder, longest)
     stride = args.stride or seq_len
     require(seq_len <= longest, f"--seq-len {seq_len} is more than the model's longest context, {longest}")
     require(stride <= seq_len,

@@ -22,7 +22,7 @@ from console.cli import number
 from console.progress import say
 from hardware import device, ranks
 from nanollm import Config
-from storage.checkpoint import State, check_ended, check_free, last_run, newest_checkpoint, read_trainer
+from storage.checkpoint import WINDOW, State, check_ended, check_free, last_run, newest_checkpoint, read_trainer
 from storage.files import InputError, file_hash, require
 from storage.texts import ENDS, gather, separator, with_stdin
 from storage.tokenizer_training import LEAST, cached_tokenizer
@@ -119,7 +119,8 @@ class Settings(Training):
         None, cli.path, "the texts to learn from, in UTF-8: files (.jsonl and .gz, too), folders, patterns, or - for "
         "standard input", "FILE", several=True)
     tokenizer: str | None = in_run(
-        None, cli.path, "a Hugging Face tokenizer.json, or a model's folder; default: made from the text", "FILE")
+        None, cli.path, "a Hugging Face tokenizer.json, a model's folder or hf:ORG/NAME; default: made from the text",
+        "FILE")
     demo: bool = in_run(False, bool, "train a small model on Python's own documentation: no files needed", fixed=True)
     init_from: str | None = in_run(
         None, cli.path, "start from the weights, shape and tokenizer of this model (fine-tuning), which may be "
@@ -152,7 +153,7 @@ class Settings(Training):
         "of the text's bytes, as a power of two from 512 to 8192", fixed=True)
     seq_len: int | None = in_data(
         None, SIZE, "tokens in a training window, at most --max-context; default: --max-context, with --init-from "
-        "no more than 512", fixed=True)
+        f"no more than {WINDOW}", fixed=True)
     stride: int | None = in_data(
         None, SIZE, "tokens between the starts of two windows; default: half of --seq-len", fixed=True)
     val_fraction: float = in_data(
@@ -205,7 +206,7 @@ class Settings(Training):
         """The first stage, before any file is read: fill in what follows from other flags. Raises InputError if two
         contradict each other.
         """
-        seq_len = self.seq_len or (min(self.max_context, 512) if self.init_from else self.max_context)
+        seq_len = self.seq_len or (min(self.max_context, WINDOW) if self.init_from else self.max_context)
         stride = self.stride or max(seq_len // 2, 1)
         require(seq_len <= self.max_context,
                 f"--seq-len {seq_len} is more than the longest context, --max-context {self.max_context}")

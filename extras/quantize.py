@@ -20,6 +20,7 @@ from evaluate import evaluate
 from generate import open_model
 from hardware.quantized import quantize
 from storage import huggingface
+from storage.checkpoint import usual_window
 from storage.files import read_json, readable, refuse_existing, require, whole
 
 OTHERS = "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
@@ -53,15 +54,16 @@ def main(argv=None):
     parser.add_model()
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist yet")
     parser.add("--bits", "8", ["8", "4"], "bits per weight")
-    parser.add("--text", help="print the perplexity on this text, before and after", metavar="FILE")
+    parser.add("--text", help="print the perplexity on this text, before and after; the windows are evaluate.py's",
+               metavar="FILE")
     parser.add_device()
     args = parser.read(argv)
     source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
     refuse_existing(out)
     model, *_ = open_model(source)
     require(not model.weights.bits, f"{source} is quantised already: give the model from which it was made")
-    dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", model.config.max_context,
-                                                   model.config.max_context)
+    window = usual_window(source, model.config.max_context)
+    dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", window, window)
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, source, model, bits)
     for when, which, folder in (("before", model, source), ("after", open_model(out)[0], out)):

@@ -133,6 +133,9 @@ def held(folder, program="train.py"):
 
 # ---------------------------------------------------------------- models and checkpoints
 
+WINDOW = 512            # tokens of a text that a model of others reads at once: its longest context takes much memory
+
+
 @dataclass
 class State:
     """Everything about progress that a resumed run needs, besides weights, moments and settings."""
@@ -256,6 +259,17 @@ def read_trainer(checkpoint):
     for name in ("command", "hashes"):
         require(isinstance(about.get(name), dict), f"{path}: {name} is not an object")
     return State(**values), about
+
+
+def usual_window(folder, longest):
+    """How many tokens of a text a folder's model should read at once: as many as in its training, if that was a run of
+    ours, otherwise WINDOW; but not more than its longest context.
+    """
+    folder, length = Path(folder).absolute(), None
+    for newest in [*checkpoints(folder.parent)[-1:], *checkpoints(folder)[-1:]]:       # this is `best`, or a run
+        with contextlib.suppress(InputError):
+            length = read_trainer(newest)[1]["command"].get("seq_len")
+    return min(length if isinstance(length, int) and length > 0 else WINDOW, longest)
 
 
 def read_moments(checkpoint, optimizer, team=ranks.ALONE):

@@ -1,16 +1,19 @@
 """How well a model predicts: every target is scored once, and what the command prints."""
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import command, make_text, set_gradients
+from tiny import QUICK, SHAPE, command, edit_trainer, make_files, make_text, make_tokenizer, set_gradients
 
 import evaluate
 import train
 from data import TokenDataset
+from extras import quantize
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
+from storage.checkpoint import usual_window
 
 pytestmark = pytest.mark.usefixtures("cheap")
 
@@ -107,3 +110,21 @@ def test_evaluate_prints_json_or_words(finished, tmp_path):
     assert short["tokens"] == expected["tokens"] and short["loss"] != expected["loss"] and short["stride"] == 2
     code, out, err = command(evaluate.main, folder, "--text", text, "--seq-len", 9)
     assert (code, out) == (2, "") and "--seq-len 9" in err
+
+
+def test_windows_are_as_long_as_in_training_and_otherwise_not_too_long(tmp_path):
+    """A published model's longest context may be 40,960 tokens."""
+    files = make_files(tmp_path)
+    flags = [*SHAPE, *QUICK, *files, "--max-context", 32, "--seq-len", 12, "--max-steps", 1, "--artifact-dir"]
+    assert train.main([*map(str, flags), "run"]) == 0
+    NanoLLM(Config(290, 8, 1, 2, 2, 40960, 8)).save("long")
+    make_tokenizer(Path("long/tokenizer.json"))
+    NanoLLM(Config(290, 8, 1, 2, 2, 16, 8)).save("run/short")          # the other models of a run's folder are its own
+    make_tokenizer(Path("run/short/tokenizer.json"))
+    for folder, expected in ("run", 12), ("run/best", 12), ("run/checkpoint-1", 12), ("long", 512), ("run/short", 12):
+        code, out, err = command(evaluate.main, folder, "--text", files[1])
+        assert code == 0 and f"in windows of {expected} tokens, stride {expected}\n" in out, err
+    code, out, err = command(quantize.main, "long", "small", "--text", files[1])
+    assert (code, err) == (0, "") and "perplexity" in out
+    edit_trainer(Path("run/checkpoint-1"), command={})
+    assert usual_window("run", 10) == 10 and usual_window("run/best", 40960) == 512
