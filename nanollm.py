@@ -192,6 +192,11 @@ class Parameters:
         start = self.starts[name]
         return array[start:start + math.prod(shape)].reshape(shape)
 
+    def pairs(self):
+        """{name: Parameter}: views, to be changed in place; in a model that is only read grad is None."""
+        grads = {} if self.grad is None else self.views(self.grad)
+        return {name: Parameter(w, grads.get(name)) for name, w in self.views(self.flat).items()}
+
     def arrays(self):
         """{name: array on the host}: what a model's file holds."""
         return {name: np.ascontiguousarray(device.to_host(view))
@@ -293,8 +298,7 @@ class NanoLLM:
 
     def parameters(self):
         """{Hugging Face name: Parameter}: views of the weights and of their gradients."""
-        data, grad = (self.weights.views(x) for x in (self.weights.flat, self.weights.grad))
-        return {name: Parameter(data[name], grad[name]) for name in data}
+        return self.weights.pairs()
 
     def _attend(self, i, x, cache):
         """Block i's attention on x (B, T, C): one product for q, k and v, and one back to C."""

@@ -19,7 +19,7 @@ import numpy as np
 from autograd import Tensor, cross_entropy, dropout, linear, mean
 from hardware import device
 from images.ops import conv2d, max_pool2d, relu
-from nanollm import Parameter, Parameters
+from nanollm import Parameters
 from storage import huggingface
 from storage.files import require
 
@@ -97,8 +97,7 @@ class ConvNet:
 
     def parameters(self):
         """{PyTorch's name: Parameter}: views of the weights and of their gradients."""
-        data, grad = (self.weights.views(x) for x in (self.weights.flat, self.weights.grad))
-        return {name: Parameter(data[name], grad[name]) for name in data}
+        return self.weights.pairs()
 
     def run_blocks(self, pixels):
         """Yield what each block makes of pixels (N, S, S, 3) from 0 to 255."""

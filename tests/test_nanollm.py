@@ -110,6 +110,13 @@ def test_parameters_and_gradients_are_views_into_two_flat_buffers(tied):
             assert start[a] + math.prod(parameters[a].shape) == start[b]
 
 
+def test_a_model_that_is_only_read_has_no_gradients(tmp_path):
+    lively().save(tmp_path)
+    read, trained = (NanoLLM.load(tmp_path, trainable).parameters() for trainable in (False, True))
+    for name, (data, grad) in trained.items():
+        assert (read[name].data == data).all() and read[name].grad is None and grad is not None
+
+
 @pytest.mark.parametrize("fields", [{}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 10}])
 def test_one_tensor_for_each_memory(fields):
     """What a name gives is what the model multiplies by; nothing can be replaced that the model would then ignore."""
