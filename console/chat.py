@@ -18,6 +18,11 @@ class Template:
             source = readable(self.path).read_text("utf-8")
         else:
             self.path, source = about, settings.get("chat_template")
+            if isinstance(source, list):        # several, each {"name": …, "template": …}
+                named = {each["name"]: each["template"] for each in source}
+                require("default" in named, f"{about}: none of the chat templates, {', '.join(named)}, is called "
+                        "default: copy the right one to chat_template.jinja")
+                source = named["default"]
         require(isinstance(source, str), f"{folder} has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json), so it is no chat model: leave out --chat, and give it a --prompt to continue")
         tokens = {name: token["content"] if isinstance(token, dict) and "content" in token else token

@@ -76,6 +76,17 @@ def test_a_conversation_is_written_as_transformers_writes_it(folder, template, o
         assert "who ran?" in expected and chat.Template(folder).render(SAID[:n]) == expected
 
 
+def test_of_several_templates_the_default_is_taken(folder):
+    transformers, named = reference("transformers"), [{"name": "tool_use", "template": "x"},
+                                                      {"name": "default", "template": CHATML}]
+    about(folder, chat_template=named)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(SAID, tokenize=False, add_generation_prompt=True)
+    assert "who ran?" in expected and chat.Template(folder).render(SAID) == expected
+    about(folder, chat_template=named[:1])
+    refused(lambda: chat.Template(folder), "tokenizer_config.json", "tool_use", "default", "chat_template.jinja")
+
+
 @pytest.mark.parametrize("own_file", [False, True])
 def test_a_model_made_of_a_chat_model_is_one(folder, tmp_path, own_file):
     """By training that starts from it, and by quantising it."""
