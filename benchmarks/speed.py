@@ -186,16 +186,15 @@ def generation(name, c, folder, args):
 
 def tokenisation(folder, args):
     """Compare a byte-level BPE on a text of random words; the ids must be those of the whole text encoded at once."""
-    from tokenizers import ByteLevelBPETokenizer
+    from storage.tokenizer_training import byte_bpe
+
     rng = np.random.default_rng(args.seed)
     words = ["".join(rng.choice(list("etaoinshrdlu"), length)) + end
              for length in range(1, 10) for end in ["", "", ",", ".\n"] * 50]
     ranks = (len(words) + 1) ** rng.random(int(args.megabytes * 230_000)) - 1
     text, tokenizer = f"{folder}/text", f"{folder}/tokenizer.json"
     Path(text).write_text(" ".join(words[int(i)] for i in ranks), newline="\n")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train([text], vocab_size=2000, show_progress=False)
-    bpe.save(tokenizer)
+    byte_bpe([Path(text).read_text()], 2000).save(tokenizer)
     ours, whole, lines = ((Text, {"way": way, "text": text, "tokenizer": tokenizer})
                           for way in ("nanollm", "whole", "lines"))
     sides = sides_of(args, ours, {"tokenizers": whole, "tokenizers, its lines": lines})
