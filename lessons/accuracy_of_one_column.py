@@ -61,8 +61,7 @@ def draw(losses, rows):
 
 
 if __name__ == "__main__":
-    draw(*main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # How often the network gave each answer. Here it would have been "class 0: 100 %, class 1: 0 %" from the first epoch to

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from autograd import Tensor, cross_entropy, matmul, no_grad
+from console import cli
 from console.drawing import defaults  # noqa: F401  (each lesson's `draw` is decorated with it)
 from hardware import device
 from images import demo, network
@@ -126,6 +127,15 @@ def figure(title, *labels):
 def note(axes, text, at, offset, colour, **options):
     """Write text next to the point `at` of the axes, `offset` points (1/72 inch) away from it."""
     axes.annotate(text, at, offset, textcoords="offset points", color=colour, fontsize=10, fontweight="bold", **options)
+
+
+def run(main, draw, question):
+    """A lesson as a command: draw what main() finds, then ask the question."""
+    def lesson():
+        found = main()
+        draw(*found) if isinstance(found, tuple) else draw(found)
+        ask(question)
+    cli.run(lesson)
 
 
 def ask(question):

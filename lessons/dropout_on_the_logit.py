@@ -74,8 +74,7 @@ def draw(found):
 
 
 if __name__ == "__main__":
-    draw(main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # No. With dropout on features it is usual, too: training is measured with noise and while the weights still change,

@@ -88,8 +88,7 @@ def draw(found):
 
 
 if __name__ == "__main__":
-    draw(main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # bfloat16 has 8 bits of exponent, like float32, and reaches down to 1e-38, so nothing vanishes. The price is precision:

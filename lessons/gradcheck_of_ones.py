@@ -95,8 +95,7 @@ def draw(found):
 
 
 if __name__ == "__main__":
-    draw(main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # A backward pass is linear in dout: it computes W dout, where Jᵀ dout is right (J is the Jacobian, d out_i / dx_j). A

@@ -86,8 +86,7 @@ def draw(found):
 
 
 if __name__ == "__main__":
-    draw(main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # Run a window, change its last token, and run it again. No logit before the last position may change, not even by one

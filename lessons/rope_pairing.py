@@ -84,8 +84,7 @@ def draw(found):
 
 
 if __name__ == "__main__":
-    draw(main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # Position 0 is rotated by the angle 0, which means not at all, in any pairing. And it sees only one key, its own, and

@@ -82,8 +82,7 @@ def draw(sizes, errors, B=64):
 
 
 if __name__ == "__main__":
-    draw(*main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # When small parts hold another kind of text, such as short answers next to long articles. Each token of an answer then

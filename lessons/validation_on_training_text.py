@@ -77,8 +77,7 @@ def draw(losses, rows):
 
 
 if __name__ == "__main__":
-    draw(*main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # No. Each half of a window is also half of a neighbouring window, which is in the training part with probability 0.9.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from hardware import device
 from lessons import common
 
 FOLDER = Path(common.__file__).parent
@@ -137,6 +138,17 @@ def test_the_scale_is_taken_out_again():
     """A power of two changes no digit, and none is left for Adam's eps to meet."""
     ends = [common.train(common.small_model(8, **SMALL), SONG[0], 4, B=2, scale=scale) for scale in (1, 2.0 ** -30)]
     assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
+def test_a_lesson_ends_as_a_command_does(capsys):
+    def unavailable():
+        raise device.Unavailable("no GPU")
+    for main, code, shown in ((lambda: (1, 2), None, "1 2\n\nQuestion: why?\n"), (lambda: 3, None, "3\n\nQ"), (
+            unavailable, 2, "")):
+        with pytest.raises(SystemExit) as end:
+            common.run(main, print, "why?")
+        out, err = capsys.readouterr()
+        assert end.value.code == code and out.startswith(shown) and ("no GPU\n" in err) == (code == 2)
 
 
 def test_the_text_is_there_and_decodes():
