@@ -186,9 +186,14 @@ class Observer:
             self.run.write_checkpoint(model, moments, state, self.settings.keep_last)
         self.progress.restart()
 
+    def beginning(self):
+        """The first words of the training text, which its tokenizer knows."""
+        words = self.train_set.file.tokenizer.decode(self.train_set.tokens[:200].tolist()).split()
+        return " ".join(words[:4])[:30]
+
     def next_command(self):
         """What to do with the finished run, and the command that does it."""
-        prompt = shlex.quote(self.settings.prompt or "Once upon a time")
+        prompt = shlex.quote(self.settings.prompt or self.beginning())
         return f"generate text with\n    python generate.py {shlex.quote(str(self.run.folder))} --prompt {prompt}"
 
     def finish(self, model, state, signal):

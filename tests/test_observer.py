@@ -1,6 +1,8 @@
 """What follows a step: the first line, the rows of metrics.csv, evaluations, samples."""
 import math
 import re
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,6 +41,15 @@ def test_on_a_gpu_the_compilation_of_the_first_step_is_announced(on_gpu, monkeyp
     settings = SimpleNamespace(windows_per_step=lambda: 2, seq_len=4, text="text.txt", max_steps=3)
     announce(NanoLLM(Config(9, 4, 1, 1, 1, 4, 4)), Windows(), None, settings, SimpleNamespace(step=0), "run")
     assert ("compile its kernels" in capsys.readouterr().out) is on_gpu
+
+
+def test_the_last_line_has_a_prompt_that_the_tokenizer_knows(finished, files, capsys):
+    assert finished[2].endswith("--prompt 'the cat'\n")
+    chinese = "却说孙悟空一个筋斗云。"
+    for text, words in (f"\n{chinese}", f"{chinese} {chinese} {chinese[:6]}"), ("\nthe cat\n's mat", "the cat 's mat"):
+        Path("text.txt").write_text(text * 90, encoding="utf-8")
+        tiny.run(*files, "--max-steps", 1)
+        assert capsys.readouterr().out.endswith(f" --prompt {shlex.quote(words)}\n")
 
 
 def test_train_loss_is_the_mean_since_the_row_before(files, tmp_path):
