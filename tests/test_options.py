@@ -64,6 +64,13 @@ def test_help_tells_every_flag_and_its_default(capsys):
         assert f" {flag} " in text
 
 
+def test_the_original_s_defaults_stay():
+    settings = options.read_flags(["--text", "text.txt"], options.command_line()).settings
+    original = {"embedding_dim": 512, "n_block": 6, "n_head": 8, "max_context": 512, "hidden_dim": 2048, "eps": 1e-6,
+                "seq_len": 512, "stride": 256, "num_epochs": 10, "batch_size": 4, "learning_rate": 1e-4}
+    assert {name: getattr(settings, name) for name in original} == original
+
+
 def test_a_flag_without_effect_is_refused_only_where_it_is_typed(files, tmp_path):
     """Runs that began before this was refused continue."""
     tiny.run(*files, "--max-steps", 1, "--val-fraction", 0, "--lr-schedule", "constant", "--artifact-dir", "run")
