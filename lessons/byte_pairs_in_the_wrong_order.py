@@ -185,8 +185,7 @@ def draw(equal, found):
 
 
 if __name__ == "__main__":
-    draw(*main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # Whatever way a text is cut into tokens, they decode to that text; 256 single bytes do so, too. A round trip shows that

@@ -138,8 +138,7 @@ def draw(verdicts, sizes, errors, losses, share):
 
 
 if __name__ == "__main__":
-    draw(*main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # More keys than queries, because zeros fit every shape. The two others make the true gradient larger than what the

@@ -111,8 +111,7 @@ def draw(found):
 
 
 if __name__ == "__main__":
-    draw(main())
-    common.ask(QUESTION)
+    common.run(main, draw, QUESTION)
 
 # The answer
 # What is missing is not a factor. The part that is left points elsewhere: its cosine with the whole gradient is 0.66.
