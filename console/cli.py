@@ -219,11 +219,11 @@ def run(main, name=None, where=""):
         drop_stdout()
         code = 0
     except OSError as problem:
-        where = f"{problem.filename}: " if problem.filename else ""
-        if not where and problem.errno in NO_ROOM:      # errors of files name them
-            where = "standard output: "
+        what = f"{problem.filename}: " if problem.filename else ""
+        if not what and problem.errno in NO_ROOM:       # errors of files name them
+            what = "standard output: "
             drop_stdout()
-        code = fail(name, f"{where}{problem.strerror or problem}")
+        code = fail(name, f"{what}{problem.strerror or problem}")
     except KeyboardInterrupt:
         code = fail(name, "interrupted", 130)
     sys.exit(code)
