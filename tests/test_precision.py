@@ -1,6 +1,7 @@
 """Half precision, dropout and recomputation: what they may change, and what they must not."""
 import math
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -238,7 +239,7 @@ def test_a_resumed_run_continues_bit_for_bit(files, flags):
     train.main("--resume --max-steps 7 --artifact-dir halves".split())
     a, b = (to_host(NanoLLM.load(folder).weights.flat) for folder in ("whole", "halves"))
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 if device.on_gpu else 0)    # see `embedding`
-    states = [train.checkpoint.read_trainer(train.Path(folder, "checkpoint-7"))[0] for folder in ("whole", "halves")]
+    states = [train.checkpoint.read_trainer(Path(folder, "checkpoint-7"))[0] for folder in ("whole", "halves")]
     assert states[0].loss_scale == states[1].loss_scale == (2.0 ** 16 if "float16" in flags else 1)
     assert states[0].scale_age == states[1].scale_age
 
