@@ -32,10 +32,13 @@ Row = namedtuple("Row", "line level title anchor doc names")    # names: the par
 FIGURES = {"autograd": "graph", "autograd.gradcheck": "step_size", "autograd.linear": "time",
            "autograd.rope": "rope", "autograd.attention_plain": "attention", "autograd.recompute": "memory",
            "nanollm.NanoLLM": "gradient_flow", "nanollm.NanoLLM.generate": "sampling", "train.train": "training"}
-LESSONS = {"autograd.gradcheck": "gradcheck_of_ones", "autograd.rope": "rope_pairing",
-           "autograd.attention_plain": "no_causal_mask", "autograd.dropout": "dropout_on_the_logit",
-           "autograd.cross_entropy": "accuracy_of_one_column", "data.TokenDataset.split": "validation_on_training_text",
-           "train.train": "unequal_batches", "train.adapt_loss_scale": "float16_without_loss_scaling"}
+LESSONS = {"gradcheck_of_ones": "autograd.gradcheck", "gradcheck_of_small_squares": "autograd.gradcheck",
+           "tied_weights_counted_once": "autograd.embedding", "rope_pairing": "autograd.rope",
+           "no_causal_mask": "autograd.attention_plain", "dropout_on_the_logit": "autograd.dropout",
+           "accuracy_of_one_column": "autograd.cross_entropy", "unequal_batches": "train.train",
+           "byte_pairs_in_the_wrong_order": "data.TokenDataset.from_text",
+           "validation_on_training_text": "data.TokenDataset.split",
+           "float16_without_loss_scaling": "train.adapt_loss_scale"}
 FOLDED = {"autograd.rmsnorm": "autograd.rmsnorm", "autograd._query_blocks": "autograd.attention",
           "autograd.logit_blocks": "autograd.linear_cross_entropy"}     # the first and last row of a blocked form
 COLOURS = {"#24292f": "ink", "#6e7781": "soft", "#dde1e5": "line", "#ced4da": "line", "#fcfcfa": "paper",
@@ -231,7 +234,7 @@ class Chapter:
                     n += 1              # (a line that ends early, with a full stop, ends a paragraph)
                 if not indented:
                     out.append(f"<p>{self.inline(' '.join(lines[:n]), names)}</p>")
-                elif re.search("[─-╿►]|--|[(][)]", "".join(lines[:n])):         # a diagram, or code
+                elif re.search(r"[─-╿►]|--|\n[ \w.]+\(\)(\n|$)", "\n" + "\n".join(lines[:n])):   # a diagram or code
                     wide.append(plain(inspect.cleandoc("\n" + "\n".join(lines[:n])).splitlines()))
                 else:
                     out.append(self.formulas(lines[:n], names))
@@ -341,9 +344,11 @@ class Chapter:
         tree = ast.parse((ROOT / "lessons" / f"{name}.py").read_text(encoding="utf-8"))
         title, command, doc = re.match(r"(?s)(.*):  (python -m .*?)\n\n(.*)", ast.get_docstring(tree)).groups()
         [question] = [ast.literal_eval(node.value) for node in tree.body if bound(node) == {"QUESTION"}]
-        return (f'<details class="lesson"><summary>{self.inline(title, set())}</summary>'
-                f'{self.prose(Row(0, 0, "", "", doc, set()))[0]}<p><em>{self.inline(question, set())}</em> '
-                f"<code>{command}</code> shows it; its answer is in lessons/README.md.</p></details>")
+        text = re.sub(r"(?<=<p>)(What you see|Why|How nanollm avoids it)\.", r"<b>\1.</b>",
+                      self.prose(Row(0, 0, "", "", doc, set()))[0])
+        return (f'<details class="lesson"><summary>{self.inline(title, set())}</summary>{text}'
+                f"<p><em>{self.inline(question, set())}</em> <code>{command}</code> shows it; its answer is in "
+                "lessons/README.md.</p></details>")
 
     def html(self, stops):
         """The rows; `stops` are the anchors of all chapters and sections, for the links back and forward."""
@@ -360,8 +365,7 @@ class Chapter:
                 out += (f'<details class="fast"><summary><code>{last}</code> as the model uses it, a block at a time'
                         "</summary>\n")
             prose, wide = self.prose(row)
-            if row.anchor in LESSONS:
-                prose += self.lesson(LESSONS[row.anchor])
+            prose += "".join(self.lesson(name) for name, anchor in LESSONS.items() if anchor == row.anchor)
             # The section has the id: its heading is in a sticky column, and a browser scrolls to where that is stuck.
             out += (f'<section class="r{row.level}" id="{row.anchor}"><div class="p"><h{row.level}><a '
                     f'href="#{row.anchor}">{escape(row.title)}</a></h{row.level}> {about}\n{prose}</div>\n')

@@ -1,4 +1,5 @@
 """The annotated book, docs/index.html: it loses nothing of the sources, and a real browser finds nothing wrong."""
+import base64
 import html
 import json
 import os
@@ -6,8 +7,10 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from io import BytesIO
 
 import pytest
+from matplotlib.image import imread
 
 from docs import page
 
@@ -59,11 +62,16 @@ onload = () => document.body.textContent = JSON.stringify([...document.querySele
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def text():
+    return page.page()
+
+
+@pytest.fixture(scope="module")
+def seen(text, tmp_path_factory):
     """What the browser reports about the page, and about one with planted defects."""
     if BROWSER is None:
         pytest.skip("no chromium to look at the page with")
-    folder, text = tmp_path_factory.mktemp("page"), page.page()
+    folder = tmp_path_factory.mktemp("page")
     (folder / "page.html").write_text(text, encoding="utf-8")
     assert ANCHOR in text
     one_chapter = re.sub('(?s)<section class="r1" id="nanollm">.*</main>', "</main>", text)
@@ -95,6 +103,18 @@ def test_a_browser_would_find_each_planted_defect(seen):
     assert bad["390"] > 390 and {"#nowhere", "#DejaVuSans-48"} <= set(bad["broken"])
     assert set(bad["hidden"]) == {"autograd.attention_plain", "planted"} and bad["cut"] == ["planted"] and bad["small"]
     assert len(bad["console"]) == 1 and "planted" in bad["console"][0]
+
+
+def test_every_figure_and_lesson_has_its_place(text):
+    figures = {path.stem for path in (page.ROOT / "docs" / "figures").glob("*.svg")}
+    lessons = {path.stem for path in (page.ROOT / "lessons").glob("[a-z]*.py")} - {"common"}
+    assert set(page.FIGURES.values()) == figures and set(page.LESSONS) == lessons
+    for anchor in {*page.FIGURES, *page.LESSONS.values(), *page.FOLDED, *page.FOLDED.values()}:
+        assert text.count(f'id="{anchor}"') == 1, anchor
+    assert text.count("<figure><svg id=") == len(figures) and text.count('class="lesson"') == len(lessons)
+    assert text.count('class="fast"') == len(page.FOLDED)
+    for picture in re.findall(r'href="data:image/png;base64,([^"]+)"', text):
+        imread(BytesIO(base64.b64decode(picture)))
 
 
 def text_of(markup):
