@@ -811,7 +811,8 @@ _LOGITS = 3 << 22       # elements of a block of logits on a CPU: 48 MB in float
 def logit_blocks(rows, weight):
     """Yield (slice, rows[slice] @ weightᵀ); the next overwrites it. If N allows, 64 rows."""
     N, V = len(rows), len(weight)
-    size = device.rows_at_once(V, _LOGITS // V, 64)
+    count = math.ceil(N * V / _LOGITS) or 1         # on a CPU, of one length: none larger than needed
+    size = device.rows_at_once(V, math.ceil(N / count), 64)
     logits = device.empty_rows(min(size, N), V, _wide_dtype(rows))
     for start in range(0, N, size):
         part = slice(start, min(start + size, N))

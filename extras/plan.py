@@ -130,7 +130,8 @@ def moments(config, B, T, size=WIDE, recompute=False, dropout=0.0):
     h, block = N * size * C, N * sum(width for *_, width in table)
     below = 16 * N + (config.n_block - 1) * (h if recompute else block)         # x and y, and what other blocks keep
 
-    rows = min(N, device.rows_at_once(V, autograd._LOGITS // V, 64))    # that have their logits at the same time
+    even = math.ceil(N / math.ceil(N * V / autograd._LOGITS))
+    rows = min(N, device.rows_at_once(V, even, 64))         # that have their logits at the same time
     rounded = 2 * rows * V if half else 0
     kept = below + (h if recompute else block) + h + WIDE * N                   # the last norm's input and sums
     loss = {"dx": WIDE * N * C, "dw": WIDE * V * C}
