@@ -1,6 +1,7 @@
 """The house: imports go down, every file compiles, nothing foreign comes in, and every command is found by its name."""
 import ast
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,14 @@ def test_every_file_compiles():
     assert len(paths) > 60
     for path in paths:
         compile(path.read_text(encoding="utf-8"), path, "exec")
+
+
+def test_the_notebook_needs_the_product_alone(tmp_path):
+    """docs/tour.ipynb stands outside the order, as the scripts there do: it imports rooms, no room imports it."""
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    script = tmp_path / "tour.py"
+    script.write_text("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"), "utf-8")
+    assert imported(script) - sys.stdlib_module_names <= {*PRODUCT, "probes", "numpy", "matplotlib"}
 
 
 def test_no_framework_is_imported():
