@@ -72,7 +72,7 @@ KEPT = re.compile(                      # what is not running text
     r"|(?P<source>\([^()]*\b(?:19|20)\d\d\b[^()]*\))"
     r"|(?P<shape>\(\.\.\.\)|\((?:\.\.\.|\*?[A-Z]|\*?\w+\.\w+|[a-z])(?:,\)|(?:, ?(?:\.\.\.|\d?[A-Z]|[a-z]|rest))+\)))"
     r"|(?P<code>python \S+(?: --[\w-]+| [A-Z]{2,})*|(?<!\w)--\w[\w-]*|\b[a-z]\w+=[A-Z\d]\w*|\b\w+Error\b"
-    r"|\b(?:None|True|False)\b|\b[A-Za-z]\w+(?:\.[A-Za-z_]\w+)+|\b[a-z]\w+\[[^\]]*\]"
+    r"|\b(?:None|True|False)\b|\b[A-Za-z]\w+(?:/\w+)*(?:\.[A-Za-z_]\w+)+|\b[a-z]\w+\[[^\]]*\]"
     r"|\b[a-z]\w+\((?:[^()]|\([^()]*\))*\)|\b\w+_\w+\b)")
 
 
@@ -340,21 +340,24 @@ class Chapter:
                 "</figure>")
 
     def lesson(self, name):
-        """A mistake, folded, from lessons/."""
-        tree = ast.parse((ROOT / "lessons" / f"{name}.py").read_text(encoding="utf-8"))
+        """A mistake from lessons/, folded, with its question and the answer, folded once more."""
+        def prose(text):
+            return self.prose(Row(0, 0, "", "", text, set()))[0]
+
+        source = (ROOT / "lessons" / f"{name}.py").read_text(encoding="utf-8")
+        tree, answer = ast.parse(source), source.partition("# The answer\n# ")[2].replace("\n# ", "\n")
         title, command, doc = re.match(r"(?s)(.*):  (python -m .*?)\n\n(.*)", ast.get_docstring(tree)).groups()
         [question] = [ast.literal_eval(node.value) for node in tree.body if bound(node) == {"QUESTION"}]
-        text = re.sub(r"(?<=<p>)(What you see|Why|How nanollm avoids it)\.", r"<b>\1.</b>",
-                      self.prose(Row(0, 0, "", "", doc, set()))[0])
-        return (f'<details class="lesson"><summary>{self.inline(title, set())}</summary>{text}'
-                f"<p><em>{self.inline(question, set())}</em> <code>{command}</code> shows it; its answer is in "
-                "lessons/README.md.</p></details>")
+        heads = re.sub(r"(?<=<p>)(What you see|Why|How nanollm avoids it)\.", r"<b>\1.</b>", prose(doc))
+        return (f'<details class="lesson"><summary>{self.inline(title, set())}</summary>{heads}'
+                f"<p>Run it: <code>{command}</code></p><p><em>{self.inline(question, set())}</em></p>"
+                f"<details><summary>the answer</summary>{prose(answer)}</details></details>")
 
     def html(self, stops):
         """The rows; `stops` are the anchors of all chapters and sections, for the links back and forward."""
         out = ""
         for row, end in zip(self.rows, [*(row.line for row in self.rows[1:]), len(self.lines) + 1], strict=True):
-            about = f'<span class="at">{self.file}:{row.line}</span>'
+            about = f'<span class="at">{self.file}:{row.line}</span>' * (row.level > 1)
             if row.level < 3:
                 at = stops.index(row.anchor)
                 about += "".join(f' <a class="at" href="#{stops[to]}" title="{title}">{arrow}</a>'
@@ -421,7 +424,7 @@ def svg(path, alt):
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" \1><title>{escape(alt)}</title>', text)
     text = re.sub(r' id="(?!DejaVu)([^"]+)"|((?:href="|url\()#)(?!DejaVu)', lambda found: (
         found[2] + path.stem + "-" if found[2] else f' id="{path.stem}-{found[1]}"'), text)
-    text = re.sub(r"(?<=[: \"])(#[\da-f]{6}|white)\b", lambda found: f"var(--{COLOURS[found[0]]})", text)
+    text = re.sub(f'(?<=[: "])({"|".join(COLOURS)})\\b', lambda found: f"var(--{COLOURS[found[0]]})", text)
     text = text.replace("<svg", f'<svg id="{path.stem}"', 1)
     return re.sub(r"\s+", " ", re.sub(r"((?:\d\d|[1-9])\.\d\d)\d+", r"\1", text))
 

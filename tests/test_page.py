@@ -125,7 +125,8 @@ def text_of(markup):
 def test_no_line_and_no_word_of_a_file_is_lost(file):
     chapter = page.Chapter(file)
     shown = chapter.html([row.anchor for row in chapter.rows if row.level < 3])
-    shown = re.sub("(?s)<figure>.*?</figure>|<details class=\"lesson\">.*?</details>|<summary>.*?</summary>", "", shown)
+    others = '<figure>.*?</figure>|<details class="lesson">.*?</details></details>|<summary>.*?</summary>'
+    shown = re.sub(f"(?s){others}", "", shown)
     pairs = re.findall('<pre class="g">(.*?)</pre><pre class="s" tabindex="0">(.*?)</pre>', shown, re.DOTALL)
     code = {int(n): line for numbers, lines in pairs
             for n, line in zip(numbers.split(), text_of(lines).split("\n"), strict=True)}
