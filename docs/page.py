@@ -397,8 +397,9 @@ def bound(node):
 
 
 def plain(lines):
-    """HTML of lines that stay as they are; on a narrow screen they become smaller."""
-    return f'<pre class="e" style="--columns:{max(map(len, lines))}">{escape(chr(10).join(lines))}</pre>'
+    """HTML of lines that stay as they are. A narrow screen shows a diagram whole, in small letters."""
+    columns = min(max(map(len, lines)), 62 if lines[0].startswith(">>>") else 100)
+    return f'<pre class="e" tabindex="0" style="--columns:{columns}">{escape(chr(10).join(lines))}</pre>'
 
 
 def tokens(source):

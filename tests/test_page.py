@@ -51,7 +51,8 @@ onload = () => document.body.textContent = JSON.stringify([...document.querySele
         seen.hidden.push(target.id);
     }
     all("details").forEach(x => x.open = true);
-    const narrow = frame.width < 1000, cells = all(narrow ? ".e" : ".s, .e, .f");
+    const cells = frame.width > 1000 ? all(".s, .e, .f")     // a narrow screen scrolls code and examples
+      : all(".e, .f").filter(x => !x.textContent.startsWith(">>>"));
     seen.cut.push(...cells.filter(x => x.scrollWidth > x.clientWidth).map(of));
     seen.small.push(...all("figure svg").filter(x => x.getBoundingClientRect().width < 340).map(of));
     seen[frame.width] = page.documentElement.scrollWidth;
