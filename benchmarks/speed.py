@@ -5,7 +5,8 @@ the same number of cores: PyTorch uses them by threads, a training step of nanol
 take turns, A B A B ..., and only one works at a time. A ratio is nanollm's time divided by the other side's time in the
 turn that follows; the table shows the median and the range.
 Both sides must compute the same loss before the first step and hold the same weights after the last one. Otherwise the
-program says so and exits with 1. --before FOLDER compares with another checkout of nanollm instead of PyTorch.
+program says so and exits with 1. --before FOLDER compares with another checkout of nanollm instead of PyTorch;
+--processes 2 1 4 compares a step of 2 processes with those of 1 and of 4, too.
 
 A step's FLOPs are counted by console.metrics.flops_per_token. Divided by the time, and by the rate of a large product
 of the same type, they give the share of what the machine can do (on a GPU also called MFU).
@@ -120,24 +121,35 @@ def weight_difference(start, ours, theirs):
     return {"largest": float(largest), "share_of_training": float(share)}
 
 
-def language_model(name, c, steps, folder, rate, args):
-    """Compare training steps, from the checkpoint in `folder`."""
+def with_processes(args, n):
+    return argparse.Namespace(**vars(args) | {"processes": n})
+
+
+def several(args, counts, ours, common):
+    """{"4 processes": arguments of begin}: our side in these numbers of processes."""
+    return {f"{n} process{'es' if n > 1 else ''}": (ours, common | {"args": with_processes(args, n)}) for n in counts}
+
+
+def language_model(name, c, steps, folder, rate, args, counts=()):
+    """Compare training steps, from the checkpoint in `folder`, also with those in other numbers of processes."""
     common = {"c": c, "args": args, "folder": folder}
     others = {"PyTorch": (PyTorch, common)}
     if args.compile:
         others["torch.compile"] = PyTorch, common | {"variant": True}
     if args.recompute:
         others["--recompute"] = Nanollm, common | {"variant": True}
+    others |= several(args, counts, Nanollm, common)
     return training(name, c, steps, folder, rate, args, sides_of(args, (Nanollm, common), others))
 
 
-def pictures(folder, rate, args):
+def pictures(folder, rate, args, counts=()):
     """Compare training steps of the image classifier with PyTorch's, in both of its layouts."""
     common = {"c": PICTURES | {"batch_size": args.batch_size or PICTURES["batch_size"]}, "args": args, "folder": folder}
-    with running(maker=(NanollmPictures, common | {"folder": None})) as ask:
+    with running(maker=(NanollmPictures, common | {"folder": None, "args": with_processes(args, 1)})) as ask:
         ask["maker"]("save", folder)
     others = {"PyTorch": (PyTorchPictures, common),
-              "PyTorch, channels_last": (PyTorchPictures, common | {"variant": True})}
+              "PyTorch, channels_last": (PyTorchPictures, common | {"variant": True}),
+              **several(args, counts, NanollmPictures, common)}
     return training("images", common["c"], args.steps or 2, folder, rate, args,
                     sides_of(args, (NanollmPictures, common), others))
 
@@ -236,7 +248,8 @@ def main():
     parser.add_argument("--recompute", action="store_true", help="also compare with nanollm's own --recompute")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="compare with the nanollm in this folder instead")
     parser.add_argument("--threads", type=int, default=device.threads)
-    parser.add_argument("--processes", type=int, help="of nanollm, in a training step (as many as train.py starts)")
+    parser.add_argument("--processes", type=int, nargs="+", default=[], metavar="N", help="of nanollm, in a training "
+                        "step (as many as the command starts); each further number is one more side, to compare with")
     parser.add_argument("--megabytes", type=float, default=4, help="of text to tokenise (4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for all that was measured")
@@ -258,20 +271,20 @@ def main():
             args.json.write_text(json.dumps(result, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        alone = argparse.Namespace(**vars(args) | {"processes": 1})
+        alone, (count, *counts) = with_processes(args, 1), args.processes or [None]
         if "images" in args.config:
             args.config.remove("images")
-            show(pictures(f"{folder}/images", max(rates.values()), alone))
+            show(pictures(f"{folder}/images", max(rates.values()), with_processes(args, count or 1), counts))
         for name in args.config:
             steps, *values = CONFIGS[name]
             c = dict(zip(FIELDS, values, strict=True)) | {"eps": 1e-6, "rope_theta": 10000.0}
             c["batch_size"] = args.batch_size or c["batch_size"]
             start = f"{folder}/{name}"
-            count = args.processes or (1 if args.device == "gpu" else math.gcd(c["batch_size"], args.threads))
-            several = argparse.Namespace(**vars(args) | {"processes": count})
+            first = count or (1 if args.device == "gpu" else math.gcd(c["batch_size"], args.threads))
             with running(maker=(Nanollm, {"c": c, "args": alone, "folder": None})) as ask:
                 ask["maker"]("save", start)
-            show(language_model(name, c, args.steps or steps, start, max(rates.values()), several))
+            show(language_model(name, c, args.steps or steps, start, max(rates.values()), with_processes(args, first),
+                                counts))
             show(generation(name, c, start, alone))
         if args.config:
             show(tokenisation(folder, args))

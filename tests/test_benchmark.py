@@ -23,7 +23,7 @@ def run(*options):
 @pytest.mark.skipif(not CI, reason="it takes half a minute: only continuous integration runs it")
 def test_both_sides_agree_and_everything_is_reported(tmp_path):
     file = tmp_path / "speed.json"
-    done = run("--megabytes", "0.01", "--threads", "2", "--processes", "2", "--json", str(file))
+    done = run("--megabytes", "0.01", "--threads", "2", "--processes", "2", "1", "--json", str(file))
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
 
@@ -33,7 +33,7 @@ def test_both_sides_agree_and_everything_is_reported(tmp_path):
 
     rows = result["rows"]
     assert [(row["what"], row["against"]) for row in rows] == [
-        ("tiny: training step", "PyTorch"), ("tiny: generation", "transformers"),
+        ("tiny: training step", "PyTorch"), ("tiny: training step", "1 process"), ("tiny: generation", "transformers"),
         ("tokenisation", "tokenizers"), ("tokenisation", "tokenizers, its lines")]
     for row in rows:
         median, low, high = row["ratio"]
