@@ -1,4 +1,4 @@
-"""Watch the real code while it runs (on a CPU): a training step's ops, their time and memory; attention's maps."""
+"""Watch the real code while it runs: a training step's ops, their time and memory (on a CPU); attention's maps."""
 import math
 import time
 import tracemalloc
@@ -11,6 +11,7 @@ import numpy as np
 
 import autograd
 import nanollm
+from hardware import device
 
 
 @contextmanager
@@ -76,13 +77,13 @@ def attention_maps(model, ids):
 
     def watched(*qkv):
         out = op(*qkv)
-        q, k, v = (t.data[0].astype(np.float64) for t in qkv)
+        q, k, v = (device.to_host(t.data[0]).astype(np.float64) for t in qkv)
         k, v = (np.repeat(x, len(q) // len(k), 0) for x in (k, v))      # one key/value head serves H/K query heads
         s = q @ k.swapaxes(1, 2) / math.sqrt(q.shape[2])
         s[:, np.triu(np.ones(s.shape[1:], bool), 1)] = -np.inf
         p = np.exp(s - s.max(2, keepdims=True))
         p /= p.sum(2, keepdims=True)
-        np.testing.assert_allclose(p @ v, out.data[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(p @ v, device.to_host(out.data[0]), rtol=1e-4, atol=1e-5)
         maps.append(p)
         return out
     with mock.patch.object(nanollm, "attention", watched), autograd.no_grad():
