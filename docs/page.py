@@ -116,7 +116,7 @@ class Chapter:
         for node in self.tree.body:
             if isinstance(node, ast.ImportFrom) and f"{node.module}.py" in FILES:
                 self.links |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            self.links |= {name: f"{self.stem}.{name}" for name in bound(node)}
+            self.links |= {name: f"{self.stem}.{name}" for name in defined(node)}
         self.rows = [Row(1, 1, file, self.stem, self.docstring(self.tree), set())]
         self.cut()
         self.code = self.highlight()
@@ -142,7 +142,7 @@ class Chapter:
             helpers = [line for line in (*helpers, start) if line > top]
             if self.definition(node, helpers[0]):
                 used, helpers = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}, []
-            elif used & bound(node) or not bound(node):
+            elif used & defined(node) or not defined(node):
                 helpers = []            # they belong to the row above; the others to the one below
             for method in node.body if isinstance(node, ast.ClassDef) else ():
                 self.definition(method, self.start(method), node.name + ".")
@@ -347,7 +347,7 @@ class Chapter:
         source = (ROOT / "lessons" / f"{name}.py").read_text(encoding="utf-8")
         tree, answer = ast.parse(source), source.partition("# The answer\n# ")[2].replace("\n# ", "\n")
         title, command, doc = re.match(r"(?s)(.*):  (python -m .*?)\n\n(.*)", ast.get_docstring(tree)).groups()
-        [question] = [ast.literal_eval(node.value) for node in tree.body if bound(node) == {"QUESTION"}]
+        [question] = [ast.literal_eval(node.value) for node in tree.body if defined(node) == {"QUESTION"}]
         heads = re.sub(r"(?<=<p>)(What you see|Why|How nanollm avoids it)\.", r"<b>\1.</b>", prose(doc))
         return (f'<details class="lesson"><summary>{self.inline(title, set())}</summary>{heads}'
                 f"<p>Run it: <code>{command}</code></p><p><em>{self.inline(question, set())}</em></p>"
@@ -390,7 +390,7 @@ class Chapter:
         return out
 
 
-def bound(node):
+def defined(node):
     """The names that a statement defines."""
     targets = [getattr(x, "id", getattr(x, "name", None)) for x in getattr(node, "targets", [node])]
     return {name for name in targets if name}

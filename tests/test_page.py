@@ -202,6 +202,38 @@ def test_a_name_links_to_what_it_means(chapter):
     assert page.Chapter("two.py").code[3] == '<u id="two.four">four</u> = <a href="#one.half">half</a>(8)'
 
 
+HELPED = '''def one():
+    """Uses what comes after it."""
+    return _after()
+
+
+_after = int
+
+
+# about before
+@cached
+def _before():
+    return 1
+
+
+def two():
+    """Uses what comes before it."""
+    return _before()
+
+
+# ------------ a part
+
+_unused = 2
+'''
+
+
+def test_a_helper_is_in_the_row_of_the_definition_that_uses_it(tmp_path, monkeypatch):
+    (tmp_path / "one.py").write_text(HELPED)
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    rows = page.Chapter("one.py").rows
+    assert [(row.line, row.title) for row in rows] == [(1, "one.py"), (1, "one"), (9, "two"), (20, "a part")]
+
+
 def test_check_fails_for_an_old_page_and_writing_fixes_it(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     for file in (*page.FILES, "docs/page.html", "docs/page.css", "docs/page.js"):
