@@ -13,6 +13,7 @@ Hyperparameters and tokenizer are collected in dicts {name of a method of gguf.G
 import itertools
 import json
 import sys
+import warnings
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +137,12 @@ def find_form(kind, content):
     """The Form of a tokenizer of this kind, which may be without a decoder. Raises InputError that names what
     llama.cpp has nothing like.
     """
-    found = {"normalizer": steps(content["normalizer"]), "pre_tokenizer": steps(content["pre_tokenizer"]),
+    normalizer = steps(content["normalizer"])
+    if kind == "gpt2" and normalizer == [{"type": "NFC"}]:          # Qwen's
+        warnings.warn("this tokenizer composes letters and their accents (NFC); llama.cpp does not, and gives other "
+                      "tokens to a text in which they are apart", stacklevel=2)
+        normalizer = []
+    found = {"normalizer": normalizer, "pre_tokenizer": steps(content["pre_tokenizer"]),
              "decoder": [step["type"] for step in steps(content["decoder"])], "model": options(content["model"])}
     if not found["decoder"]:
         del found["decoder"]

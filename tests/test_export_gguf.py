@@ -236,9 +236,17 @@ def test_every_form_that_llama_cpp_knows(make, change, key, value):
     assert export_gguf.vocabulary(formed(make, change), 400)[key] == value
 
 
+def test_the_normalizer_of_qwen_is_left_out_with_a_warning():
+    parts = {"normalizer": normalizers.NFC(), "pre_tokenizer": in_turn(split(QWEN2), words())}
+    with pytest.warns(UserWarning, match="NFC.*llama.cpp does not"):
+        about = export_gguf.vocabulary(formed(byte_level, parts), 400)
+    assert about == export_gguf.vocabulary(formed(byte_level, parts | {"normalizer": None}), 400)
+
+
 @pytest.mark.parametrize("make, change, named", [
     (byte_level, {"normalizer": normalizers.Lowercase()}, "normalizer.*Lowercase"),
-    (byte_level, {"normalizer": normalizers.NFC()}, "normalizer.*NFC"),
+    (byte_level, {"normalizer": normalizers.NFKC()}, "normalizer.*NFKC"),
+    (llama, {"normalizer": normalizers.NFC()}, "normalizer.*NFC"),
     (byte_level, {"pre_tokenizer": words(True, True)}, "pre_tokenizer.*add_prefix_space"),
     (byte_level, {"pre_tokenizer": words()}, "pre_tokenizer.*use_regex"),
     (byte_level, {"pre_tokenizer": None}, "pre_tokenizer"),
