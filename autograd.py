@@ -32,6 +32,7 @@ import functools
 import math
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import EllipsisType
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
@@ -350,7 +351,7 @@ def transpose(x, *axes):
 def getitem(x, index):
     """out = x[index], by ints, slices and …: no element twice.  dx is dout there, 0 elsewhere."""
     for item in index if isinstance(index, tuple) else (index,):
-        if not isinstance(item, (int, slice, type(...))) or isinstance(item, bool):
+        if type(item) not in (int, slice, EllipsisType):
             raise TypeError(f"a tensor is indexed by ints and slices, not by {type(item).__name__}")
     def backward(dout):
         def add_in_place(dx):
@@ -511,7 +512,11 @@ def rmsnorm(x, w, eps=1e-6):
 
 
 _r = lambda q, C, eps: 1 / device.xp.sqrt(q / C + eps)
-_rmsnorm = device.written(lambda x, q, w, C, eps: x * _r(q, C, eps) * w)
+
+
+@device.fuse
+def _rmsnorm(x, q, w, C, eps, out):
+    device.xp.multiply(x * _r(q, C, eps), w, out)
 
 
 @device.fuse
@@ -526,8 +531,7 @@ def _rmsnorm_dx(x, q, dout, w, dot, C, eps, dx):        # dot = sum(g * w)
     r = _r(q, C, eps)
     dn = dout * w
     dn *= r
-    dn -= x * (dot / C * r * r)
-    dx[...] = dn
+    device.xp.subtract(dn, x * (dot / C * r * r), dx)
 
 
 def rope(x, cos, sin):
@@ -588,13 +592,13 @@ def _glu_formulas(name):
 
     @device.fuse
     def forward(gate, up, out):                 # (n, F) each
-        out[...] = activation(_wide(gate))[0] * up          # [0]: the value, not the slope
+        device.xp.multiply(activation(_wide(gate))[0], up, out)     # [0]: the value, not the slope
 
     @device.fuse
     def backward(gate, up, dout, dgate, dup):
         a, slope = activation(_wide(gate))
-        dgate[...] = slope() * up * dout
-        dup[...] = dout * a
+        device.xp.multiply(slope() * up, dout, dgate)
+        device.xp.multiply(dout, a, dup)
     return forward, backward
 
 
@@ -718,7 +722,7 @@ def attention(q, k, v):
             formulas.exp_less(p, top)           # softmax without the division by its row sums:
             total = p.sum(-1, keepdims=True)    # p @ v has D numbers a row to divide, p has `end`
             pv = product(p, vs[h, :end], dtype=wide)
-            formulas.quotient(split(pv), split(total), out[h, :, t])
+            xp.divide(split(pv), split(total), out=out[h, :, t])
             if L is not None:
                 formulas.plus_log(split(top), split(total), L[h, :, t])
     device.sweep(forward, B * K, heads)

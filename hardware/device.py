@@ -168,7 +168,7 @@ def as_ids(ids, limit):
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu":              # signed or unsigned
         raise TypeError(f"token ids must be integers, not {ids.dtype}")
-    if ids.size and not 0 <= ids.min() <= ids.max() < limit:
+    if ids.size and ids.astype(np.uint64).max() >= limit:       # what is below 0 becomes huge
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
         raise IndexError(f"token id {wrong} is outside 0 … {limit - 1}: is this the model's tokenizer?")
     return xp.asarray(ids)
@@ -310,13 +310,6 @@ def fuse(formula):
     return call
 
 
-def written(formula):
-    """The elementwise formula as a fused one that writes its result to its last argument."""
-    def write(*arrays):
-        arrays[-1][...] = formula(*arrays[:-1])
-    return fuse(write)
-
-
 BLOCK = 16_000_000      # elements of a GPU's largest temporary: 64 MB of float32
 WHOLE = 64              # on a GPU a number of rows, and a row's elements in memory, are a multiple of this
 
@@ -375,9 +368,8 @@ def matmul(a, b, out=None, accumulate=False, dtype=None, scale=1):
     Transposed views are not copied. a and b have equal leading axes, or none at all. Half precision is multiplied and
     summed as float32, and rounded once, unless `out` or `dtype` is float32.
     """
-    shape = (*a.shape[:-1], b.shape[-1])
     if out is None:
-        out = xp.empty(shape, dtype or np.promote_types(a.dtype, b.dtype))
+        out = xp.empty((*a.shape[:-1], b.shape[-1]), dtype or np.promote_types(a.dtype, b.dtype))
     if out.size == 0 or a.shape[-1] == 0:
         if not accumulate:
             out[...] = 0
@@ -413,9 +405,11 @@ def _blas(a, b, out, accumulate, scale=1):
             out[...] = wide
         return
     m, n = out.shape[-2:]
-    multiplications = out.size // m * max(m, _FEW) * a.shape[-1]
+    if out.size // m * max(m, _FEW) * a.shape[-1] < _SMALL:
+        _product(a, b, out, accumulate)
+        return
     alone, tiles = threads == 1 or getattr(_here, "busy", False), accumulate and out.ndim == 2 and m >= 64
-    if multiplications < _SMALL or (alone and not tiles):
+    if alone and not tiles:
         _product(a, b, out, accumulate)
     elif out.ndim > 2:
         sweep(lambda s: _product(a[s], b[s], out[s], accumulate), len(out), math.ceil(len(out) / threads))

@@ -3,12 +3,11 @@
 A formula that changes an argument says so; `out` comes last.
 """
 import functools
-import math
 
 import numpy as np
 
 from hardware import device
-from hardware.device import fuse, sweep, written
+from hardware.device import fuse, sweep
 
 
 @fuse
@@ -25,17 +24,21 @@ def less_times(x, y, z):
     x *= z
 
 
-quotient = written(lambda a, b: a / b)
-plus_log = written(lambda a, b: a + device.xp.log(b))
-less_plus_log = written(lambda a, b, c: a - b + device.xp.log(c))
-_scaled = written(lambda x, scale: x * scale)
+@fuse
+def plus_log(a, b, out):
+    """out becomes a + log b."""
+    device.xp.add(a, device.xp.log(b), out)
+
+
+@fuse
+def less_plus_log(a, b, c, out):
+    """out becomes a - b + log c."""
+    device.xp.add(a - b, device.xp.log(c), out)
 
 
 def scaled(x, scale, dtype):
     """x (N, C) * scale in this dtype; scale is typed."""
-    out = device.empty_rows(*x.shape, dtype)
-    _scaled(x, scale, out)
-    return out
+    return device.xp.multiply(x, scale, out=device.empty_rows(*x.shape, dtype))
 
 
 def add_scaled(out, x, scale):
@@ -96,18 +99,21 @@ def rotate(x, cos, sin, back=False):
     """
     if device.on_gpu:
         return _rotate_on_gpu(x, cos, sin, back)
-    out, half = x.copy(), x.shape[-1] // 2
-    heads = out.reshape(-1, *x.shape[-2:])      # (N, T, D), a view
-    sin = -sin if back else sin
-    sin = np.concatenate((-sin[:, :half], sin[:, half:]), -1)           # (-x₂, x₁) sin = (x₂, x₁) (-sin, sin)
+    out, (T, D) = x.copy(), x.shape[-2:]
+    halves = T, 2, D // 2
+    heads, cos = out.reshape(-1, *halves), cos.reshape(halves)          # views
+    sin = sin.reshape(halves) * (_SIGNS[::-1] if back else _SIGNS)      # (-x₂, x₁) sin = (x₂, x₁) (-sin, sin)
 
     def block(part):
         xs = heads[part]
-        swapped = np.concatenate((xs[..., half:], xs[..., :half]), -1)
+        swapped = xs[:, :, ::-1] * sin
         xs *= cos
-        xs += swapped * sin
-    sweep(block, len(heads), (1 << 16) // max(math.prod(x.shape[-2:]), 1))
+        xs += swapped
+    sweep(block, len(heads), (1 << 16) // max(cos.size, 1))
     return out
+
+
+_SIGNS = np.array([[-1], [1]], np.float32)
 
 
 def _rotate_on_gpu(x, cos, sin, back):
