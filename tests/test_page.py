@@ -16,7 +16,8 @@ from docs import page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PLANTED = ('<img src="x.png"><a href="#nowhere">x</a><div style="width: 500px">x</div>'
-           '<script>console.error("planted")</script><section id="planted"><pre class="s">' + 200 * "x" + "</pre></section>")
+           '<script>console.error("planted")</script>'
+           '<section id="planted"><pre class="s">' + 200 * "x" + "</pre></section>")
 ANCHOR = '<section class="r3" id="autograd.attention_plain"><div class="p"><h3>'
 IN_THE_STICKY_COLUMN = '<section class="r3"><div class="p"><h3 id="autograd.attention_plain">'
 HARNESS = """<iframe src="page.html" width="390" height="800"></iframe>
