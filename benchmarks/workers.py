@@ -78,7 +78,7 @@ class Nanollm(Side):
         self.team = ranks.ALONE
         if plan.processes > 1:
             self.others = local.started(cli.run, (serve, plan, self.gpu, self.tf32))
-            self.team = self.others.__enter__()         # until this process ends, and they with it
+            self.team, _ = self.others.__enter__()      # until this process ends, and they with it
             device.use("gpu" if self.gpu else "cpu", self.tf32, self.team)
         self.train = Training(self.model, plan, self.team)
         if self.gpu:

@@ -6,6 +6,7 @@ breaks when the process at its other end dies, however that happens, and a proce
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -35,9 +36,20 @@ class Local(Team):
     share_weights = spread = Team.exchange      # they are there for all as soon as all have written
 
 
+def packed(task, context):
+    """(a pickle of the task, the shared memory of the arrays in it): `pickle.loads(*packed)` copies no array."""
+    buffers = []
+    words = pickle.dumps(task, 5, buffer_callback=buffers.append)
+    memory = [context.RawArray("B", buffer.raw().nbytes) for buffer in buffers]
+    for shared, buffer in zip(memory, buffers, strict=True):
+        np.frombuffer(shared, np.uint8)[:] = buffer.raw()
+    return words, memory
+
+
 @contextlib.contextmanager
 def started(end, task):
-    """Rank 0's team, with the processes of the other ranks, which do not outlive this block.
+    """(rank 0's team, its task): the processes of the other ranks do not outlive this block. All share the task's
+    arrays, such as pictures.
 
     Raises Unavailable for a process that cannot start or that ends too early, unless that has told the user why.
     """
@@ -46,6 +58,9 @@ def started(end, task):
     if not script or not os.path.exists(script) or hasattr(sys, "frozen"):
         raise Unavailable("other processes can start only from a file: run python train.py, or use --processes 1")
     shared = [context.RawArray("f", 0 if on_gpu else plan.n_weight) for _ in range(1 + plan.processes)]
+    words, memory = packed(task, context)
+    task = pickle.loads(words, buffers=memory)
+    plan = task[1]                              # nobody needs the arrays of the other one now
     pipes, others = {}, {}
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # the others inherit it: Ctrl-C is for rank 0
@@ -53,7 +68,7 @@ def started(end, task):
             for rank in range(1, plan.processes):
                 pipes[rank], theirs = context.Pipe()
                 team = Local(rank, {0: theirs}, shared)
-                others[rank] = context.Process(target=other, args=(team, end, task), daemon=True)
+                others[rank] = context.Process(target=other, args=(team, end, words, memory), daemon=True)
                 others[rank].start()
                 theirs.close()                  # so that the pipe breaks when the process ends
         except OSError as problem:
@@ -61,7 +76,7 @@ def started(end, task):
             raise Unavailable(f"process {rank} could not start ({problem.strerror}): use fewer --processes") from None
         finally:
             signal.signal(signal.SIGINT, before)
-        yield Local(0, pipes, shared)
+        yield Local(0, pipes, shared), task
         for process in others.values():
             process.join()
     except Gone as gone:
@@ -82,8 +97,8 @@ def raise_for(rank, others):
                       "continue with --resume, or use --processes 1") from None
 
 
-def other(team, end, task):
+def other(team, end, words, memory):
     """What the process of another rank runs. If rank 0's process ends, it ends at once."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(2)), daemon=True).start()
-    follow(team, end, task)
+    follow(team, end, pickle.loads(words, buffers=memory))

@@ -152,7 +152,7 @@ def run(prepare, work, end):
     if task[1].processes == team.size:
         return do(team, *task)
     from hardware.local import started  # here, because it needs Team
-    with started(end, task) as team:
+    with started(end, task) as (team, task):
         return do(team, *task)
 
 

@@ -1,8 +1,9 @@
 """Train an image classifier on a folder of pictures:  python -m images.train --images FOLDER
 
 The loop, Adam, the checkpoints and most flags are those of train.py. Here are the flags that pictures need and what is
-reported about them. On CPUs it is one process by default, because threads are as fast: its products are large. Rank 0
-of several (hardware/ranks.py) reads the pictures and gives the others a copy.
+reported about them. On CPUs it is one process by default, because threads are as fast: its products are large. Of
+several (hardware/ranks.py) rank 0 reads the pictures: the processes that it starts share them, those of mpiexec get a
+copy each.
 """
 import contextlib
 import dataclasses

@@ -3,6 +3,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -23,6 +24,7 @@ import train
 from console import options
 from evaluate import evaluate
 from hardware import device, ranks
+from hardware.local import packed
 from hardware.random_bits import drop
 from nanollm import Config, NanoLLM, Parameters
 
@@ -104,6 +106,15 @@ def test_the_default_number_divides_the_windows_of_a_step(monkeypatch):
     refused(lambda: count(2), "--processes 2", "mpiexec has started 3")
 
 
+def test_the_processes_of_a_machine_share_the_arrays_of_their_task():
+    pixels = np.arange(60_000).astype(np.uint8).reshape(200, 300)
+    words, memory = packed(("work", SimpleNamespace(train=pixels, val=pixels)), multiprocessing.get_context("spawn"))
+    one, other = (pickle.loads(words, buffers=memory)[1] for _ in range(2))
+    np.testing.assert_array_equal(one.train, pixels)
+    one.train[7, 9] += 1
+    assert other.val[7, 9] == one.train[7, 9] != pixels[7, 9] and len(words) < 1000
+
+
 # ---------------------------------------------------------------- real processes
 
 @pytest.fixture(scope="module")
@@ -140,6 +151,7 @@ def finish(process):
 
 
 NAN = """
+from hardware.local import Local
 add_up = Local.add_up
 def poisoned(self, value):
     if self.rank:
