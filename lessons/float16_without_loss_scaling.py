@@ -1,9 +1,9 @@
 """Half precision without loss scaling: small gradients become 0:  python -m lessons.float16_without_loss_scaling
 
 What you see. A batch of 2^19 tokens, the size for GPT-3's smaller models (Brown et al. 2020, table 2.1), comes in 1,024
-parts, so a part's backward begins with 1/1,024. In float16, 11 % of the activations' gradients then become 0 and
-nearly all others lose digits: the gradient of the weights is wrong by 32 %. If backward begins with 2^16/1,024 = 64, it
-is wrong by 0.1 %. After 160 steps the loss is 3.08 without the scale, 2.75 with it, and 2.64 in float32.
+parts, so a part's backward begins with 1/1,024. In float16, 12 % of the activations' gradients then become 0 and
+nearly all others lose digits: the gradient of the weights is wrong by 34 %. If backward begins with 2^16/1,024 = 64, it
+is wrong by 0.15 %. After 160 steps the loss is 3.13 without the scale, 2.77 with it, and 2.64 in float32.
 
 Why. float16 has 5 bits of exponent: its smallest positive number is 2^-24 = 6e-8, and below 2^-14 = 6e-5 it has fewer
 digits. The loss is a mean over N tokens, so every gradient carries 1/N:

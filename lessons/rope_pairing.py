@@ -12,7 +12,7 @@ Why. RoPE rotates pair i of q and of k by the angle t θ_i. It does not matter w
 
 But the weights have learnt with one pairing. Another pairing rotates each number together with a stranger. Move row i
 of each head of W_q and W_k to row 2i, and row i + D/2 to row 2i + 1. Then rotating neighbours is right, and the losses
-agree to 5e-08. Converters between Meta's files (neighbours) and Hugging Face's (halves) do this.
+agree to 8e-08. Converters between Meta's files (neighbours) and Hugging Face's (halves) do this.
 
 How nanollm avoids it. `rope` in autograd.py rotates halves, as Hugging Face's Llama does, so no row is ever moved, and
 tests/test_huggingface.py compares the logits of the same folder with those of transformers.

@@ -2,7 +2,7 @@
 
 What you see. A model reads 8,000 bytes again and again. Its training loss falls, and so does its "validation" loss on
 the second half of those bytes: to 0.53, better at each evaluation. On the 4,000 bytes that follow, which it never
-reads, the loss is lowest at step 300, at 2.29, and ends at 2.62. One curve says: continue. The other says: stop.
+reads, the loss is lowest at step 300, at 2.28, and ends at 2.61. One curve says: continue. The other says: stop.
 
 Why. Let L be the loss on all the text there could be, L_S the loss on the training text S. For a model θ* that does not
 depend on S, L_S is an unbiased estimate of L: E[L_S(θ*)] = L(θ*), with E the mean over all S. Training
