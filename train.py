@@ -11,14 +11,11 @@ The file has four parts: Adam, the learning rate, the loop, the command. The fla
 console/options.py; what happens after a step (reports, evaluations, checkpoints) is in
 console/observer.py; how far training is (State) is in storage/checkpoint.py.
 """
-import contextlib
 import math
-import warnings
 from functools import partial
 
-from console import cli, metrics, options
-from console.observer import Observer, announce, make_model, note_loss, open_run
-from console.progress import Progress, say
+from console import cli, options
+from console.observer import Observer, make_model, note_loss, open_run
 from data import TokenDataset
 from evaluate import evaluate
 from generate import sample_text
@@ -220,28 +217,16 @@ def work(request, team):
         checkpoint.read_moments(resumed, optimizer, team)
         optimizer.t = state.updates
     run = open_run(request, model, tokenizer, entries) if leads else None
-    finished = leads and resumed and state.is_over(settings) and run.is_finished(resumed)
-    folder, finished = team.exchange((leads and run.folder, finished))[0]
-    if finished:
-        say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to "
-            "train further")
-        return 0
-
-    validate = lambda: evaluate(model, val_set, settings.batch_size, watch=stop.watch, team=team)
+    validate = lambda watch: evaluate(model, val_set, settings.batch_size, watch=watch, team=team)
     sample = lambda: sample_text(model, tokenizer, request.opening, val_set or train_set,
                                  seed=state.step)
-    held = checkpoint.held(folder) if leads else contextlib.nullcontext()
-    with held, cli.Stop(team) as stop, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
-        if leads:
-            announce(model, train_set, val_set, settings, state, folder)
-            metrics.rewind(folder / "metrics.csv", state.step)
-        flops = metrics.flops_per_token(model.config, settings.seq_len)
-        with Progress(settings.max_steps, flops, state.step, state.seconds, leads) as progress:
-            observer = Observer(run, settings, train_set, progress, validate if val_set else None,
-                                sample, team, saved=state.step if resumed else None)
-            train(model, optimizer, train_set, settings, state, observer, stop, team)
-        return observer.finish(model, state, stop.signal)
+    observer = Observer(run, settings, train_set, validate if val_set else None, sample, team,
+                        saved=state.step if resumed else None)
+    if observer.has_finished(state, resumed):
+        return 0
+    with observer.watch(model, state, val_set) as stop:
+        train(model, optimizer, train_set, settings, state, observer, stop, team)
+    return 0 if state.is_over(settings) else 128 + stop.signal
 
 
 def main(argv=None):

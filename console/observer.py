@@ -1,14 +1,16 @@
 """What happens before the first step of training and after each: reports, evaluations, samples, checkpoints."""
+import contextlib
 import math
 import shlex
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from console import metrics
-from console.cli import Stopped
+from console.cli import Stop, Stopped
 from console.metrics import perplexity
-from console.progress import say
+from console.progress import Progress, say
 from hardware import device, ranks
 from nanollm import NanoLLM
 from storage import checkpoint
@@ -44,20 +46,6 @@ def make_model(request, team):
     return model, entries
 
 
-def announce(model, train_set, val_set, settings, state, folder):
-    """Say what is about to be trained, and on what."""
-    tokens = settings.windows_per_step() * settings.seq_len
-    unseen = f"{len(val_set.tokens):,} for validation" if val_set else "no validation text"
-    say(f"device     {device.reason}\n"
-        f"text       {train_set.file.text}: {len(train_set.tokens):,} tokens for training in {len(train_set):,} "
-        f"windows, {unseen}\n"
-        f"model      {model.weights.flat.size:,} parameters, {model.config}\n"
-        f"training   step {state.step} to {settings.max_steps}, {tokens:,} tokens a step\n"
-        f"folder     {folder}")
-    if device.on_gpu:
-        say("The first step takes some seconds longer if CuPy has to compile its kernels, once on each machine.")
-
-
 def note_loss(state, loss, norm, finite):
     """Add the loss to the next report's mean, or report a skipped step.
 
@@ -82,21 +70,34 @@ def due(step, every):
 class Observer:
     """Watches a training. After each step it reports, evaluates or saves if that is due.
 
-    validate() gives the loss, perplexity and bits_per_byte on the validation text; it is None where there is no such
-    text. sample() gives a text that the model writes. `saved` is the step that has a checkpoint already. What else is
-    a text's own are the attributes and methods down to `explain`; images.train has others.
+    validate(watch) gives the loss, perplexity and bits_per_byte on the validation text, and `watch` wraps what it
+    iterates over; it is None where there is no such text. sample() gives a text that the model writes. `saved` is the
+    step that has a checkpoint already. What else is a text's own are the attributes and methods down to
+    `next_command`; images.train has others.
 
     Each rank of a team has one, because they evaluate and save together. Only rank 0's has a run, and writes.
     """
-    columns, unit = metrics.COLUMNS, "tokens"       # of metrics.csv; what a window consists of
+    columns, unit, short = metrics.COLUMNS, "tokens", "tok"     # of metrics.csv; what a window consists of
     blocks = staticmethod(metrics.hidden_states)
 
-    def __init__(self, run, settings, train_set, progress, validate, sample, team=ranks.ALONE, saved=None):
-        self.run, self.settings, self.train_set, self.progress = run, settings, train_set, progress
+    def __init__(self, run, settings, train_set, validate, sample, team=ranks.ALONE, saved=None):
+        self.run, self.settings, self.train_set = run, settings, train_set
         self.validate, self.sample, self.team, self.saved = validate, sample, team, saved
 
     def per_window(self):
         return self.train_set.seq_len
+
+    def flops(self, model):
+        return metrics.flops_per_token(model.config, self.settings.seq_len)
+
+    def announce(self, model, val_set):
+        """What is about to be trained, and on what."""
+        train_set, unseen = self.train_set, "no validation text"
+        if val_set:
+            unseen = f"{len(val_set.tokens):,} for validation"
+        return (f"text       {train_set.file.text}: {len(train_set.tokens):,} tokens for training in "
+                f"{len(train_set):,} windows, {unseen}\n"
+                f"model      {model.weights.flat.size:,} parameters, {model.config}")
 
     def first_words(self):
         """How good the first loss is."""
@@ -113,6 +114,46 @@ class Observer:
         """The loss and what else `validate` says, in words."""
         return (f"loss {result['loss']:.4f}, perplexity {result['perplexity']:,.1f}, "
                 f"{result['bits_per_byte']:.4f} bits per byte")
+
+    def next_command(self):
+        """What to do with the finished run, and the command that does it."""
+        prompt = shlex.quote(self.settings.prompt or self.beginning())
+        return f"generate text with\n    python generate.py {shlex.quote(str(self.run.folder))} --prompt {prompt}"
+
+    def has_finished(self, state, resumed):
+        """Whether the run that continues from the checkpoint `resumed` has nothing left to do. Says so."""
+        done = self.run and resumed and state.is_over(self.settings) and self.run.is_finished(resumed)
+        done = self.team.exchange(bool(done))[0]
+        if done and self.run:
+            say(f"{self.run.folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to train "
+                "further")
+        return done
+
+    @contextlib.contextmanager
+    def watch(self, model, state, val_set):
+        """Around a training: the run's folder is held, signals stop it, progress is shown. Yields the Stop. At the end
+        the model is written, if training is over, and the user is told what comes next.
+        """
+        held = checkpoint.held(self.run.folder, self.settings.program) if self.run else contextlib.nullcontext()
+        with held, Stop(self.team) as stop, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
+            self.stop = stop
+            if self.run:
+                self.begin(model, state, val_set)
+            with Progress(self.settings.max_steps, self.flops(model), state.step, state.seconds, bool(self.run),
+                          self.short) as self.progress:
+                yield stop
+            if self.run:
+                self.finish(model, state)
+
+    def begin(self, model, state, val_set):
+        in_a_step = self.settings.windows_per_step() * self.per_window()
+        say(f"device     {device.reason}\n{self.announce(model, val_set)}\n"
+            f"training   step {state.step} to {self.settings.max_steps}, {in_a_step:,} {self.unit} a step\n"
+            f"folder     {self.run.folder}")
+        if device.on_gpu:
+            say("The first step takes some seconds longer if CuPy has to compile its kernels, once on each machine.")
+        metrics.rewind(self.run.folder / "metrics.csv", state.step, self.columns)
 
     def after_step(self, model, optimizer, state, lr, loss, norm):
         """Do what is due after a step that had this learning rate, loss and gradient norm."""
@@ -165,7 +206,7 @@ class Observer:
         if not self.validate:
             say(line)
             return {}
-        result = self.validate()
+        result = self.validate(self.stop.watch)
         line += f"; validation {self.explain(result)}"
         state.without_better += 1
         if result["loss"] < (math.inf if state.best_loss is None else state.best_loss):
@@ -191,24 +232,15 @@ class Observer:
         words = self.train_set.file.tokenizer.decode(self.train_set.tokens[:200].tolist()).split()
         return " ".join(words[:4])[:30]
 
-    def next_command(self):
-        """What to do with the finished run, and the command that does it."""
-        prompt = shlex.quote(self.settings.prompt or self.beginning())
-        return f"generate text with\n    python generate.py {shlex.quote(str(self.run.folder))} --prompt {prompt}"
-
-    def finish(self, model, state, signal):
-        """Write the model if training is over, and loss.png, on which nothing depends; say what can be done next.
-        Returns the exit code.
-        """
-        over = state.is_over(self.settings)
-        if self.run and over:
-            self.run.write_model(self.run.folder, model)
-        if self.run:
-            self.progress.redraw(self.run.folder, every=0)
-            done = f"{self.run.folder} holds the model, metrics.csv and loss.png; {self.next_command()}"
-            resume = checkpoint.resume_command(self.run.folder, self.settings.program)
-            say(f"\n{done}" if over else f"\nstopped after step {state.step}; continue with\n    {resume}")
-        return 0 if over else 128 + signal
+    def finish(self, model, state):
+        """Write the model if training is over, and loss.png, on which nothing depends; say what can be done next."""
+        over, folder = state.is_over(self.settings), self.run.folder
+        if over:
+            self.run.write_model(folder, model)
+        self.progress.redraw(folder, every=0)
+        done = f"{folder} holds the model, metrics.csv and loss.png; {self.next_command()}"
+        resume = checkpoint.resume_command(folder, self.settings.program)
+        say(f"\n{done}" if over else f"\nstopped after step {state.step}; continue with\n    {resume}")
 
     def give_up(self, model, ids):
         """Raise, on rank 0, an InputError that says where NaN or infinity comes from."""

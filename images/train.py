@@ -5,7 +5,6 @@ reported about them. On CPUs it is one process by default, because threads are a
 several (hardware/ranks.py) rank 0 reads the pictures: the processes that it starts share them, those of mpiexec get a
 copy each.
 """
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -23,11 +22,10 @@ if __name__ == "__main__" and not __package__:          # run by its path, as ed
     sys.path[0] += "/.."
 
 from autograd import cross_entropy, no_grad
-from console import cli, metrics, options
+from console import cli, options
 from console.cli import number
 from console.observer import Observer
 from console.options import Request, Training
-from console.progress import Progress, say
 from hardware import device, ranks
 from images import demo
 from images.network import Config, ConvNet, preprocessor
@@ -102,10 +100,22 @@ class ImageObserver(Observer):
     """An Observer of a training on pictures: a window is a picture, and what counts is the accuracy."""
     columns = ("step", "epoch", "images", "train_loss", "val_loss", "val_accuracy", "learning_rate", "grad_norm",
                "loss_scale", "skipped", "images_per_second", "flops_per_second", "seconds")
-    unit, blocks = "images", staticmethod(ConvNet.run_blocks)
+    unit, short, blocks = "images", "images", staticmethod(ConvNet.run_blocks)
 
     def per_window(self):
         return 1
+
+    def flops(self, model):
+        return model.config.flops_per_picture()
+
+    def announce(self, model, val_set):
+        """What is about to be trained, and what the most naive answer would score."""
+        (name, share), K = (val_set or self.train_set).most_frequent(), len(self.train_set.classes)
+        unseen, size = f"{len(val_set):,} for validation" if val_set else "none for validation", self.settings.size
+        return (f"pictures   {self.settings.images}: {len(self.train_set):,} for training, {unseen}, in {K} classes; "
+                f"always answering {name!r} would be right for {share:.1%}\n"
+                f"model      {model.weights.flat.size:,} parameters, {size} x {size} pixels, "
+                f"{', '.join(map(str, model.config.widths))} channels")
 
     def first_words(self):
         K = len(self.train_set.classes)
@@ -139,19 +149,6 @@ def evaluate(model, dataset, batch_size=64, watch=iter, team=ranks.ALONE):
             np.add.at(confusion, (labels, device.to_host(logits.data).argmax(-1)), 1)
     nats, confusion = team.sum(nats), team.sum(confusion)
     return {"loss": nats / len(dataset), "accuracy": confusion.trace() / len(dataset), "confusion": confusion}
-
-
-def announce(model, train_set, val_set, settings, state, folder):
-    """Say what is about to be trained, and what the most naive answer would score."""
-    (name, share), K = (val_set or train_set).most_frequent(), len(train_set.classes)
-    unseen = f"{len(val_set):,} for validation" if val_set else "none for validation"
-    say(f"device     {device.reason}\n"
-        f"pictures   {settings.images}: {len(train_set):,} for training, {unseen}, in {K} classes; always answering "
-        f"{name!r} would be right for {share:.1%}\n"
-        f"model      {model.weights.flat.size:,} parameters, {settings.size} x {settings.size} pixels, "
-        f"{', '.join(map(str, model.config.widths))} channels\n"
-        f"training   step {state.step} to {settings.max_steps}, {settings.windows_per_step()} pictures a step\n"
-        f"folder     {folder}")
 
 
 # ---------------------------------------------------------------- the command
@@ -237,25 +234,14 @@ def work(plan, team):
     if leads:
         folder = Path(plan.folder) if resumed else checkpoint.new_run(plan.folder, Settings.runs)
         run = checkpoint.Run(folder, preprocessor(plan.config), {}, about)
-    finished = leads and resumed and state.is_over(settings) and run.is_finished(resumed)
-    folder, finished = team.exchange((leads and run.folder, finished))[0]
-    if finished:
-        say(f"{folder} has finished, after step {state.step}; raise --num-epochs or --max-steps to train further")
+    validate = lambda watch: evaluate(model, plan.val_set, settings.batch_size, watch, team)
+    observer = ImageObserver(run, settings, plan.train_set, validate if plan.val_set else None, None, team,
+                             saved=state.step if resumed else None)
+    if observer.has_finished(state, resumed):
         return 0
-
-    validate = lambda: evaluate(model, plan.val_set, settings.batch_size, stop.watch, team)
-    held = checkpoint.held(folder, COMMAND) if leads else contextlib.nullcontext()
-    with held, cli.Stop(team) as stop, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)     # not finite: `train` skips such steps
-        if leads:
-            announce(model, plan.train_set, plan.val_set, settings, state, folder)
-            metrics.rewind(folder / "metrics.csv", state.step, ImageObserver.columns)
-        flops = plan.config.flops_per_picture()
-        with Progress(settings.max_steps, flops, state.step, state.seconds, leads, unit="images") as progress:
-            observer = ImageObserver(run, settings, plan.train_set, progress, validate if plan.val_set else None, None,
-                                     team, saved=state.step if resumed else None)
-            train(model, optimizer, plan.train_set, settings, state, observer, stop, team)
-        return observer.finish(model, state, stop.signal)
+    with observer.watch(model, state, plan.val_set) as stop:
+        train(model, optimizer, plan.train_set, settings, state, observer, stop, team)
+    return 0 if state.is_over(settings) else 128 + stop.signal
 
 
 def main(argv=None):

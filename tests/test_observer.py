@@ -12,7 +12,7 @@ from tiny import QUICK, SHAPE, command, rows
 
 import train
 from console import metrics
-from console.observer import announce
+from console.observer import Observer
 from data import TokenDataset
 from hardware import device
 from nanollm import Config, NanoLLM
@@ -32,14 +32,16 @@ def test_the_first_loss_is_shown_next_to_ln_V_and_the_unigram_entropy(finished):
 
 
 class Windows(list):
-    tokens, file = range(9), SimpleNamespace(text="text.txt")
+    seq_len, tokens, file = 4, range(9), SimpleNamespace(text="text.txt")
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_on_a_gpu_the_compilation_of_the_first_step_is_announced(on_gpu, monkeypatch, capsys):
+def test_on_a_gpu_the_compilation_of_the_first_step_is_announced(on_gpu, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(device, "on_gpu", on_gpu)
     settings = SimpleNamespace(windows_per_step=lambda: 2, seq_len=4, text="text.txt", max_steps=3)
-    announce(NanoLLM(Config(9, 4, 1, 1, 1, 4, 4)), Windows(), None, settings, SimpleNamespace(step=0), "run")
+    run = SimpleNamespace(folder=tmp_path)
+    observer = Observer(run, settings, Windows(), None, None)
+    observer.begin(NanoLLM(Config(9, 4, 1, 1, 1, 4, 4)), SimpleNamespace(step=0), None)
     assert ("compile its kernels" in capsys.readouterr().out) is on_gpu
 
 
