@@ -495,7 +495,7 @@ def rmsnorm(x, w, eps=1e-6):
     def forward(part):
         xs = device.loaded(rows[part])
         q = device.row_dot(xs, xs)
-        _rmsnorm(xs, q, weight, C, eps, out[part])
+        formulas.rmsnorm(xs, q, weight, C, eps, out[part])
         return q
     q = device.joined(_sweep_rows(forward, *rows.shape))
 
@@ -503,35 +503,13 @@ def rmsnorm(x, w, eps=1e-6):
         dout, dx = _rows(dout), device.xp.empty_like(rows)
         def block(part):
             xs, dout_, q_ = device.loaded(rows[part]), device.loaded(dout[part]), q[part]
-            g = _g(xs, q_, dout_, C, eps)
-            _rmsnorm_dx(xs, q_, dout_, weight, device.row_dot(g, weight), C, eps, dx[part])
+            g = formulas.rmsnorm_g(xs, q_, dout_, C, eps)
+            dot = device.row_dot(g, weight)
+            formulas.rmsnorm_dx(xs, q_, dout_, weight, dot, C, eps, dx[part])
             return g.sum(0)                                             # this block's share of dw
         shares = _sweep_rows(block, *rows.shape)
         return dx.reshape(shape), lambda dw: device.add_each(dw, shares)
     return record(out.reshape(shape), (x, w), backward)
-
-
-_r = lambda q, C, eps: 1 / device.xp.sqrt(q / C + eps)
-
-
-@device.fuse
-def _rmsnorm(x, q, w, C, eps, out):
-    device.xp.multiply(x * _r(q, C, eps), w, out)
-
-
-@device.fuse
-def _g(x, q, dout, C, eps):
-    g = _wide(dout) * x
-    g *= _r(q, C, eps)
-    return g
-
-
-@device.fuse
-def _rmsnorm_dx(x, q, dout, w, dot, C, eps, dx):        # dot = sum(g * w)
-    r = _r(q, C, eps)
-    dn = dout * w
-    dn *= r
-    device.xp.subtract(dn, x * (dot / C * r * r), dx)
 
 
 def rope(x, cos, sin):

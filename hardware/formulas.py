@@ -36,6 +36,32 @@ def less_plus_log(a, b, c, out):
     device.xp.add(a - b, device.xp.log(c), out)
 
 
+_r = lambda q, C, eps: 1 / device.xp.sqrt(q / C + eps)
+
+
+@fuse
+def rmsnorm(x, q, w, C, eps, out):
+    """out becomes x r w, where r = (q/C + eps)^(-1/2) and q = sum(x²)."""
+    device.xp.multiply(x * _r(q, C, eps), w, out)
+
+
+@fuse
+def rmsnorm_g(x, q, dout, C, eps):
+    """g = dout x r, in at least float32."""
+    g = device.wide(dout) * x
+    g *= _r(q, C, eps)
+    return g
+
+
+@fuse
+def rmsnorm_dx(x, q, dout, w, dot, C, eps, dx):
+    """dx becomes dout w r - x r² dot/C, where dot = sum(g w)."""
+    r = _r(q, C, eps)
+    dn = dout * w
+    dn *= r
+    device.xp.subtract(dn, x * (dot / C * r * r), dx)
+
+
 def scaled(x, scale, dtype):
     """x (N, C) * scale in this dtype; scale is typed."""
     return device.xp.multiply(x, scale, out=device.empty_rows(*x.shape, dtype))
