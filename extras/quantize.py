@@ -22,6 +22,7 @@ from hardware.quantized import quantize
 from storage import huggingface
 from storage.checkpoint import usual_window
 from storage.files import read_json, readable, refuse_existing, require, whole
+from storage.texts import gather, with_stdin
 
 OTHERS = "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
 
@@ -54,16 +55,17 @@ def main(argv=None):
     parser.add_model()
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist yet")
     parser.add("--bits", "8", ["8", "4"], "bits per weight")
-    parser.add("--text", help="print the perplexity on this text, before and after; the windows are evaluate.py's",
-               metavar="FILE")
+    parser.add("--text", None, cli.path, "print the perplexity on this text, before and after; texts and windows are "
+               "as in evaluate.py", "FILE")
     parser.add_device()
     args = parser.read(argv)
     source, out, bits = Path(args.folder), Path(args.out), int(args.bits)
     refuse_existing(out)
-    model, *_ = open_model(source)
+    model, tokenizer, _ = open_model(source)
     require(not model.weights.bits, f"{source} is quantised already: give the model from which it was made")
     window = usual_window(source, model.config.max_context)
-    dataset = args.text and TokenDataset.from_text(args.text, source / "tokenizer.json", window, window)
+    dataset = args.text and TokenDataset.from_text(gather(with_stdin([args.text]), tokenizer)[0],
+                                                   source / "tokenizer.json", window, window)
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, source, model, bits)
     for when, which, folder in (("before", model, source), ("after", open_model(out)[0], out)):

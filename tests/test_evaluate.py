@@ -124,7 +124,8 @@ def test_windows_are_as_long_as_in_training_and_otherwise_not_too_long(tmp_path)
     for folder, expected in ("run", 12), ("run/best", 12), ("run/checkpoint-1", 12), ("long", 512), ("run/short", 12):
         code, out, err = command(evaluate.main, folder, "--text", files[1])
         assert code == 0 and f"in windows of {expected} tokens, stride {expected}\n" in out, err
-    code, out, err = command(quantize.main, "long", "small", "--text", files[1])
+    Path("text.jsonl").write_text(json.dumps({"text": Path(files[1]).read_text("utf-8")}))
+    code, out, err = command(quantize.main, "long", "small", "--text", "*.jsonl")
     assert (code, err) == (0, "") and "perplexity" in out
     edit_trainer(Path("run/checkpoint-1"), command={})
     assert usual_window("run", 10) == 10 and usual_window("run/best", 40960) == 512
