@@ -121,7 +121,7 @@ class Settings(Training):
     tokenizer: str | None = in_run(
         None, cli.path, "a Hugging Face tokenizer.json, a model's folder or hf:ORG/NAME; default: made from the text",
         "FILE")
-    demo: bool = in_run(False, bool, "train a small model on Python's own documentation: no files needed", fixed=True)
+    demo: bool = in_run(False, bool, "train a small model on stories that a grammar makes: no files needed", fixed=True)
     init_from: str | None = in_run(
         None, cli.path, "start from the weights, shape and tokenizer of this model (fine-tuning), which may be "
         "hf:ORG/NAME, too", "FOLDER", fixed=True)
@@ -398,6 +398,7 @@ def parse(argv):
         check_free(request.folder)
     if settings.demo and not os.path.isfile((settings.text or [""])[0]):
         text, tokenizer = demo.files()
+        say(f"stories    made by a grammar; a perfect model, one that knows it, needs {demo.FLOOR} bits per byte")
         settings = replace(settings, text=[text], tokenizer=tokenizer)
     request = replace(request, settings=replace(settings, text=with_stdin(settings.text)))
     text, path, words = files_of(request)

@@ -37,7 +37,7 @@ FOLDER, SEED = ROOT / "docs" / "figures", 0
 FLAGS = r"""--demo --embedding-dim 128 --n-block 4 --n-head 4 --hidden-dim 344 --max-context 64 \
         --batch-size 32 --max-steps 400 --log-every 5 --eval-every 80 --sample-every 400 --device cpu"""
 LARGER = Config(2048, 256, 8, 4, max_context=256, hidden_dim=688)       # for `memory`
-SENTENCE, CONTEXT = " If the file does not exist, the file is created.", "This function can be used"
+SENTENCE, CONTEXT = " and Tom. Mia had a red kite. She loved the kite.", "This is the story of Mia and Tom. Mia had"
 
 # ---------------------------------------------------------------- the common style
 

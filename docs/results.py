@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import characters
@@ -49,7 +50,7 @@ def run(name, shown, flags, sampling):
             f"| {float(last['train_loss']):.3f} | **{float(last['val_loss']):.3f}** "
             f"| {float(last['val_perplexity']):.2f} | {float(last['val_bits_per_byte']):.3f} "
             f"| {float(last['seconds']):.0f} |",
-            device, ["    " + line for line in sample.strip().splitlines()])
+            device, [f"    {part}" for line in sample.strip().splitlines() for part in textwrap.wrap(line, 96) or [""]])
 
 
 @functools.cache                # main calls it before anything is written
@@ -109,7 +110,7 @@ def write(file, name, lines):
 
 def texts(text):
     """Write in README.md about the demo and about tiny Shakespeare, the file `text`."""
-    prompt = ["--prompt", "The function returns", "--seed", "1", "--max-new-tokens", "80"]
+    prompt = ["--prompt", "This is the story of", "--seed", "1", "--max-new-tokens", "200"]
     demo_row, device, demo_sample = run("demo", "`python train.py --demo`", ["--demo"], prompt)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = Path(temporary, "characters.json")

@@ -1,12 +1,15 @@
-"""The demo: its settings, its text and tokenizer."""
+"""The demo: its settings, its stories and what they hold, its files."""
 import json
+import math
+import random
+import re
 from pathlib import Path
 
 import pytest
 from tiny import QUICK, SHAPE, check, command, make_files, stop_at
 
 import train
-from console import demo, options
+from console import demo, options, stories
 from storage.checkpoint import read_trainer
 from storage.tokens import load_tokenizer
 
@@ -42,67 +45,90 @@ def test_the_demo_can_be_resumed_too(tmp_path, monkeypatch):
     assert args["demo"] is True and args["tie_embeddings"] is True and args["beta2"] == 0.99
 
 
+# ---------------------------------------------------------------- its stories
+
+STORY = ("This is the story of Ben Bell and Carl Fisher. Ben had a big hat for Carl, because it was his birthday. "
+         "He had made the hat with his uncle. Ben hid the hat behind the door. Carl looked all over the house. At last "
+         'he looked behind the door and saw a big hat. "Thank you, Ben!" said Carl. "What a lovely hat!"')
+# Ben, the plot, Carl, the hat, big, made with whom, the uncle, what Ben hid, where, how Carl looked, what he said
+CHOICES = 12 * 6 * 11 * 12 * 10 * 4 * 6 * 3 * 12 * 4 * 4
+
+
+def test_a_story_and_its_bits_by_hand():
+    story = stories.Story(random.Random(3))
+    assert story.text == STORY
+    assert story.bits == pytest.approx(math.log2(CHOICES))
+
+
+def test_every_form_is_right():
+    texts = "\n".join(story.text for story in stories.stories(500))
+    assert not re.search(r"[{}]|\ba [aeiou]|\ban [^aeiou]|  |\bthe the\b", texts)
+    assert not set(stories.GIRLS) & set(stories.BOYS)
+    for name, forms in (("Mia", "she She her her"), ("Tom", "he He him his")):
+        assert "{0.he} {0.He} {0.him} {0.his}".format(stories.Word(name)) == forms
+
+
+def test_a_story_shows_every_choice_so_its_bits_are_no_more_than_the_least(monkeypatch):
+    """With few words the same text comes again and again, always from the same choices."""
+    for story in stories.stories(300):
+        for word in story.values():
+            assert word in story.text or word[word.index("the"):] in story.text
+            assert not word.adjective or word.full in story.text
+    monkeypatch.setattr(stories, "WORDS", {name: words[:2] for name, words in stories.WORDS.items()})
+    monkeypatch.setattr(stories, "ADJECTIVES", ["red", "old"])
+    choose, made = stories.Story.choose, []
+    monkeypatch.setattr(stories.Story, "choose", lambda self, options: made.append(choose(self, options)) or made[-1])
+    found, again = {}, 0
+    for story in (stories.Story(random.Random(seed % 1500)) for seed in range(3000)):
+        again += story.text in found
+        assert found.setdefault(story.text, made[:]) == made
+        made.clear()
+    assert again > 1500
+
+
+def test_the_floor_is_the_stories_bits_per_byte():
+    some = stories.stories(1500)
+    size = sum(len(f"{story.text}\n\n") for story in some)
+    assert sum(story.bits for story in some) / size == pytest.approx(demo.FLOOR, rel=0.01)
+
+
 # ---------------------------------------------------------------- its text and tokenizer
 
-LONG = "explains what it does in a sentence that is longer than eighty characters, so that it is worth learning from."
-
-
 @pytest.fixture
-def library(tmp_path, monkeypatch):
-    """A standard library of a few files, some of which hold nothing for the demo, and two topics of the reference."""
-    root = tmp_path / "library"
-    for name, content in {
-        "b.py": f'"""B {LONG}"""\nclass C:\n    """C {LONG}"""\n    def method(self):\n        """M {LONG}"""\n',
-        "a/inner.py": f'def f():\n    """F {LONG}\n\n        indented\n    """\n    return "{LONG}"\n',
-        "short.py": '"""Short."""\n', "broken.py": f'"""Broken {LONG}"""\ndef f(:\n',
-        "test/t.py": f'"""T {LONG}"""\n', "site-packages/s.py": f'"""S {LONG}"""\n', "latin.py": b"\xe9 = 1\n",
-    }.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: {"stdlib": str(root)}[name])
-    topics = {"while": "\nThe while statement.\n", "for": "The for 却 é.\n"}
-    monkeypatch.setattr(demo.pydoc_data.topics, "topics", topics)
+def few(monkeypatch):
+    """A short text and a small vocabulary."""
+    monkeypatch.setattr(demo, "STORIES", 60)
+    monkeypatch.setattr(demo, "WORDS", 400)
 
 
-def test_docstrings_are_those_of_the_library_s_own_files_in_their_order(library):
-    assert list(demo.docstrings()) == [f"F {LONG}\n\nindented", f"B {LONG}", f"C {LONG}", f"M {LONG}"]
-
-
-def test_the_text_is_the_topics_and_then_docstrings_up_to_a_size(library, cache_folder, monkeypatch):
-    monkeypatch.setattr(demo, "CHARACTERS", 3 * len(f"B {LONG}") + 20)
-    monkeypatch.setattr(demo, "WORDS", 300)
-    text, tokenizer = demo.files()
-    expected = ["The for 却 é.", "The while statement.", f"F {LONG}\n\nindented", f"B {LONG}", f"C {LONG}"]
-    assert Path(text).read_text(encoding="utf-8") == "\n\n".join(expected) + "\n"
-    assert {Path(text).parent, Path(tokenizer).parent} == {cache_folder}
-    bpe = load_tokenizer(tokenizer)
-    said = Path(text).read_text(encoding="utf-8") + "👍 and words\tit has never seen\r\n"
+def test_the_text_is_the_stories_and_the_tokenizer_knows_every_text(few, cache_folder):
+    text, tokenizer = map(Path, demo.files())
+    said = text.read_text(encoding="utf-8")
+    assert said.removesuffix("\n").split("\n\n") == [story.text for story in stories.stories(60)]
+    assert {text.parent, tokenizer.parent} == {cache_folder}
+    bpe = load_tokenizer(str(tokenizer))
+    said += "👍 and words\tit has never seen\r\n"
     ids = bpe.encode(said).ids
-    assert bpe.decode(ids) == said and len(ids) < len(said.encode()) and bpe.get_vocab_size() == 300
+    assert bpe.decode(ids) == said and len(ids) < len(said.encode()) / 2 and bpe.get_vocab_size() == 400
 
 
-def test_text_and_tokenizer_are_made_once_and_again_if_one_is_missing(library, monkeypatch):
-    monkeypatch.setattr(demo, "WORDS", 300)
+def test_text_and_tokenizer_are_made_once_and_again_if_one_is_missing(few, monkeypatch):
     files = [Path(path) for path in demo.files()]
     before = [path.read_bytes() for path in files]
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "docstrings", None)
+        patch.setattr(demo, "stories", None)
         assert [Path(path) for path in demo.files()] == files
     for path in files:
         path.unlink()
         assert [Path(path).read_bytes() for path in demo.files()] == before
 
 
-def test_the_first_command_of_the_readme(monkeypatch):
-    """With Python's own documentation, though not all of it."""
-    topics = demo.pydoc_data.topics.topics
-    monkeypatch.setattr(demo.pydoc_data.topics, "topics", {name: topics[name] for name in sorted(topics)[:10]})
-    monkeypatch.setattr(demo, "CHARACTERS", 20_000)
-    monkeypatch.setattr(demo, "WORDS", 400)
-    code, out, err = command(train.main, "--demo", *SHAPE, *QUICK, "--max-steps", 3, "--prompt", "The function")
+def test_the_first_command_of_the_readme(few):
+    code, out, err = command(train.main, "--demo", *SHAPE, *QUICK, "--max-steps", 3,
+                             "--prompt", "This is the story")
     assert (code, err) == (0, "") and Path("runs/llm/config.json").exists()
-    assert "The function" in out and "--prompt 'The function" in out.splitlines()[-1]
+    assert f"needs {demo.FLOOR} bits per byte" in out
+    assert "This is the story" in out and "--prompt 'This is the story" in out.splitlines()[-1]
     assert json.loads(Path("runs/llm/config.json").read_text())["vocab_size"] == 400
 
 

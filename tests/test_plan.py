@@ -159,7 +159,7 @@ def test_every_flag_that_matters_is_honoured(tokenizer, quick):
 
 def test_the_demo_needs_no_files(quick, cache_folder):
     out = planned("--demo")
-    assert f"vocab_size={demo.WORDS}" in out and "embedding_dim=192" in out and "a step of 2,048 tokens" in out
+    assert f"vocab_size={demo.WORDS}" in out and "embedding_dim=128" in out and "a step of 512 tokens" in out
     assert not cache_folder.exists()
 
 
