@@ -1,9 +1,10 @@
 """Make the runs that the documents report and write them there:  python docs/results.py tinyshakespeare.txt fashion
 
 With a text they are the demo, which needs no file, and tiny Shakespeare with a token for each of its 65 characters:
-docs/demo.png, docs/shakespeare.png and the parts of README.md between the marks `sample` and `results`. With a folder,
-which docs/fashion_mnist.py makes, they are those of the image classifier: docs/map.png and the part of docs/guide.md
-between the marks `pictures`. Either may be left out. docs/tables.py then copies these parts into the Chinese pages.
+docs/demo.png, docs/shakespeare.png and the parts of README.md between the marks `story`, `play` and `results`. With a
+folder, which docs/fashion_mnist.py makes, they are those of the image classifier: docs/map.png and the part of
+docs/guide.md between the marks `pictures`. Either may be left out. docs/tables.py then copies these parts into the
+Chinese pages.
 """
 import csv
 import functools
@@ -23,6 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))           # nanollm is run from its folder
+from console.demo import SETTINGS  # noqa: E402
 from images import demo  # noqa: E402
 
 URL = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -110,29 +112,30 @@ def write(file, name, lines):
 
 def texts(text):
     """Write in README.md about the demo and about tiny Shakespeare, the file `text`."""
-    prompt = ["--prompt", "This is the story of", "--seed", "1", "--max-new-tokens", "200"]
-    demo_row, device, demo_sample = run("demo", "`python train.py --demo`", ["--demo"], prompt)
+    limit = "The last command prints this and stops at its limit:"
+    sampling = ["--prompt", SETTINGS["prompt"], "--seed", "1", "--max-new-tokens", "120"]
+    demo_row, device, story = run("demo", "the demo", ["--demo"], sampling)
+    write("README.md", "story", ["    python train.py --demo",
+                                 f"    python generate.py runs/llm {shlex.join(sampling)}", "", limit, "", *story])
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = Path(temporary, "characters.json")
         characters.write(text, tokenizer)
         sampling = ["--prompt", "ROMEO:", "--seed", "1", "--max-new-tokens", "300"]
-        row, _, sample = run("shakespeare", "tiny Shakespeare, as above",
-                             ["--text", str(text), "--tokenizer", str(tokenizer), *YARDSTICK.split()], sampling)
+        row, _, play = run("shakespeare", "tiny Shakespeare",
+                           ["--text", str(text), "--tokenizer", str(tokenizer), *YARDSTICK.split()], sampling)
     shown = YARDSTICK
     for flag in (" --batch", " --beta2"):
         shown = shown.replace(flag, f" \\\n       {flag}")
-    write("README.md", "sample", [
+    write("README.md", "play", [
         "    curl -Lo tinyshakespeare.txt \\", f"        {URL}",
         "    python docs/characters.py tinyshakespeare.txt characters.json",
         "    python train.py --text tinyshakespeare.txt --tokenizer characters.json --artifact-dir runs/shakespeare \\",
         f"        {shown}",
-        f"    python generate.py runs/shakespeare {shlex.join(sampling)}", "",
-        "The last command prints this and stops at its limit:", "", *sample])
+        f"    python generate.py runs/shakespeare {shlex.join(sampling)}", "", limit, "", *play])
     write("README.md", "results", [
         "| | parameters | steps | tokens | training loss | validation loss | perplexity | bits per byte | seconds |",
         "|---|---|---|---|---|---|---|---|---|", demo_row, row, "",
-        f"{device}, {cpu()}; seed 0; commit {commit()}. `python generate.py FOLDER {shlex.join(prompt)}` writes after "
-        "the demo, up to its limit:", "", *demo_sample])
+        f"{device}, {cpu()}; seed 0; commit {commit()}."])
 
 
 def main():

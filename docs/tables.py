@@ -30,8 +30,7 @@ CHINESE = {
     "| always the most frequent class | seconds":
         "训练图片 | 步数 | 训练损失 | 验证损失 | 验证准确率 | 总猜最常见的类别 | 秒",
     "The last command prints this and stops at its limit:": "最后一条命令输出以下内容，到数目上限为止：",
-    " writes after the demo, up to its limit:": " 在 demo 之后的输出，到数目上限为止：",
-    "| tiny Shakespeare, as above |": "| tiny Shakespeare，见上文 |",
+    "| the demo |": "| demo |",
     "compared with | its figure | time ratio (range) | peak MB of both | share of the sgemm rate of both":
         "对比对象 | 对方的数值 | 时间之比（范围）| 双方的内存峰值，MB | 双方达到 sgemm 速率的比例",
     ": training step |": "：训练步 |",
