@@ -12,7 +12,6 @@ import emulator
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[3]
-PRINTED = 12            # kinds of kernels
 
 
 def count(f):
@@ -23,11 +22,7 @@ def count(f):
     f()
     seconds = time.perf_counter() - start
     emulator.runtime.stop()
-    operations = collections.Counter()
-    for kind, detail in notes:
-        if kind != "malloc":
-            operations[detail if kind == "kernel" else kind] += 1
-    return operations, seconds
+    return collections.Counter(name or kind for kind, name in notes if kind != "malloc"), seconds
 
 
 def step(model, optimizer, x, y):
@@ -57,7 +52,7 @@ def main(dtype="float32"):
     for name, (operations, seconds) in (phases | {"token": count(lambda: next(tokens))}).items():
         waits = operations.pop("sync", 0)
         print(f"{name:9}{operations.total():5} operations, {waits} waits, {1000 * seconds:6.1f} ms of the host"
-              f"   {dict(operations.most_common(PRINTED))}")
+              f"   {dict(operations.most_common(12))}")
     print(f"a step   {sum(operations.total() for operations, _ in phases.values()):5} operations, "
           f"{sum(seconds for _, seconds in phases.values()) * 1000:.1f} ms of the host; "
           f"{device.xp.get_default_memory_pool().total_bytes() / 1e6:.0f} MB reserved")

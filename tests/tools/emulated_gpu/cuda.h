@@ -5,11 +5,8 @@
 #include <cassert>
 #include <cfloat>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <type_traits>
 #include <utility>
 #define __device__
@@ -22,7 +19,7 @@
 #define __launch_bounds__(...)
 #define __CUDACC_VER_MAJOR__ 12
 struct Dim { unsigned x, y, z; };
-extern "C" { Dim threadIdx, blockIdx, blockDim, gridDim; void (*emulated_barrier)(void); }
+extern "C" { extern Dim threadIdx, blockIdx, blockDim, gridDim; void emulated_barrier(void); }  // runtime.c's
 static inline void __syncthreads() { emulated_barrier(); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -33,16 +30,11 @@ static inline float __int_as_float(int i) { return bits_of<float>(i); }
 static inline long long __double_as_longlong(double f) { return bits_of<long long>(f); }
 static inline double __longlong_as_double(long long i) { return bits_of<double>(i); }
 
-template <class T> static inline T __ldg(const T *p) { return *p; }
 template <class T> static inline T atomicAdd(T *a, T v) { T old = *a; *a += v; return old; }
-template <class T> static inline T atomicSub(T *a, T v) { T old = *a; *a -= v; return old; }
 template <class T> static inline T atomicMax(T *a, T v) { T old = *a; *a = old > v ? old : v; return old; }
 template <class T> static inline T atomicMin(T *a, T v) { T old = *a; *a = old < v ? old : v; return old; }
 template <class T> static inline T atomicCAS(T *a, T was, T v) { T old = *a; if (old == was) *a = v; return old; }
-template <class T> static inline T rsqrt(T x) { return 1 / std::sqrt(x); }
-using std::abs; using std::exp; using std::floor; using std::fmax; using std::fmin; using std::isfinite; using std::isinf;
-using std::isnan; using std::log; using std::max; using std::min; using std::pow; using std::signbit; using std::sqrt;
-using std::tanh;
+using namespace std;
 
 struct __half_raw { unsigned short x; };
 struct half {
@@ -82,10 +74,9 @@ template <class T> bool operator>(const complex<T> &a, const complex<T> &b) { re
 template <class T> bool isnan(const complex<T> &a) { return a.r != a.r; }
 
 // emulated_run(p) calls the kernel with the arguments that p points to
-template <class... A, size_t... I> static void emulated_call(void (*f)(A...), void **p, std::index_sequence<I...>) {
-    f(*(std::remove_const_t<A> *)p[I]...);
-}
 template <class... A> static void emulated_call(void (*f)(A...), void **p) {
-    emulated_call(f, p, std::index_sequence_for<A...>{});
+    [&]<size_t... I>(std::index_sequence<I...>) {
+        f(*(std::remove_const_t<A> *)p[I]...);
+    }(std::index_sequence_for<A...>{});
 }
 #define EMULATED_RUN(name) extern "C" void emulated_run(void **p) { emulated_call(&name, p); }

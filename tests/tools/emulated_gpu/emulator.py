@@ -6,10 +6,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib
 import importlib.util
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -17,12 +15,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-SOURCES = "runtime.c", "cublas.c", "cuda.h", "emulator.py"
 C = ["-O1", "-shared", "-fPIC", "-w", "-Wl,-Bsymbolic"]         # a kernel may have the name of a function of C
-
+LIBRARIES = "libcublas.so", "libcublasLt.so"        # CuPy asks for both, and finds by its name what has been loaded
+FLOATS = {number: np.dtype(name) for number, name in (          # cudaDataType
+    (0, "float32"), (1, "float64"), (2, "float16"), (14, "bfloat16"))}
+SUPPORTED = {                   # (inputs, result, sums: a cublasComputeType)
+    (0, 0, 68), (0, 0, 77), (1, 1, 70), (2, 2, 68), (2, 0, 68), (14, 14, 68), (14, 0, 68)}
 
 
 @functools.cache
@@ -36,33 +38,26 @@ def wheel(name):
 
 def missing():
     """What this machine lacks to emulate a GPU: "" if nothing."""
-    lacking = [tool for tool in ("gcc", "g++", "nm") if not shutil.which(tool)]
+    lacking = [tool for tool in ("gcc", "g++") if not shutil.which(tool)]
     lacking += [name for name in ("cupy", "nvidia.cuda_nvrtc", "nvidia.cuda_runtime") if not wheel(name)]
     return ", ".join(lacking)
 
 
 def built():
-    """The folder of the compiled emulator, which is made if these sources have none for this Python and CuPy."""
-    cupy_cublas = next((wheel("cupy_backends") / "cuda/libs").glob("cublas*.so"))
-    text = b"".join((HERE / name).read_bytes() for name in SOURCES) + cupy_cublas.read_bytes() + sys.version.encode()
+    """The folder of the compiled emulator, which is made if these sources have none for this Python."""
+    text = b"".join((HERE / name).read_bytes() for name in ("runtime.c", "cuda.h")) + sys.version.encode()
     folder = HERE / "built" / hashlib.sha256(text).hexdigest()[:16]
     if folder.exists():
         return folder
     making = folder.with_suffix(f".{os.getpid()}")
-    (making / "kernels").mkdir(parents=True)
-    (making / "include/cupy").mkdir(parents=True)
+    for part in "kernels", "include/cupy":
+        (making / part).mkdir(parents=True)
     shutil.copy(HERE / "cuda.h", making / "include")
     for empty in "cuda_fp16.h", "cuda_bf16.h", "cupy/complex.cuh":
         (making / "include" / empty).touch()
-    own = (HERE / "cublas.c").read_text()
-    wanted = subprocess.check_output(["nm", "-D", "--undefined-only", cupy_cublas], text=True)
-    stubs = {name for name in re.findall(r"\bcublas\w+", wanted) if f"int {name}(" not in own}
-    (making / "stubs.c").write_text("".join(f"int {name}(void) {{ return 15; }}\n" for name in sorted(stubs)))
-    (making / "lt.c").write_text("int cublasLtGetVersion(void) { return 120900; }\n")
-    gcc = ["gcc", *C, f"-I{sysconfig.get_paths()['include']}"]
-    for target, *files in (("emulated_runtime.so", HERE / "runtime.c"), ("libcublasLt.so.12", making / "lt.c"),
-                           ("libcublas.so.12", HERE / "cublas.c", making / "stubs.c")):
-        subprocess.run([*gcc, f"-Wl,-soname,{target}", "-o", making / target, *files], check=True)
+    for name in LIBRARIES:
+        subprocess.run(["gcc", *C, f"-I{sysconfig.get_paths()['include']}", f"-Wl,-soname,{name}.12", "-o",
+                        making / name, HERE / "runtime.c"], check=True)
     try:
         making.rename(folder)
     except OSError:             # another process was faster
@@ -73,9 +68,8 @@ def built():
 class Kernels:
     """Modules of CuPy's, compiled by NVRTC for an H100 to see whether it can, and by g++ to run them here."""
 
-    def __init__(self, folder, compile_, execute):
-        self.folder, self.compile, self.execute = folder / "kernels", compile_, execute
-        self.modules, self.libraries = [b""], []
+    def __init__(self, folder, execute):
+        self.folder, self.execute, self.libraries = folder / "kernels", execute, []
 
     def compile_source(self, source, options=(), arch=None, *rest, **others):
         """In place of cupy.cuda.compiler's function of this kind: (image, mapping)."""
@@ -86,21 +80,17 @@ class Kernels:
         seen.touch()
         return (source.encode(), {}) if self.execute else (image, mapping)
 
-    def load(self, image):
-        self.modules.append(bytes(image))
-        return len(self.modules) - 1
-
-    def function(self, module, name):
-        """The addresses of a kernel that g++ compiled, in the order of runtime.c's Kernel; None if none is executed."""
+    def function(self, image, name):
+        """(the address of a kernel that g++ compiled, whether it has barriers); None if none is executed."""
         if not self.execute:
             return None
-        source = self.modules[module].decode()
+        source = image.decode()
         path = self.folder / (hashlib.sha256((source + name).encode()).hexdigest()[:24] + ".so")
         if not path.exists():
             making = path.with_suffix(f".{os.getpid()}")
             text = f'#include "cuda.h"\n{source}\nEMULATED_RUN({name})\n'
             done = subprocess.run(
-                ["g++", "-std=c++17", *C, "-ffp-contract=off", f"-I{self.folder.parent / 'include'}",
+                ["g++", "-std=c++20", *C, "-ffp-contract=off", f"-I{self.folder.parent / 'include'}",
                  f"-I{wheel('cupy') / '_core/include'}", "-o", making, "-x", "c++", "-"],
                 input=text, capture_output=True, text=True)
             if done.returncode:
@@ -108,17 +98,39 @@ class Kernels:
             making.rename(path)
         library = ctypes.CDLL(str(path))
         self.libraries.append(library)
-        variables = "threadIdx", "blockIdx", "blockDim", "gridDim", "emulated_barrier"
-        addresses = [ctypes.addressof(ctypes.c_char.in_dll(library, variable)) for variable in variables]
         run = ctypes.cast(library.emulated_run, ctypes.c_void_p).value
-        return run, *addresses, int("__syncthreads" in source.split('extern "C" __global__')[-1])
+        return run, "__syncthreads" in source.split('extern "C" __global__')[-1]
 
 
-def host_view(array):
-    """The memory of a contiguous device array as a NumPy array."""
-    assert array.flags.c_contiguous, "only contiguous arrays are reduced in one call"
-    memory = (ctypes.c_char * array.nbytes).from_address(array.data.ptr) if array.size else b""
-    return np.ndarray(array.shape, array.dtype, memory)
+def in_memory(address, dtype, shape, strides):
+    """What is at an address of the device, as a NumPy array."""
+    size = dtype.itemsize + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(address), 0, strides)
+
+
+def matrices(address, kind, lead, step, count, rows, columns, transposed=False):
+    """`count` matrices in memory as cuBLAS describes them, column by column."""
+    dtype, n = FLOATS[kind], FLOATS[kind].itemsize
+    row, column = (lead, 1) if transposed else (1, lead)
+    return in_memory(address, dtype, (count, rows, columns), (step * n, row * n, column * n))
+
+
+def product(mine, count, m, n, k, ta, tb, alpha, a, a_kind, lda, a_step, b, b_kind, ldb, b_step, beta, c, c_kind, ldc,
+            c_step, compute, algo):
+    """cublasGemmStridedBatchedEx, as strict as cuBLAS: the status. Sums are in double precision."""
+    leads = lda >= max(k if ta else m, 1), ldb >= max(n if tb else k, 1), ldc >= max(m, 1)
+    aligned = all(address % FLOATS[kind].itemsize == 0 for address, kind in ((a, a_kind), (b, b_kind), (c, c_kind)))
+    if not (mine and all(leads) and aligned and ta in (0, 1) and tb in (0, 1) and algo in (-1, 99)):
+        return 7                                # invalid value; algorithm 99 is CuPy's, on tensor cores
+    if a_kind != b_kind or (a_kind, c_kind, compute) not in SUPPORTED:
+        return 15                               # not supported
+    number = ctypes.c_double if compute == 70 else ctypes.c_float
+    alpha, beta = (number.from_address(address).value for address in (alpha, beta))
+    left, right = matrices(a, a_kind, lda, a_step, count, m, k, ta), matrices(b, b_kind, ldb, b_step, count, k, n, tb)
+    out = matrices(c, c_kind, ldc, c_step, count, m, n)
+    with np.errstate(all="ignore"):             # with beta 0 what `out` was is not read
+        out[...] = alpha * (left.astype(float) @ right.astype(float)) + (beta * out.astype(float) if beta else 0)
+    return 0
 
 
 def _reducer(kind, launches, execute):
@@ -126,15 +138,15 @@ def _reducer(kind, launches, execute):
     def reduce(x, op, reduce_axis, out_axis, out=None, keepdims=False, contiguous_size=0):
         import cupy
         for _ in range(launches):
-            runtime.note("cub", kind)
+            runtime.note("cub")
         axes = tuple(i for i in range(x.ndim) if kind == "device" or i not in out_axis)
         shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keepdims or i not in axes)
         y = cupy.ndarray(shape, x.dtype)
         if execute:
-            values, functions = host_view(x), {0: np.sum, 1: np.min, 2: np.max, 5: np.prod}
+            values, result = (in_memory(array.data.ptr, array.dtype, array.shape, array.strides) for array in (x, y))
             wide = values.astype(np.float32) if x.itemsize == 2 else values
             with np.errstate(all="ignore"):
-                host_view(y)[...] = functions[op](wide, axis=axes, keepdims=keepdims)
+                result[...] = {0: np.sum, 1: np.min, 2: np.max, 5: np.prod}[op](wide, axis=axes, keepdims=keepdims)
         if out is not None:
             cupy._core.elementwise_copy(y, out)
             y = out
@@ -144,27 +156,26 @@ def _reducer(kind, launches, execute):
 
 def install(execute=True):
     """Put CuPy, which must not be imported yet, on the emulated device. execute=False: kernels and products are only
-    compiled and noted. Afterwards `emulator.runtime` has start(list), stop() and memory().
+    compiled and noted. Afterwards `emulator.runtime` has start(list) and stop().
     """
     global runtime
     folder = built()
     os.environ |= {"CUPY_CACHE_DIR": str(folder / "cache"), "CUDA_PATH": str(wheel("nvidia.cuda_runtime")),
                    "NANOLLM_DEVICE": "gpu"}
-    cudart = wheel("nvidia.cuda_runtime") / "lib/libcudart.so.12"
-    for path in cudart, folder / "libcublasLt.so.12", folder / "libcublas.so.12":
-        cublas = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)    # what has been loaded is found by its name
+    for path in wheel("nvidia.cuda_runtime") / "lib/libcudart.so.12", *(folder / name for name in LIBRARIES):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    sys.setdlopenflags(os.RTLD_LAZY)            # what else CuPy would call of cuBLAS is not there
     import cupy_backends.cuda.api.runtime as api
-    spec = importlib.util.spec_from_file_location("emulated_runtime", folder / "emulated_runtime.so")
+    spec = importlib.util.spec_from_file_location("emulated_runtime", folder / LIBRARIES[0])
     runtime = sys.modules["emulated_runtime"] = importlib.util.module_from_spec(spec)       # tests import it
-    kernels = Kernels(folder, None, execute)
-    runtime.install(kernels.load, kernels.function)
+    kernels = Kernels(folder, execute)
+    runtime.install(kernels.function, product if execute else None)
     properties = {"name": b"emulated H100", "warpSize": 32, "multiProcessorCount": 132, "major": 9, "minor": 0,
                   "totalGlobalMem": 80 << 30}
     for name, function in {                     # CuPy's Python calls these, not the C functions
             "getDevice": lambda: 0, "getDeviceCount": lambda: 1, "setDevice": lambda number: None,
-            "driverGetVersion": lambda: 13000, "deviceSynchronize": lambda: runtime.note("sync", "device"),
-            "memGetInfo": lambda: ((80 << 30) - runtime.memory()[0], 80 << 30),
-            "getDeviceProperties": lambda number: properties,
+            "driverGetVersion": lambda: 13000, "deviceSynchronize": lambda: runtime.note("sync"),
+            "memGetInfo": runtime.memGetInfo, "getDeviceProperties": lambda number: properties,
             "deviceGetAttribute": lambda which, number: {75: 9, 16: 132, 10: 32}.get(which, 0)}.items():
         setattr(api, name, function)
     import cupy
@@ -172,9 +183,6 @@ def install(execute=True):
     cub.device_reduce, cub.device_segmented_reduce = _reducer("device", 2, execute), _reducer("segmented", 1, execute)
     kernels.compile = compiler._compile_using_nvrtc_no_warning
     compiler._compile_using_nvrtc_no_warning = kernels.compile_source
-    ctypes.c_int.in_dll(cublas, "emulated_compute").value = execute
-    install.callback = ctypes.CFUNCTYPE(None)(lambda: runtime.note("gemm", None))       # must live on
-    ctypes.c_void_p.in_dll(cublas, "emulated_note").value = ctypes.cast(install.callback, ctypes.c_void_p).value
     if execute:                 # its images are sources: CuPy must not keep them, nor use CUB inside a kernel
         compiler._set_kernel_cache_backend(type("None", (), {"load": lambda *_: None, "save": lambda *_: None})())
         cupy._core.set_reduction_accelerators([])
