@@ -503,10 +503,9 @@ def rmsnorm(x, w, eps=1e-6):
         dout, dx = _rows(dout), device.xp.empty_like(rows)
         def block(part):
             xs, dout_, q_ = device.loaded(rows[part]), device.loaded(dout[part]), q[part]
-            g = formulas.rmsnorm_g(xs, q_, dout_, C, eps)
-            dot = device.row_dot(g, weight)
+            dot, share = formulas.rmsnorm_sums(xs, q_, dout_, weight, C, eps)
             formulas.rmsnorm_dx(xs, q_, dout_, weight, dot, C, eps, dx[part])
-            return g.sum(0)                                             # this block's share of dw
+            return share                                                # this block's, of dw
         shares = _sweep_rows(block, *rows.shape)
         return dx.reshape(shape), lambda dw: device.add_each(dw, shares)
     return record(out.reshape(shape), (x, w), backward)

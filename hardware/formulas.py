@@ -45,12 +45,28 @@ def rmsnorm(x, q, w, C, eps, out):
     device.xp.multiply(x * _r(q, C, eps), w, out)
 
 
-@fuse
-def rmsnorm_g(x, q, dout, C, eps):
-    """g = dout x r, in at least float32."""
+def rmsnorm_sums(x, q, dout, w, C, eps):
+    """sum(g w) of each row (N, 1) and sum(g) of each column (C,), for g = dout x r, which a GPU never holds."""
+    if device.on_gpu:
+        return _g_along_rows(x, q, dout, w, C, eps)[:, None], _g_along_columns(x, q, dout, C, eps)
+    g = _g(x, q, dout, C, eps)
+    return device.row_dot(g, w), g.sum(0)
+
+
+def _g(x, q, dout, C, eps):             # at least float32
     g = device.wide(dout) * x
     g *= _r(q, C, eps)
     return g
+
+
+@fuse
+def _g_along_rows(x, q, dout, w, C, eps):
+    return device.xp.sum(_g(x, q, dout, C, eps) * w, axis=-1)
+
+
+@fuse
+def _g_along_columns(x, q, dout, C, eps):
+    return device.xp.sum(_g(x, q, dout, C, eps), axis=0)
 
 
 @fuse

@@ -5,6 +5,7 @@
 #include <cassert>
 #include <cfloat>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -34,7 +35,9 @@ template <class T> static inline T atomicAdd(T *a, T v) { T old = *a; *a += v; r
 template <class T> static inline T atomicMax(T *a, T v) { T old = *a; *a = old > v ? old : v; return old; }
 template <class T> static inline T atomicMin(T *a, T v) { T old = *a; *a = old < v ? old : v; return old; }
 template <class T> static inline T atomicCAS(T *a, T was, T v) { T old = *a; if (old == was) *a = v; return old; }
-using namespace std;
+using std::abs; using std::exp; using std::floor; using std::fmax; using std::fmin; using std::isfinite;
+using std::isinf; using std::isnan; using std::log; using std::max; using std::min; using std::pow; using std::signbit;
+using std::sqrt; using std::tanh;
 
 struct __half_raw { unsigned short x; };
 struct half {
