@@ -24,20 +24,21 @@ sys.path.insert(0, str(ROOT))
 from probes import attention_maps, hooked, training_step
 
 from autograd import Tensor, no_grad, rmsnorm, rope
-from console import demo, drawing, metrics
+from console import drawing, metrics
 from console.drawing import BLUE, GREEN, GREY, INK, PALE, PAPER, PINK, RED
 from data import TokenDataset
 from generate import open_model
 from hardware import device
 from hardware.sampling import probabilities
+from lessons.common import decode, read_text
 from nanollm import Config, NanoLLM
 from train import Adam
 
 FOLDER, SEED = ROOT / "docs" / "figures", 0
-FLAGS = r"""--demo --embedding-dim 128 --n-block 4 --n-head 4 --hidden-dim 344 --max-context 64 \
-        --batch-size 32 --max-steps 400 --log-every 5 --eval-every 80 --sample-every 400 --device cpu"""
+FLAGS = r"""--text reference.txt --size tiny --vocab-size 2048 --max-context 64 --batch-size 32 --max-steps 400 \
+        --log-every 5 --eval-every 80 --sample-every 400 --device cpu"""
 LARGER = Config(2048, 256, 8, 4, max_context=256, hidden_dim=688)       # for `memory`
-SENTENCE, CONTEXT = " and Tom. Mia had a red kite. She loved the kite.", "This is the story of Mia and Tom. Mia had"
+SENTENCE, CONTEXT = " If the file does not exist, the file is created.", "This function can be used"
 
 # ---------------------------------------------------------------- the common style
 
@@ -93,12 +94,15 @@ Trained = namedtuple("Trained", "model tokenizer train_set rows")       # rows: 
 def trained():
     """The model of one run of train.py with FLAGS, its data and its metrics."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run"
-        subprocess.run([sys.executable, "train.py", *FLAGS.replace("\\", "").split(), "--seed", str(SEED),
-                        "--artifact-dir", folder], cwd=ROOT, check=True)
+        folder, text = Path(temporary) / "run", Path(temporary) / "reference.txt"
+        text.write_text(decode(*read_text()), encoding="utf-8")
+        flags = FLAGS.replace("\\", "").replace("reference.txt", str(text)).split()
+        subprocess.run([sys.executable, "train.py", *flags, "--seed", str(SEED), "--artifact-dir", folder],
+                       cwd=ROOT, check=True)
         model, tokenizer, _ = open_model(folder)
         rows = metrics.read(folder / "metrics.csv")
-    train_set, _ = TokenDataset.from_text(*demo.files(), model.config.max_context).split(0.1)
+        train_set, _ = TokenDataset.from_text(str(text), str(folder / "tokenizer.json"),
+                                              model.config.max_context).split(0.1)
     return Trained(model, tokenizer, train_set, rows)
 
 
@@ -493,6 +497,8 @@ HEAD = f"""# Figures
 trained model in `attention`, `training`, `gradient_flow`, `time` and `sampling` comes from
 
     python train.py {FLAGS}
+
+reference.txt is the language reference that comes with Python, the text of the lessons.
 """
 
 
