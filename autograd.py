@@ -32,6 +32,7 @@ import functools
 import math
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import attrgetter
 from types import EllipsisType
 
 import numpy as np
@@ -80,14 +81,14 @@ class Tensor:
     __slots__ = ("data", "requires_grad", "grad", "half", "_node")
     __array_ufunc__ = None              # array * tensor: NumPy must leave it to the tensor
     shared = False                      # a leaf owns its grad: add to it in place
-    shape = property(lambda self: self.data.shape)
-    dtype = property(lambda self: self.data.dtype)
+    shape, dtype = property(attrgetter("data.shape")), property(attrgetter("data.dtype"))
 
     def __init__(self, data, requires_grad=False):
         self.data = device.xp.asarray(data)
         if requires_grad and self.data.dtype.kind in "biu":         # bool, int, unsigned
             raise TypeError(f"requires_grad needs floating-point data, not {self.data.dtype}")
-        self.requires_grad, self.grad, self.half, self._node = requires_grad, None, None, None
+        self.requires_grad = requires_grad
+        self.grad = self.half = self._node = None
 
     def __repr__(self):
         return f"Tensor({self.data}{', requires_grad=True' if self.requires_grad else ''})"
@@ -210,7 +211,7 @@ def record(data, inputs, backward):
     this Tensor: out → Node → backward → out is a cycle, which only the garbage collector frees.
     """
     out = Tensor(data)
-    if recording(*inputs):
+    if not _no_grad.get() and any(t.requires_grad for t in inputs):
         out.requires_grad, node = True, Node()
         out._node, node.backward, node.shape, node.dtype = node, backward, out.shape, out.dtype
         node.parents = tuple((t._node or t) if t.requires_grad else None for t in inputs)
@@ -404,9 +405,9 @@ def embedding(w, ids):
     Row v of w went to every place where ids == v, so dw_v is the sum of dout over these places.
     (On a GPU the order of that sum varies from run to run. No other op does that.)
     """
-    ids = device.as_ids(ids, len(w.data))
-    return record(w.data[ids], (w,), lambda dout: (
-        functools.partial(device.add_rows, ids=ids.reshape(-1), rows=_rows(dout)),))
+    ids, table = device.as_ids(ids, len(w.data)), w.data if w.half is None else w.half
+    return record(table[ids], (w,), lambda dout: (
+        functools.partial(device.add_rows, ids=ids.reshape(-1), rows=_wide(_rows(dout))),))
 
 
 # ---------------------------------------------------------------- softmax, RMSNorm and RoPE
@@ -681,11 +682,10 @@ def attention(q, k, v):
     heads, scale = _SCORES // (G * queries * S), D ** -0.5
     merged = lambda x: x.reshape(len(x), -1, x.shape[-1])           # (h, G, n, D) -> (h, G·n, D)
     split = lambda x: x.reshape(len(x), G, -1, x.shape[-1])         # and back
-    product = lambda a, b, **into: device.matmul(a.astype(dtype, copy=False), b, **into)
 
     def scores(h, t, end):                  # q (h, G·n, D) and the masked s (h, G·n, end)
         q = merged(qs[h, :, t])
-        s = product(q, _t(ks[h, :end]), dtype=wide, scale=scale)
+        s = device.matmul(q, _t(ks[h, :end]), dtype=wide, scale=scale)
         n = t.stop - t.start                # The causal mask: the n queries stand at the last n of
         if n > 1:                           # `end` positions, so only keys there can be later.
             latest = split(s)[..., end - n:]        # a view
@@ -695,10 +695,10 @@ def attention(q, k, v):
     def forward(h):
         for t, end in _query_blocks(T, S, queries):
             _, p = scores(h, t, end)
-            top = p.max(-1, keepdims=True)
-            formulas.exp_less(p, top)           # softmax without the division by its row sums:
+            top = p.max(-1, keepdims=True)      # softmax without the division by its row sums:
+            rounded = formulas.exp_less(p, top, dtype)          # changes p; the same in q's dtype
             total = p.sum(-1, keepdims=True)    # p @ v has D numbers a row to divide, p has `end`
-            pv = product(p, vs[h, :end], dtype=wide)
+            pv = device.matmul(rounded, vs[h, :end], dtype=wide)
             xp.divide(split(pv), split(total), out=out[h, :, t])
             if L is not None:
                 formulas.plus_log(split(top), split(total), L[h, :, t])
@@ -712,17 +712,17 @@ def attention(q, k, v):
         def block(h):
             for t, end in _query_blocks(T, S, queries):         # the first one sees all keys
                 q, p = scores(h, t, end)
-                formulas.exp_less(p, merged(L[h, :, t]))
+                rounded = formulas.exp_less(p, merged(L[h, :, t]), dtype)
                 d, add = merged(dout[h, :, t]), t.stop < T
-                product(_t(p), d, out=dv[h, :end], accumulate=add)
-                dp = product(d, _t(vs[h, :end]), dtype=wide)
-                formulas.less_times(dp, device.row_dot(p, dp), p)       # p (dp - δ)
-                ds = dp.astype(dtype, copy=False)
+                device.matmul(_t(rounded), d, out=dv[h, :end], accumulate=add)
+                del rounded                     # memory for what follows
+                dp = device.matmul(d, _t(vs[h, :end]), dtype=wide)
+                ds = formulas.less_times(dp, device.row_dot(p, dp), p, dtype)       # p (dp - δ)
                 if G == 1 or queries == T:
-                    product(ds, ks[h, :end], out=merged(dq[h, :, t]), scale=scale)      # a view
+                    device.matmul(ds, ks[h, :end], out=merged(dq[h, :, t]), scale=scale)
                 else:
-                    dq[h, :, t] = split(product(ds, ks[h, :end], scale=scale))
-                product(_t(ds), q, out=dk[h, :end], accumulate=add, scale=scale)
+                    dq[h, :, t] = split(device.matmul(ds, ks[h, :end], scale=scale))
+                device.matmul(_t(ds), q, out=dk[h, :end], accumulate=add, scale=scale)
         device.sweep(block, B * K, heads)
         dk, dv = (x.astype(dtype, copy=False).reshape(B, K, S, D) for x in (dk, dv))
         return dq.reshape(B, H, T, D), dk, dv

@@ -31,7 +31,7 @@ from autograd import (
     rmsnorm,
     rope,
 )
-from hardware import device
+from hardware import device, formulas
 from hardware.quantized import QuantizedParameters
 from hardware.sampling import sample
 from storage import huggingface
@@ -217,9 +217,9 @@ class KVCache:
     def extend(self, i, k, v):
         """Store block i's k and v (B, K, T, D) of T new positions; return all, (B, K, S, D)."""
         end = self.length + k.shape[2]
-        self.k[i, :, :, self.length:end] = k.data
-        self.v[i, :, :, self.length:end] = v.data
-        return Tensor(self.k[i, :, :, :end]), Tensor(self.v[i, :, :, :end])
+        ks, vs = self.k[i, :, :, :end], self.v[i, :, :, :end]
+        formulas.copy_both(k.data, v.data, ks[:, :, self.length:], vs[:, :, self.length:])
+        return Tensor(ks), Tensor(vs)
 
 
 # ---------------------------------------------------------------- the transformer

@@ -369,7 +369,10 @@ def matmul(a, b, out=None, accumulate=False, dtype=None, scale=1):
     summed as float32, and rounded once, unless `out` or `dtype` is float32.
     """
     if out is None:
-        out = xp.empty((*a.shape[:-1], b.shape[-1]), dtype or np.promote_types(a.dtype, b.dtype))
+        dtype = dtype or np.promote_types(a.dtype, b.dtype)
+        if not on_gpu and a.dtype == b.dtype == dtype and a.itemsize > 2 and _FEW * a.size * b.shape[-1] < _SMALL:
+            return np.matmul(a if scale == 1 else a * scale, b)         # by far the shortest way, as in generation
+        out = xp.empty((*a.shape[:-1], b.shape[-1]), dtype)
     if out.size == 0 or a.shape[-1] == 0:
         if not accumulate:
             out[...] = 0
@@ -433,7 +436,7 @@ def rounded(w, dtype):
 def linear(x, w, out=None):
     """x (N, C) @ wᵀ -> (N, F); w (F, C) is an array, or a matrix in 8 or 4 bits, which has its own `times`."""
     if isinstance(w, xp.ndarray):
-        return matmul(x, w.astype(x.dtype, copy=False).T, out=out)
+        return matmul(x, w.T, out=out)
     return w.times(x, xp.empty((len(x), len(w)), x.dtype) if out is None else out)
 
 

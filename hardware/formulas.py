@@ -10,18 +10,54 @@ from hardware import device
 from hardware.device import fuse, sweep
 
 
+def exp_less(x, top, dtype=None):
+    """x becomes exp(x - top). Returned in this dtype: x itself, or a rounded copy."""
+    return _rounded_too(_exp_less, _exp_less_rounded, dtype, x, top)
+
+
+def less_times(x, y, z, dtype=None):
+    """x becomes (x - y) z. Returned in this dtype: x itself, or a rounded copy."""
+    return _rounded_too(_less_times, _less_times_rounded, dtype, x, y, z)
+
+
+def _rounded_too(formula, with_copy, dtype, x, *others):
+    if dtype is None or dtype == x.dtype:
+        formula(x, *others)
+        return x
+    out = device.xp.empty(x.shape, dtype)
+    with_copy(x, *others, out)
+    return out
+
+
 @fuse
-def exp_less(x, top):
-    """x becomes exp(x - top)."""
+def _exp_less(x, top):
     x -= top
     device.xp.exp(x, x)
 
 
 @fuse
-def less_times(x, y, z):
-    """x becomes (x - y) z."""
+def _exp_less_rounded(x, top, out):
+    _exp_less(x, top)
+    out[...] = x
+
+
+@fuse
+def _less_times(x, y, z):
     x -= y
     x *= z
+
+
+@fuse
+def _less_times_rounded(x, y, z, out):
+    _less_times(x, y, z)
+    out[...] = x
+
+
+@fuse
+def copy_both(a, b, to_a, to_b):
+    """to_a becomes a, and to_b becomes b, of one shape."""
+    to_a[...] = a
+    to_b[...] = b
 
 
 @fuse

@@ -11,7 +11,7 @@ from tiny import rows
 
 import autograd
 import train
-from autograd import Tensor, attention, dropout, gradcheck, linear, linear_cross_entropy, no_grad, recompute
+from autograd import Tensor, attention, dropout, embedding, gradcheck, linear, linear_cross_entropy, no_grad, recompute
 from hardware import device
 from hardware.device import to_host
 from nanollm import Config, NanoLLM
@@ -59,6 +59,15 @@ def test_the_weights_are_rounded_once_a_pass_and_follow_what_changes_them(rng, h
     model.compute_dtype = np.dtype("float32")
     model.loss(x, y)
     assert model.lm_head.half is None
+
+
+def test_an_embedding_gives_rounded_rows_and_sums_its_gradient_in_float32(rng, half):
+    w = Tensor(device.xp.asarray(rng.standard_normal((3, 4)), np.float32), requires_grad=True)
+    w.half = w.data.astype(half)
+    out = embedding(w, [2] * 3000 + [0])
+    assert out.dtype == half and (to_host(out.data)[[0, -1]] == to_host(w.half)[[2, 0]]).all()
+    out.backward(np.ones(out.shape))
+    assert w.grad.dtype == np.float32 and to_host(w.grad)[:, 0].tolist() == [1, 0, 3000]    # half stops at 256 or 2048
 
 
 def test_a_power_keeps_the_type_of_its_base(half):
