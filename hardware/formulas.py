@@ -184,7 +184,8 @@ def rotate(x, cos, sin, back=False):
 
     def block(part):
         xs = heads[part]
-        swapped = xs[:, :, ::-1] * sin
+        swapped = np.concatenate((xs[:, :, 1:], xs[:, :, :1]), 2)       # long rows: faster than a view that turns back
+        swapped *= sin
         xs *= cos
         xs += swapped
     sweep(block, len(heads), (1 << 16) // max(cos.size, 1))
