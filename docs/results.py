@@ -1,10 +1,10 @@
 """Make the runs that the documents report and write them there:  python docs/results.py tinyshakespeare.txt fashion
 
 With a text they are the demo, which needs no file, and tiny Shakespeare with a token for each of its 65 characters:
-docs/demo.png, docs/shakespeare.png and the parts of README.md between the marks `story`, `play` and `results`. With a
-folder, which docs/fashion_mnist.py makes, they are those of the image classifier: docs/map.png and the part of
-docs/guide.md between the marks `pictures`. Either may be left out. docs/tables.py then copies these parts into the
-Chinese pages.
+docs/demo.png, docs/shakespeare.png, the parts of README.md between the marks `story` and `results`, and the part of
+docs/benchmarks.md between the marks `play`. With a folder, which docs/fashion_mnist.py makes, they are those of the image
+classifier: docs/map.png and the part of docs/guide.md between the marks `pictures`. Either may be left out.
+docs/tables.py then copies these parts into the Chinese pages.
 """
 import csv
 import functools
@@ -111,7 +111,7 @@ def write(file, name, lines):
 
 
 def texts(text):
-    """Write in README.md about the demo and about tiny Shakespeare, the file `text`."""
+    """Write about the demo and about tiny Shakespeare, the file `text`."""
     limit = "The last command prints this and stops at its limit:"
     sampling = ["--prompt", SETTINGS["prompt"], "--seed", "1", "--max-new-tokens", "120"]
     demo_row, device, story = run("demo", "the demo", ["--demo"], sampling)
@@ -126,7 +126,7 @@ def texts(text):
     shown = YARDSTICK
     for flag in (" --batch", " --beta2"):
         shown = shown.replace(flag, f" \\\n       {flag}")
-    write("README.md", "play", [
+    write("docs/benchmarks.md", "play", [
         "    curl -Lo tinyshakespeare.txt \\", f"        {URL}",
         "    python docs/characters.py tinyshakespeare.txt characters.json",
         "    python train.py --text tinyshakespeare.txt --tokenizer characters.json --artifact-dir runs/shakespeare \\",
