@@ -2,8 +2,8 @@
 
 With a text they are the demo, which needs no file, and tiny Shakespeare with a token for each of its 65 characters:
 docs/demo.png, docs/shakespeare.png, the parts of README.md between the marks `story` and `results`, and the part of
-docs/benchmarks.md between the marks `play`. With a folder, which docs/fashion_mnist.py makes, they are those of the image
-classifier: docs/map.png and the part of docs/guide.md between the marks `pictures`. Either may be left out.
+docs/benchmarks.md between the marks `play`. With a folder, which docs/fashion_mnist.py makes, they are those of the
+image classifier: docs/map.png and the part of docs/guide.md between the marks `pictures`. Either may be left out.
 docs/tables.py then copies these parts into the Chinese pages.
 """
 import csv
