@@ -7,7 +7,6 @@ training example.
 """
 import functools
 import math
-from pathlib import Path
 
 import numpy as np
 
@@ -58,11 +57,6 @@ class TokenDataset:
         refuse_short(f"the text {text}", file.n_token, seq_len)
         file.warn_of_lost(tokenizer)
         return cls(file, 0, file.n_token, seq_len, stride)
-
-    @property
-    def digest(self):
-        """A hash of the text, of the tokenizer and of the library that encoded it."""
-        return Path(self.file.file.name).stem
 
     @property
     def tokens(self):

@@ -206,7 +206,7 @@ def work(request, team):
         dataset = TokenDataset.from_text(text, path, settings.seq_len, settings.stride)
         train_set, val_set = dataset.split(settings.val_fraction)
         settings = settings.resolved(state, len(train_set))
-    require(dataset.digest == team.exchange(dataset.digest)[0],
+    require(dataset.file.digest == team.exchange(dataset.file.digest)[0],
             f"{text} or {path} is another file than on rank 0's machine")
     tokenizer, leads = dataset.file.tokenizer, team.rank == 0
     if leads and resumed:

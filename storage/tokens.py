@@ -377,6 +377,7 @@ class TokenFile:
     def __init__(self, path, text, tokenizer):
         about = read_json(path.with_suffix(".json"))
         self.text, self.tokenizer = text, tokenizer
+        self.digest = path.stem         # a hash of the text, of the tokenizer and of the library that encoded it
         self.n_token, self.n_byte, self.lost = about["tokens"], about["bytes"], about["lost"]
         self.dtype, self.chunks = np.dtype(about["dtype"]), np.array(about["chunks"])
         self.file = open(readable(path), "rb")  # noqa: SIM115
