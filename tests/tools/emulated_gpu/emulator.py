@@ -193,8 +193,8 @@ def main():
         sys.exit(f"emulator.py: no emulated GPU, because this machine has no {problem}")
     if not sys.argv[1:]:
         return print(f"the emulated GPU is in {built()}")
-    sys.path[0] = os.getcwd()
     del sys.argv[0]
+    sys.path[0] = os.getcwd() if sys.argv[0] == "-m" else str(Path(sys.argv[0]).resolve().parent)
     install()
     if sys.argv[0] == "-m":
         del sys.argv[0]
