@@ -112,11 +112,10 @@ def write(file, name, lines):
 
 def texts(text):
     """Write about the demo and about tiny Shakespeare, the file `text`."""
-    limit = "The last command prints this and stops at its limit:"
+    limit = "This is what it writes until it reaches its limit:"
     sampling = ["--prompt", SETTINGS["prompt"], "--seed", "1", "--max-new-tokens", "120"]
     demo_row, device, story = run("demo", "the demo", ["--demo"], sampling)
-    write("README.md", "story", ["    python train.py --demo",
-                                 f"    python generate.py runs/llm {shlex.join(sampling)}", "", limit, "", *story])
+    write("README.md", "story", [f"    python generate.py runs/llm {shlex.join(sampling)}", "", limit, "", *story])
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = Path(temporary, "characters.json")
         characters.write(text, tokenizer)

@@ -29,7 +29,7 @@ CHINESE = {
     "training pictures | steps | training loss | validation loss | validation accuracy "
     "| always the most frequent class | seconds":
         "训练图片 | 步数 | 训练损失 | 验证损失 | 验证准确率 | 总猜最常见的类别 | 秒",
-    "The last command prints this and stops at its limit:": "最后一条命令输出以下内容，到数目上限为止：",
+    "This is what it writes until it reaches its limit:": "它写出以下内容，达到 token 数上限后停止：",
     "| the demo |": "| demo |",
     "compared with | its figure | time ratio (range) | peak MB of both | share of the sgemm rate of both":
         "对比对象 | 对方的数值 | 时间之比（范围）| 双方的内存峰值，MB | 双方达到 sgemm 速率的比例",

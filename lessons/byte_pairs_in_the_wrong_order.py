@@ -188,6 +188,6 @@ if __name__ == "__main__":
     common.run(main, draw, QUESTION)
 
 # The answer
-# Whatever way a text is cut into tokens, they decode to that text; 256 single bytes do so, too. A round trip shows that
+# However a text is cut into tokens, they decode to that text; 256 single bytes do so, too. A round trip shows that
 # nothing is lost, not where the cuts are. Compare the ids with those of the tokenizer that the model was trained with,
 # on texts with spaces, digits, other scripts and repeated letters.

@@ -141,6 +141,7 @@ if __name__ == "__main__":
     common.run(main, draw, QUESTION)
 
 # The answer
-# More keys than queries, because zeros fit every shape. The two others make the true gradient larger than what the
-# check forgives. How large the inputs must be differs from op to op; a relative tolerance works at any size. It needs a
-# tiny absolute one as well: where the true gradient is 0, finite differences give only nearly 0.
+# More keys than queries, because zeros fit every shape. Larger inputs raise the true gradient above what the check
+# forgives, because dk grows with the square of the inputs; a relative tolerance lowers what it forgives. How large the
+# inputs must be differs from op to op; a relative tolerance works at any size. It needs a tiny absolute one as
+# well: where the true gradient is 0, finite differences give only nearly 0.

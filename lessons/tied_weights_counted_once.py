@@ -1,7 +1,7 @@
 """Tied weights whose gradient counts the lookup alone:  python -m lessons.tied_weights_counted_once
 
-What you see. Embedding and output layer share one matrix W. Where its gradient counts the lookup alone, 76 % of it is
-missing at the first step (the norm of what is missing, over the norm of the whole), and after 400 steps the loss is
+What you see. The embedding and the output layer share one matrix W. If only the lookup is counted, 76 % of its gradient
+is missing at the first step (the norm of what is missing, over the norm of the whole), and after 400 steps the loss is
 2.43 nats per byte instead of 1.79. Yet every op is right: both uses of W pass a gradient check of their own. A check of
 the whole model finds the mistake at once. Its derivatives along a random direction in each parameter agree with finite
 differences to 4e-07, except W's, which is wrong by 61 %.
@@ -115,5 +115,5 @@ if __name__ == "__main__":
 
 # The answer
 # What is missing is not a factor. The part that is left points elsewhere: its cosine with the whole gradient is 0.66.
-# The lookup tells a token's row only what the blocks would like to read there. That the row must also be a good answer,
-# and for which tokens a bad one, only the output layer tells it.
+# The lookup tells a token's row only what the blocks would like to read there. Only the output layer tells it
+# after which contexts the row is a good answer, and after which a bad one.

@@ -69,8 +69,9 @@ EQUIVALENT = {
      "out[...] = x * ((r * r + z) >> half > limit) * scale"): "one number of 2³²",
     ("if device.on_gpu:", "if False:"): "what a GPU does instead",
     ("if device.on_gpu:", "if True:"): "what a GPU does gives the same",
-    **{("return _g_along_rows(x, q, dout, w, C, eps)[:, None], _g_along_columns(x, q, dout, C, eps)", f"return {wrong}"):
-       "only on a GPU, where tests/test_gpu_path.py catches it" for factor in ("0", "1.001") for wrong in (
+    **{("return _g_along_rows(x, q, dout, w, C, eps)[:, None], _g_along_columns(x, q, dout, C, eps)",
+        f"return {wrong}"): "only on a GPU, where tests/test_gpu_path.py catches it"
+       for factor in ("0", "1.001") for wrong in (
            f"(_g_along_rows(x, q, dout, w, C, eps)[:, None]) * {factor}, _g_along_columns(x, q, dout, C, eps)",
            f"_g_along_rows(x, q, dout, w, C, eps)[:, None], (_g_along_columns(x, q, dout, C, eps)) * {factor}")},
     ("if on_gpu:", "if True:"): "add.at gives the same, more slowly",
@@ -311,12 +312,14 @@ def run(chosen, workers=2):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("functions", nargs="*", help="only mutants in these functions or classes of autograd.py")
+    parser.add_argument("functions", nargs="*", help="only mutants in these functions or classes")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     arguments = parser.parse_args()
     made, stale = everything()
     for before, after in stale:
         print(f"EQUIVALENT names a mutant that is not made any more: {before} -> {after}", file=sys.stderr)
+    if unknown := set(arguments.functions) - {m.function for m in made}:
+        parser.error(f"no bug can be planted in {', '.join(sorted(unknown))}")
     chosen = [m for m in made if not arguments.functions or m.function in arguments.functions]
     if arguments.list:
         for m in chosen:
