@@ -113,7 +113,7 @@ def write(file, name, lines):
 def texts(text):
     """Write about the demo and about tiny Shakespeare, the file `text`."""
     limit = "This is what it writes until it reaches its limit:"
-    sampling = ["--prompt", SETTINGS["prompt"], "--seed", "1", "--max-new-tokens", "120"]
+    sampling = ["--prompt", SETTINGS["prompt"], "--temperature", "0.5", "--seed", "1", "--max-new-tokens", "120"]
     demo_row, device, story = run("demo", "the demo", ["--demo"], sampling)
     write("README.md", "story", [f"    python generate.py runs/llm {shlex.join(sampling)}", "", limit, "", *story])
     with tempfile.TemporaryDirectory() as temporary:
