@@ -136,12 +136,13 @@ def train(model, optimizer, train_set, settings, state, observer, stop, team=ran
     """Train to settings.max_steps, or until patience runs out or a signal comes; then save.
 
     Ctrl-C, SIGTERM and the like (console/cli.py, Stop): the running step is finished, an evaluation
-    is left to the resumed run, and a checkpoint is written. `work` then prints the command that
-    continues. A second Ctrl-C ends the process at once.
+    is left to the resumed run, and a checkpoint is written. The observer then prints the command
+    that continues. A second Ctrl-C ends the process at once.
 
     A step takes the next batch_size · grad_accum windows; state.windows says which, so a resumed
     run takes the same ones. Each rank of the team takes its share, a batch at a time. The mean loss
-    of all is the sum of the batches' means, each times its share of the windows; so are gradients.
+    of all is the sum of the batches' means, each times its share of the windows. The
+    gradients are summed in the same way.
     """
     if state.step == 0:
         state.loss_scale = 2.0 ** 16 if settings.dtype == "float16" else 1.0

@@ -2,8 +2,8 @@
 
 The tokenizer is a byte-level BPE, trained on the stories.
 """
-from console.stories import stories
-from storage.files import whole
+from console import stories
+from storage.files import file_hash, whole
 from storage.tokenizer_training import byte_bpe
 from storage.tokens import cache_folder, writable_cache
 
@@ -18,10 +18,11 @@ FLOOR = 0.106       # bits per byte of these stories for a model that knows the 
 def files():
     """The paths of the demo's text and tokenizer, made in the cache folder unless they are there."""
     folder = cache_folder()
-    text, tokenizer = folder / "stories.txt", folder / "stories.tokenizer.json"
+    name = f"stories-{file_hash(stories.__file__)[:8]}"         # another grammar's stories are other files
+    text, tokenizer = folder / f"{name}.txt", folder / f"{name}.tokenizer.json"
     if not (text.exists() and tokenizer.exists()):
         with writable_cache():
-            corpus = "\n\n".join(story.text for story in stories(STORIES)) + "\n"
+            corpus = "\n\n".join(story.text for story in stories.stories(STORIES)) + "\n"
             with whole(tokenizer) as path:
                 byte_bpe([corpus], WORDS).save(str(path))
             with whole(text) as path:

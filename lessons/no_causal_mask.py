@@ -11,7 +11,7 @@ Why. Position t must predict y_t. But y_t = x_{t+1} is in the input, one place t
 Only the last position has no answer to its right, and it is the one from which a model writes. Its loss is 3.06, but
 1.91 with the mask. It counts for only 1/T of the loss, so training hardly notices.
 
-How nanollm avoids it. `attention` in autograd.py adds -inf to the score of every later key, and tests/test_nanollm.py
+How nanollm avoids it. `attention` in autograd.py sets the score of every later key to -inf, and tests/test_nanollm.py
 changes one token and demands that no logit before it changes, not even in its last bit.
 """
 import sys

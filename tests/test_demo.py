@@ -118,7 +118,7 @@ def test_text_and_tokenizer_are_made_once_and_again_if_one_is_missing(few, monke
     files = [Path(path) for path in demo.files()]
     before = [path.read_bytes() for path in files]
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "stories", None)
+        patch.setattr(stories, "stories", None)
         assert [Path(path) for path in demo.files()] == files
     for path in files:
         path.unlink()
