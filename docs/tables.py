@@ -119,12 +119,12 @@ def speed():
 
 
 def ratios_of(text):
-    """Fill the text after each mark <!-- ratios of WHAT --> with the least and the largest ratio of the newest run."""
+    """Fill the text after each mark <!-- ratios of WHAT --> with the least and largest ratio of language models."""
     def fill(match):
-        ratios = [row["ratio"][0] for row in newest["rows"] if row["what"].endswith(match[2])
-                  and row["against"] in ("PyTorch", "transformers")]
+        ratios = [row["ratio"][0] for run in runs for row in run["rows"] if row["what"].endswith(match[2])
+                  and row["against"] in ("PyTorch", "transformers") and not row["what"].startswith("images")]
         return f"{match[1]}{min(ratios):.2f}–{max(ratios):.2f}{match[3]}"
-    newest = json.loads((ROOT / "docs" / "speed.json").read_text(encoding="utf-8"))[0]
+    runs = json.loads((ROOT / "docs" / "speed.json").read_text(encoding="utf-8"))
     return re.sub(r"(<!-- ratios of ([\w ]+) -->).*?(<!-- / -->)", fill, text)
 
 

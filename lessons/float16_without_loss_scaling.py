@@ -13,8 +13,9 @@ digits. The loss is a mean over N tokens, so every gradient carries 1/N:
 
 A power of two changes the exponent and no digit, and Adam divides by it in float32.  (Micikevicius et al. 2018, §3.2)
 
-How nanollm avoids it. train.py begins backward with loss_scale / grad_accum, and `adapt_loss_scale` halves the scale
-after an overflow and doubles it after 1,000 steps without one. Weights and their gradients stay float32.
+How nanollm avoids it. train.py begins backward with loss_scale times the part's share of the step's windows, and
+`adapt_loss_scale` halves the scale after an overflow and doubles it after 1,000 steps without one. Weights and their
+gradients stay float32.
 """
 import sys
 from unittest import mock

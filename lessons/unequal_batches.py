@@ -14,9 +14,9 @@ A small part makes it worse in two ways: its weight is far from its share, and i
 from g. It happens at the end of an epoch, and where padding does not count, because a part then has only the tokens of
 its texts. Hugging Face's trainer did it until October 2024 (transformers, pull request 34191).
 
-How nanollm avoids it. All its windows have T tokens and its stream of batches never ends, so all parts have the same
-size, and train.py may give each of them the weight 1 / grad_accum. `evaluate`, whose last window is shorter, sums the
-losses of all tokens and divides once, by their number.
+How nanollm avoids it. All its windows have T tokens, and train.py weights each part by its share of the step's windows,
+so parts may differ in size. `evaluate`, whose last window is shorter, sums the losses of all tokens and divides once, by
+their number.
 """
 import sys
 
