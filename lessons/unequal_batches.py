@@ -15,8 +15,8 @@ from g. It happens at the end of an epoch, and where padding does not count, bec
 its texts. Hugging Face's trainer did it until October 2024 (transformers, pull request 34191).
 
 How nanollm avoids it. All its windows have T tokens, and train.py weights each part by its share of the step's windows,
-so parts may differ in size. `evaluate`, whose last window is shorter, sums the losses of all tokens and divides once, by
-their number.
+so parts may differ in size. `evaluate`, whose last window is shorter, sums the losses of all tokens and divides once,
+by their number.
 """
 import sys
 
