@@ -9,8 +9,12 @@ from tqdm import tqdm
 from console import drawing, metrics
 
 
+_LOCK = threading.RLock()       # tqdm's own is for processes that share a bar: a killed one would leave it
+
+
 def say(text):
     """Print a line above the bar. Ignore a closed pipe or a full disk: the run is worth more than its log."""
+    tqdm.set_lock(_LOCK)
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -25,7 +29,7 @@ class Progress:
     `unit` is what a token is called, which may also be a picture.
     """
     def __init__(self, steps, flops_per_token, step=0, seconds=0.0, shown=True, unit="tok"):
-        tqdm.set_lock(threading.RLock())        # its own is for processes that share a bar: a killed one would leave it
+        tqdm.set_lock(_LOCK)
         self.steps, self.flops_per_token, self.unit = steps, flops_per_token, unit
         self.began, self.drawn = time.monotonic() - seconds, time.monotonic()
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
