@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from console import drawing, metrics
 
-
 _LOCK = threading.RLock()       # tqdm's own is for processes that share a bar: a killed one would leave it
 
 
