@@ -792,7 +792,7 @@ _LOGITS = 3 << 22       # elements of a block of logits on a CPU: 48 MB in float
 def logit_blocks(rows, weight):
     """Yield (slice, rows[slice] @ weightᵀ); the next overwrites it. If N allows, 64 rows."""
     N, V = len(rows), len(weight)
-    count = math.ceil(N * V / _LOGITS) or 1         # on a CPU, of one length: none larger than needed
+    count = math.ceil(N * V / _LOGITS) or 1     # on a CPU, of one length: none larger than needed
     size = device.rows_at_once(V, math.ceil(N / count), 64)
     logits = device.empty_rows(min(size, N), V, _wide_dtype(rows))
     for start in range(0, N, size):
@@ -801,7 +801,7 @@ def logit_blocks(rows, weight):
 
 
 def loss_of_rows(z, targets, losses, dz=False):
-    """Write each row's loss L - z_y to losses (N,). z (N, V) is lost; with dz it becomes p - onehot."""
+    """Write each row's L - z_y to losses (N,). z (N, V) is lost; with dz it becomes p - onehot."""
     def block(part):
         p, target = z[part], targets[part]
         top, own = p.max(-1, keepdims=True), formulas.at(p, target)

@@ -193,7 +193,7 @@ class Parameters:
         return array[start:start + math.prod(shape)].reshape(shape)
 
     def pairs(self):
-        """{name: Parameter}: views, to be changed in place; in a model that is only read grad is None."""
+        """{name: Parameter}: views, to be changed in place; grad is None unless trainable."""
         grads = {} if self.grad is None else self.views(self.grad)
         return {name: Parameter(w, grads.get(name)) for name, w in self.views(self.flat).items()}
 

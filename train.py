@@ -99,7 +99,7 @@ def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, 
 
 
 def loss_and_norm(model, loss, team=ranks.ALONE):
-    """The sum of the team's losses, and the norm √(sum of all squares) of its gradients, two floats.
+    """The sum of the team's losses and the norm √(sum of all squares) of its gradients, floats.
 
     `loss` is this rank's, a 0-d array or 0.0. A GPU has to be waited for once, not once for each.
     """
