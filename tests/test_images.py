@@ -515,7 +515,7 @@ def test_processes_give_the_bits_of_threads(as_ranks, shared, tmp_path):
 
 
 def test_more_processes_than_pictures_in_a_step(shared):
-    check(command(train.main, "--images", shared, *QUICK, "--processes", 5, name=NAME),
+    check(command(train.main, "--images", shared, *QUICK, "--device", "cpu", "--processes", 5, name=NAME),
           "5 processes cannot share the 4 pictures of a step", name=NAME)
 
 

@@ -19,7 +19,8 @@ import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-C = ["-O1", "-shared", "-fPIC", "-w", "-Wl,-Bsymbolic"]         # a kernel may have the name of a function of C
+# -U: fibers jump from stack to stack. -Bsymbolic: a kernel may have the name of a function of C.
+C = ["-O1", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-Wl,-Bsymbolic"]
 LIBRARIES = "libcublas.so", "libcublasLt.so"        # CuPy asks for both, and finds by its name what has been loaded
 FLOATS = {number: np.dtype(name) for number, name in (          # cudaDataType
     (0, "float32"), (1, "float64"), (2, "float16"), (14, "bfloat16"))}

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,31 +76,30 @@ typedef struct { PyObject *name; void (*run)(void **); int fibers; } Kernel;
 struct { unsigned x, y, z; } threadIdx, blockIdx, blockDim, gridDim;        // kernels find these by their names
 
 enum { STACK = 64 << 10, THREADS = 1024 };
-static ucontext_t home, fiber[THREADS];
-static char done[THREADS], *stacks;
+static jmp_buf home, at[THREADS];               // jumps, because swapcontext would ask the kernel at each switch
+static char started[THREADS], done[THREADS], *stacks;
 static Kernel *running;
 static void **arguments;
-
-void emulated_barrier(void) { swapcontext(&fiber[threadIdx.x], &home); }
-static void fiber_body(void) { running->run(arguments); done[threadIdx.x] = 1; emulated_barrier(); }
+void emulated_barrier(void) { if (!_setjmp(at[threadIdx.x])) _longjmp(home, 1); }
+static void fiber_body(void) { for (;;) { running->run(arguments); done[threadIdx.x] = 1; emulated_barrier(); } }
+static void resume(unsigned t) {
+    threadIdx.x = t;
+    if (_setjmp(home)) return;
+    if (started[t]) _longjmp(at[t], 1);
+    started[t] = 1;
+    ucontext_t fiber;
+    getcontext(&fiber);
+    fiber.uc_stack = (stack_t){.ss_sp = stacks + (size_t)t * STACK, .ss_size = STACK};
+    makecontext(&fiber, fiber_body, 0);
+    setcontext(&fiber);
+}
 
 static void execute_block(unsigned threads) {
-    for (unsigned t = 0; t < threads; t++) {
-        getcontext(&fiber[t]);
-        fiber[t].uc_stack.ss_sp = stacks + (size_t)t * STACK;
-        fiber[t].uc_stack.ss_size = STACK;
-        fiber[t].uc_link = &home;
-        makecontext(&fiber[t], fiber_body, 0);
-        done[t] = 0;
-    }
+    memset(done, 0, threads);
     for (unsigned left = threads; left;) {
         left = 0;
-        for (unsigned t = 0; t < threads; t++) {
-            if (done[t]) continue;
-            threadIdx.x = t;
-            swapcontext(&home, &fiber[t]);
-            left += !done[t];
-        }
+        for (unsigned t = 0; t < threads; t++)
+            if (!done[t]) { resume(t); left += !done[t]; }
     }
 }
 
