@@ -18,6 +18,11 @@ collect_ignore = [] if os.environ["NANOLLM_DEVICE"] == "gpu" else ["test_gpu_pat
 CI = bool(os.environ.get("CI"))
 
 
+def only_ci(time):
+    """The mark of a test that takes so long that continuous integration alone runs it."""
+    return pytest.mark.skipif(not CI, reason=f"it takes {time}: only continuous integration runs it")
+
+
 def reference(name):
     """The package `name`, such as torch, to compare with; a test without it skips, except in CI."""
     return importlib.import_module(name) if CI else pytest.importorskip(name)

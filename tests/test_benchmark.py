@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CI
+from conftest import only_ci
 from safetensors.numpy import save_file
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -20,7 +20,7 @@ def run(*options):
                           capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.skipif(not CI, reason="it takes half a minute: only continuous integration runs it")
+@only_ci("half a minute")
 def test_both_sides_agree_and_everything_is_reported(tmp_path):
     file = tmp_path / "speed.json"
     done = run("--megabytes", "0.01", "--threads", "2", "--processes", "2", "1", "--json", str(file))
@@ -50,7 +50,7 @@ def test_both_sides_agree_and_everything_is_reported(tmp_path):
     assert step["flops"] == 32 * (6 * N + 6 * 2 * 16 * 16)
 
 
-@pytest.mark.skipif(not CI, reason="it takes a quarter of a minute: only continuous integration runs it")
+@only_ci("a quarter of a minute")
 def test_another_checkout_is_what_is_compared(tmp_path):
     """A copy whose loss is twice as large is refused."""
     root, copy = BENCHMARKS.parent, tmp_path / "copy"

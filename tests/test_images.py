@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from conftest import CI, reference
+from conftest import only_ci, reference
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny import check, command, refused, rows, snapshot, together
@@ -502,7 +502,7 @@ def test_several_ranks_train_as_one_does_and_continue_with_any_number(size, as_r
     np.testing.assert_allclose(ended(tmp_path / "again")[0], ended(tmp_path / "one")[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not CI, reason="it takes some seconds: only continuous integration runs it")
+@only_ci("some seconds")
 def test_processes_give_the_bits_of_threads(as_ranks, shared, tmp_path):
     flags = ["--images", shared, *SHARED, "--device", "cpu", "--artifact-dir"]
     as_ranks(2, *flags, tmp_path / "threads")
