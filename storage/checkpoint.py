@@ -18,7 +18,6 @@ leaves behind is never read, and the next process that writes there removes it.
 """
 import contextlib
 import filecmp
-import importlib.metadata
 import itertools
 import json
 import math
@@ -30,6 +29,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import safetensors
+import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -162,7 +163,7 @@ class State:
 
 def versions():
     """What computed a run, for people who read its trainer.json."""
-    packages = {name: importlib.metadata.version(name) for name in ("numpy", "tokenizers", "safetensors")}
+    packages = {package.__name__: package.__version__ for package in (np, tokenizers, safetensors)}
     return {"python": platform.python_version(), **packages, "device": device.reason}
 
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import shutil
@@ -48,6 +49,12 @@ def pytest_configure(config):
             device.use("gpu")
         except device.Unavailable as problem:
             raise pytest.UsageError(str(problem)) from None
+
+
+def pytest_collection_finish():
+    """What is there already stays: a search for garbage, such as gc.collect() in a test, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _skip_is_failure(report):

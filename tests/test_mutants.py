@@ -1,6 +1,7 @@
 """The script that plants bugs makes every kind, the tests catch them, and the unchanged files pass."""
 import mutants
 import pytest
+from conftest import only_ci
 
 
 def test_every_kind_of_bug_is_made():
@@ -31,7 +32,8 @@ def folder(tmp_path_factory):
     return mutants.workplace(tmp_path_factory.mktemp("mutants"))
 
 
-@pytest.mark.parametrize("function, change", [("linear", "drop a transpose"), ("softmax", "scale")])
+@pytest.mark.parametrize("function, change", [
+    ("softmax", "scale"), pytest.param("linear", "drop a transpose", marks=only_ci("a second"))])
 def test_a_planted_bug_is_caught(function, change, folder):
     bug = next(m for m in mutants.everything()[0] if (m.function, m.change) == (function, change))
     assert not mutants.survives(bug, folder)

@@ -164,6 +164,7 @@ def is_number(node, parent):
     return False
 
 
+@functools.cache
 def everything():
     """Every mutant of every file but the equivalent ones, and of these the keys that match none any more."""
     made = [m for file, only in FILES.items() for m in mutants((ROOT / file).read_text(encoding="utf-8"), file)

@@ -1,6 +1,7 @@
 """A text, a tokenizer and a command line so small that a test trains in a fraction of a second."""
 import contextlib
 import csv
+import functools
 import io
 import json
 import multiprocessing
@@ -39,9 +40,14 @@ def make_text(path, sentences=90, seed=0):
     return path
 
 
+@functools.cache
+def tokenizer_text(words, special):
+    return byte_bpe(SENTENCES, words, special).to_str(pretty=True)
+
+
 def make_tokenizer(path, words=290, special=()):
     """A byte-level BPE, so that a Chinese character is several tokens."""
-    byte_bpe(SENTENCES, words, special).save(str(path))
+    path.write_text(tokenizer_text(words, tuple(special)), encoding="utf-8")
     return path
 
 
