@@ -302,13 +302,13 @@ def test_number():
                                   "-m extras.export_gguf"])
 def test_commands_as_they_are_called(name):
     """Each runs in its own process: exit code and stderr are what a shell sees. The usage is one line."""
-    def call(flag):
-        return subprocess.run([sys.executable, *name.split(), flag], cwd=ROOT, capture_output=True, text=True,
-                              timeout=60, check=False)
-    wrong, helped = call("--nonsense"), call("--help")
-    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
-    assert wrong.stderr.startswith(f"{name}: " if name.endswith(".py") else f"python {name}: ")
-    usage, blank, *_ = helped.stdout.split("\n")
+    wrong, helped = (subprocess.Popen([sys.executable, *name.split(), flag], cwd=ROOT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                     for flag in ("--nonsense", "--help"))          # at the same time
+    (out, err), (shown, _) = (process.communicate(timeout=60) for process in (wrong, helped))
+    assert wrong.returncode == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"{name}: " if name.endswith(".py") else f"python {name}: ")
+    usage, blank, *_ = shown.split("\n")
     assert usage.startswith(f"usage: python {name} ") and not blank
 
 
