@@ -37,6 +37,8 @@ CHINESE = {
     ": generation |": "：文本生成 |",
     "| tokenisation |": "| 分词 |",
     "tokenizers, its lines": "tokenizers，逐行",
+    " process |": " 个进程 |",
+    " processes |": " 个进程 |",
     "tokens/s |": "token/秒 |",
     "MB/s |": "MB/秒 |",
     " ms |": " 毫秒 |",
