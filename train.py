@@ -56,6 +56,8 @@ class Adam:
     def __init__(self, model, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         self.weights, self.lr, self.betas, self.eps = model.weights, lr, betas, eps
         self.weight_decay = weight_decay
+        require(self.weights.grad is not None, "this model has no gradients: load it with "
+                "trainable=True, or if it is quantised, the model from which it was made")
         self.m = device.xp.zeros_like(self.weights.flat[self.weights.own])
         self.v = device.xp.zeros_like(self.m)
         self.t = 0

@@ -59,6 +59,10 @@ class Quantized:
     def __len__(self):
         return self.shape[0]
 
+    def part(self, rows):
+        """The matrix of a slice of the rows: the same memory."""
+        return Quantized(self.q[rows], self.scale[rows], self.shape[1])
+
     def astype(self, dtype, copy=False):
         return self                     # its rows are float32, whenever that is
 
@@ -87,16 +91,16 @@ class Quantized:
 
 
 class QuantizedParameters:
-    """What a quantised model has instead of nanollm.Parameters: the same `tensor` and `arrays`, but no gradients.
+    """What a quantised model has instead of nanollm.Parameters: its `tensor`, `pairs` and `arrays`, but no gradients.
 
     read(name) yields (rows, these rows) of the arrays as they are stored: a matrix's integers, under name + ".scale"
-    its scales, and vectors in float32. `vector` makes what the model computes with out of a vector's array:
-    autograd.Tensor, which this layer cannot import.
+    its scales, and vectors in float32. `vector` makes what the model computes with out of a vector's array, `pair` what
+    `pairs` gives: autograd.Tensor and nanollm.Parameter, which this layer cannot import.
     """
     grad = None
 
-    def __init__(self, shapes, bits, read, vector):
-        self.shapes, self.bits, self.vector = shapes, bits, vector
+    def __init__(self, shapes, bits, read, vector, pair):
+        self.shapes, self.bits, self.vector, self.pair = shapes, bits, vector, pair
         self.read = lambda names, kind="": np.concatenate([part for name in names for _, part in read(name + kind)])
         self.made = {}                  # {names: what `tensor` returned for them}
 
@@ -109,13 +113,24 @@ class QuantizedParameters:
             self.made[names] = Quantized(self.read(names), self.read(names, ".scale"), shape[1])
         return self.made[names]
 
+    def views(self):
+        """{name: the Quantized of a matrix, or a vector's array}: the memory that the model computes with."""
+        found = {}
+        for names, made in self.made.items():
+            end = 0
+            for name in names:
+                rows = slice(end, end + self.shapes[name][0])
+                found[name], end = made.part(rows) if isinstance(made, Quantized) else made.data[rows], rows.stop
+        return found
+
+    def pairs(self):
+        """{name: Parameter}, to be read: data[:] is an array of float32, grad is None."""
+        return {name: self.pair(data, None) for name, data in self.views().items()}
+
     def arrays(self):
         """{name: array on the host}: what a model's file holds."""
         found = {}
-        for names, made in self.made.items():
-            ends = np.cumsum([self.shapes[name][0] for name in names])[:-1]
-            arrays = {"": made.q, ".scale": made.scale} if isinstance(made, Quantized) else {"": made.data}
-            for kind, array in arrays.items():
-                parts = np.split(device.to_host(array), ends)
-                found |= {name + kind: part for name, part in zip(names, parts, strict=True)}
+        for name, data in self.views().items():
+            parts = {"": data.q, ".scale": data.scale} if isinstance(data, Quantized) else {"": data}
+            found |= {name + kind: device.to_host(array) for kind, array in parts.items()}
         return found

@@ -148,6 +148,22 @@ def test_a_quantised_model_is_the_model_with_rounded_weights(trained, tmp_path, 
     assert model.trainable and not small.trainable
 
 
+def test_its_parameters_are_listed_under_their_names_and_can_be_read(tmp_path, bits):
+    """As of any model: shapes, data and a grad, which is None. What is read is the memory that the model uses."""
+    model = tiny.lively(tiny.small(qkv_bias=True))
+    model.save(tmp_path / "model")
+    quantize.write(tmp_path / "small", tmp_path / "model", model, bits)
+    small, read = NanoLLM.load(tmp_path / "small"), NanoLLM.load(tmp_path / "model", trainable=False).parameters()
+    assert {name: w.shape for name, w in small.parameters().items()} == {name: w.shape for name, w in read.items()}
+    for name, (data, grad) in small.parameters().items():
+        w = to_host(read[name].data)
+        np.testing.assert_array_equal(to_host(data[:]), to_host(held(w, bits)[:]) if w.ndim == 2 else w, name)
+        assert grad is None and data[:].dtype == np.float32
+    q = small.parameters()["model.layers.1.self_attn.k_proj.weight"].data.q
+    q[...] = 0
+    assert not to_host(small.blocks[1].qkv.data.q[small.config.n_head * small.config.head_dim:][:len(q)]).any()
+
+
 @pytest.mark.parametrize("elsewhere", [True, False], ids=["elsewhere", "over itself"])
 def test_a_quantised_model_is_saved_as_it_is(trained, tmp_path, bits, rng, elsewhere):
     assert command(quantize.main, trained[0], tmp_path / "small", "--bits", bits)[0] == 0
@@ -244,6 +260,9 @@ def test_a_quantised_model_is_not_trained_and_not_exported(trained, tmp_path):
                            "--artifact-dir", tmp_path / "a")
     assert code == 2 and err.count("\n") == 1 and "quantised and cannot be trained" in err
     assert not (tmp_path / "a").exists()
+    for model in NanoLLM.load(tmp_path / "small"), NanoLLM.load(folder, trainable=False):
+        with pytest.raises(InputError, match="no gradients: load it with trainable=True"):
+            train.Adam(model)
     with pytest.raises(InputError, match="cannot be exported"):
         export_gguf.tensors(NanoLLM.load(tmp_path / "small"))
 
