@@ -41,7 +41,7 @@ static PyObject *r_free(intptr_t p) {
 }
 static PyObject *r_memGetInfo(void) { return Py_BuildValue("(LL)", limit_bytes - live_bytes, limit_bytes); }
 static PyObject *noted(const char *kind) { note(kind, Py_None); Py_RETURN_NONE; }
-static PyObject *r_memset(void *p, int v, size_t n) { memset(p, v, n); return noted("memset"); }
+static PyObject *r_memset(void *p, int v, size_t n) { if (on_product != Py_None) memset(p, v, n); return noted("memset"); }
 static PyObject *r_memcpy(void *to, void *from, size_t n) { memmove(to, from, n); return noted("memcpy"); }
 
 // ---------------------------------------------------------------- the device, streams, events
