@@ -617,7 +617,7 @@ def attention_plain(q, k, v):
 
     The queries are the last T of S positions; query t sees the keys up to its own position,
     S - T + t. Query head h reads key/value head h // (H/K).
-        s = q @ kᵀ / √D,  -inf where a key lies in the query's future;  p = softmax(s);  out = p @ v
+        s = q @ kᵀ / √D,  -inf for later keys;  p = softmax(s);  out = p @ v
     Backward, from the outside in (`matmul`, `softmax`, `matmul`, whose derivations are above):
         dv = pᵀ @ dout      dp = dout @ vᵀ
         ds = p * (dp - δ),  δ_t = sum_j p_tj dp_tj
