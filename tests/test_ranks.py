@@ -47,11 +47,13 @@ def a_step(team):
     team.adopt(weights)
     weights.grad[:] = team.rank + 1
     summed = team.add_up(10.0 * team.rank)
+    time.sleep(0.03 * (team.rank == team.size - 1))         # the others wait for its slice of the weights
     weights.flat[weights.own] -= weights.grad[weights.own]
+    team.share_weights()
+    flat, vector = device.to_host(weights.flat).copy(), device.to_host(views[1].data).copy()
     whole = team.gather(weights.grad[weights.own])
     part = team.scatter(np.arange(17) if team.rank == 0 else None)
-    team.share_weights()
-    return summed, device.to_host(weights.flat).copy(), part, whole, device.to_host(views[1].data)
+    return summed, flat, part, whole, vector
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 17])
