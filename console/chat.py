@@ -6,24 +6,31 @@ import time
 from storage.files import InputError, read_json, readable, require
 
 
+def find_template(folder):
+    """(the chat template of a model's folder, or None; the file that should hold it; its tokenizer_config.json's
+    settings). Raises InputError that names the file.
+    """
+    about, path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = read_json(about) if about.exists() else {}
+    if path.exists():
+        return readable(path).read_text("utf-8"), path, settings
+    source = settings.get("chat_template")
+    if isinstance(source, list):            # several, each {"name": …, "template": …}
+        named = {each["name"]: each["template"] for each in source}
+        require("default" in named, f"{about}: none of the chat templates, {', '.join(named)}, is called default: copy "
+                "the right one to chat_template.jinja")
+        source = named["default"]
+    return source if isinstance(source, str) else None, about, settings
+
+
 class Template:
     """The chat template of a model's folder: a small program in Jinja, which runs in Jinja's sandbox.
 
     Raises InputError that names the folder or the file.
     """
     def __init__(self, folder):
-        about, self.path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        settings = read_json(about) if about.exists() else {}
-        if self.path.exists():
-            source = readable(self.path).read_text("utf-8")
-        else:
-            self.path, source = about, settings.get("chat_template")
-            if isinstance(source, list):        # several, each {"name": …, "template": …}
-                named = {each["name"]: each["template"] for each in source}
-                require("default" in named, f"{about}: none of the chat templates, {', '.join(named)}, is called "
-                        "default: copy the right one to chat_template.jinja")
-                source = named["default"]
-        require(isinstance(source, str), f"{folder} has no chat template (chat_template.jinja, or chat_template in "
+        source, self.path, settings = find_template(folder)
+        require(source is not None, f"{folder} has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json), so it is no chat model: leave out --chat, and give it a --prompt to continue")
         tokens = {name: token["content"] if isinstance(token, dict) and "content" in token else token
                   for name, token in settings.items() if name.endswith("_token")}

@@ -25,6 +25,7 @@ if not __package__:             # run by its path, as editors do
     sys.path[0] += "/.."
 
 from console import cli
+from console.chat import find_template
 from generate import open_model
 from hardware import device
 from nanollm import rope_table
@@ -186,7 +187,11 @@ def vocabulary(tokenizer, size):
         about["add_unk_token_id"] = unknown
     about |= find_form(kind, content).says
     missing = [letter for letter in letters if tokenizer.token_to_id(letter) is None]
-    require(not missing, f"llama.cpp needs a token for each of the 256 bytes; this tokenizer lacks {len(missing)}")
+    require(not missing or kind == "gpt2",
+            f"llama.cpp needs a token for each of the 256 bytes; this tokenizer lacks {len(missing)}")
+    if missing and unknown is not None:     # without one both leave such a byte out: SmolLM2's tokenizer lacks 21
+        warnings.warn(f"this tokenizer lacks {len(missing)} of the 256 bytes; where it gives {model['unk_token']!r}, "
+                      "llama.cpp gives nothing", stacklevel=2)
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model.get("merges", [])]
     if kind == "gpt2":
         about["add_token_merges"] = [" ".join(pair) for pair in merges]
@@ -201,8 +206,11 @@ def vocabulary(tokenizer, size):
         about |= {"add_add_sep_token": False, **{
             f"add_{name}_token_id": tokenizer.token_to_id(f"[{name.upper()}]")
             for name in ("sep", "pad", "mask") if tokenizer.token_to_id(f"[{name.upper()}]") is not None}}
-    if letters:     # without an EOS llama.cpp takes token 11 or 2 for it; the byte 255 is in no text
-        about["add_eos_token_id"] = tokenizer.token_to_id("ÿ" if kind == "gpt2" else "<0xFF>")
+    if letters:     # without an EOS llama.cpp takes token 11 or 2 for it; no text has the byte 255 or a special token
+        never = ["ÿ" if kind == "gpt2" else "<0xFF>", *(x["content"] for x in content["added_tokens"] if x["special"])]
+        ids = [tokenizer.token_to_id(word) for word in never if tokenizer.token_to_id(word) is not None]
+        require(ids, "llama.cpp needs a token that is in no text, and this tokenizer has no special one")
+        about["add_eos_token_id"] = ids[0]
     return about | {"add_token_list": words, "add_token_types": types}
 
 
@@ -234,6 +242,8 @@ def export(folder, path):
             "add_key_length": config.head_dim, "add_value_length": config.head_dim,
             "add_vocab_size": config.vocab_size, "add_file_type": LlamaFileType.ALL_F32,
         } | vocabulary(tokenizer, config.vocab_size)
+        if template := find_template(Path(folder))[0]:
+            about["add_chat_template"] = template
         if bos := ends.front or ends.bos:
             about |= {"add_bos_token_id": bos[0], "add_add_bos_token": bool(ends.front)}
         about |= dict(zip(("add_eos_token_id", "add_eot_token_id", "add_eom_token_id"), ends.eos, strict=False))

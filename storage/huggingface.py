@@ -144,7 +144,8 @@ FOREIGN = {
     r"adapter_.+": "belongs to a LoRA adapter: merge it into its model (merge_and_unload in PEFT) and save that",
     r"consolidated\..+": "is in Meta's or Mistral's own format: get the Hugging Face version of this model",
     r".+\.gguf": "is for llama.cpp: give the folder from which it was made, or let transformers convert it "
-    "(from_pretrained with gguf_file, then save_pretrained)",
+    "(from_pretrained with gguf_file and, in new versions, quantization_config=GgufConfig(dequantize=True), then "
+    "save_pretrained)",
     r"(?!optimizer|scheduler|scaler|rng_state|training_args).+\.(bin|pt|pth|ckpt)":       # not a trainer's
     "is a pickle, which may run any program when it is opened: save the model as safetensors (in transformers: "
     "from_pretrained, then save_pretrained)",

@@ -2,6 +2,7 @@
 import functools
 import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -62,6 +63,9 @@ def wordpiece():
     t.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[PAD]", "[UNK]"],
                                                           show_progress=False))
     return t
+
+
+saved = functools.cache(lambda make: make().to_str())
 
 
 def folder_of(tmp_path, tokenizer, **settings):
@@ -186,6 +190,30 @@ def test_the_ids_that_begin_and_end_a_text_go_along(tmp_path):
     refused(lambda: exported("two in front"), tmp_path, "one token in front")
 
 
+@pytest.mark.parametrize("unknown", [None, "<|end|>"])
+def test_letters_for_some_bytes_may_be_missing(tmp_path, unknown):
+    """As in SmolLM2's. The library leaves such a byte out, as llama.cpp does, unless there is a token for it."""
+    content = json.loads(saved(byte_level))
+    del content["model"]["vocab"]["ÿ"], content["model"]["vocab"]["Ā"]
+    tokenizer = Tokenizer.from_str(json.dumps(content | {"model": content["model"] | {"unk_token": unknown}}))
+    assert tokenizer.encode("a\x00b").tokens == ["a", *[unknown] * bool(unknown), "b"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        about = export_gguf.vocabulary(tokenizer, 400)
+    assert [str(warning.message) for warning in caught] == ["this tokenizer lacks 2 of the 256 bytes; where it gives "
+                                                            "'<|end|>', llama.cpp gives nothing"] * bool(unknown)
+    assert about["add_eos_token_id"] == tokenizer.token_to_id("<|end|>")        # it has no token for the byte 255
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_chat_template_goes_along(tmp_path, file):
+    _, folder = folder_of(tmp_path, byte_level())
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% endfor %}"
+    (folder / file).write_text(source if file.endswith("jinja") else json.dumps({"chat_template": source}))
+    export_gguf.export(folder, tmp_path / "m.gguf")
+    assert field(gguf.GGUFReader(tmp_path / "m.gguf"), "tokenizer.chat_template") == source
+
+
 LLAMA_SPACE = normalizers.Replace(" ", "▁")
 GPT2, QWEN2, LLAMA3 = export_gguf.GPT2, export_gguf.QWEN2, export_gguf.LLAMA3
 Digits, Metaspace, BertNormalizer = pre_tokenizers.Digits, pre_tokenizers.Metaspace, normalizers.BertNormalizer
@@ -201,9 +229,6 @@ def words(use_regex=False, add_prefix_space=False):
 
 def in_turn(*parts):
     return (pre_tokenizers if isinstance(parts[0], pre_tokenizers.PreTokenizer) else normalizers).Sequence(list(parts))
-
-
-saved = functools.cache(lambda make: make().to_str())
 
 
 def formed(make, change):
@@ -282,7 +307,9 @@ def test_a_vocabulary_that_llama_cpp_would_read_in_another_way_is_named():
     strict.add_tokens([AddedToken("<mask>", lstrip=True)])
     spaces = by_word()
     spaces.add_tokens(["▁▁"])
-    for tokenizer, named in (few, "254"), (strict, "lstrip.*<mask>"), (spaces, "splits.*▁▁"):
+    lacking = Tokenizer.from_str(saved(llama).replace('"<0x41>"', '"<0x41"'))
+    for tokenizer, named in (few, "no special"), (lacking, "lacks 1"), (strict, "lstrip.*<mask>"), (
+            spaces, "splits.*▁▁"):
         with pytest.raises(InputError, match=named):
             export_gguf.vocabulary(tokenizer, 400)
 

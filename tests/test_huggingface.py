@@ -474,7 +474,7 @@ INSTEAD = {
         "blobs refs snapshots": "snapshots holds the versions", "README.md": "is this a model's folder?"},
     "model.safetensors": {
         "optimizer.pt pytorch_model.bin training_args.bin": "pytorch_model.bin is a pickle",
-        "model.gguf": "model.gguf is for llama.cpp",
+        "model.gguf": "model.gguf is for llama.cpp", "q4.gguf": "GgufConfig(dequantize=True), then save_pretrained",
         "pytorch_model-00001-of-00002.bin pytorch_model.bin.index.json": "pytorch_model-00001-of-00002.bin is a pickle",
         "consolidated.safetensors": "consolidated.safetensors is in Meta's or Mistral's own format",
         "model.fp16.safetensors": "model.fp16.safetensors is there: if it is the whole model, rename it",
