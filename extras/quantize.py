@@ -1,7 +1,8 @@
 """Make a model's matrices smaller:  python -m extras.quantize FOLDER OUT [--bits 8|4] [--text FILE]
 
-A weight takes 8 bits, with a scale for each row, or 4 bits, with a scale for each 64 weights of a row. Norms stay
-float32 (see hardware/quantized.py). generate.py and evaluate.py take the folder OUT as it is; it cannot be trained.
+A weight takes 8 bits, with a scale for each row, or 4 bits, with a scale for each 64 weights of a row. With 4 bits the
+embedding and the output layer have 8, because more is lost there. Norms stay float32 (see hardware/quantized.py).
+generate.py and evaluate.py take the folder OUT as it is; it cannot be trained.
 With --text, a text that the model has not seen, the perplexity of both models on it is printed.
 """
 import os
@@ -32,7 +33,8 @@ def tensors(model, bits):
     result = {}
     for name, w in model.weights.arrays().items():
         if w.ndim == 2:
-            result[name], result[name + ".scale"] = map(np.ascontiguousarray, quantize(w, bits))
+            inside = name.startswith("model.layers.")
+            result[name], result[name + ".scale"] = map(np.ascontiguousarray, quantize(w, bits if inside else 8))
         else:
             result[name] = w
     return result

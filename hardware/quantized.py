@@ -1,10 +1,12 @@
 """A matrix in 8 or 4 bits: whole numbers and scales, made into float32 again a block at a time, where they are used.
 
-    w ≈ ŵ = q · scale,   q = round(w / scale),   scale = max|w| / L,   L = 127 (8 bits) or 7 (4 bits)
+    w ≈ ŵ = q · scale,   q = round(w / scale),   scale = m / low,   low … high = -127 … 127 (8 bits) or -8 … 7 (4 bits)
 
-One scale serves a row (8 bits) or 64 neighbours of a row (4 bits). It puts the largest of them on ±L, so nothing is
-clipped and each weight is off by at most half a step: |w - ŵ| ≤ scale/2 = max|w| / 2L. A few large weights make a step
-large for all that share it, hence the small groups where steps are few. Symmetric: 0 stays 0.
+One scale serves a row (8 bits) or 64 neighbours of a row (4 bits); m is the one of them that is farthest from 0. The
+sign of scale puts m on `low`, and every other weight is off by at most half a step, |scale| / 2 = |m| / 2|low|. There
+is one exception: in 4 bits what is beyond 7.5 steps on the other side becomes 7, and is off by at most one step. The
+levels -7 … 7 would clip nothing, but 16 are too few to leave one out. A few large weights make a step large for all
+that share it, hence the small groups where steps are few. 0 stays 0.
 (Absmax quantisation of rows: Dettmers et al. 2022, LLM.int8(), §2.1; of small groups: Dettmers & Zettlemoyer 2023, §2.)
 
 >>> w = np.array([[0.5, -1.0, 0.25]], np.float32)
@@ -17,7 +19,8 @@ import numpy as np
 from hardware import device
 
 GROUP = 64              # weights of a row that share a scale, in 4 bits
-LEVELS = {8: 127, 4: 7}
+LEVELS = {8: (-127, 127), 4: (-8, 7)}       # low and high
+BOTH = np.stack([np.arange(256) & 15, np.arange(256) >> 4], -1).astype(np.float32) - 8      # the two weights of a byte
 
 
 def packed_shapes(shape, bits):
@@ -32,12 +35,12 @@ def quantize(w, bits):
 
     In 4 bits a row is filled up with zeros to whole groups; q + 8 of an even column is in a byte's low half.
     """
-    F, C = w.shape
+    (F, C), (low, high) = w.shape, LEVELS[bits]
     if bits == 4:
         w = np.pad(w, ((0, 0), (0, -C % GROUP))).reshape(F, -1, GROUP)
-    scale = abs(w).max(-1, keepdims=True) / np.float32(LEVELS[bits])
-    q = np.rint(np.divide(w, scale, out=np.zeros_like(w), where=scale > 0))
-    q = np.clip(q, -LEVELS[bits], LEVELS[bits]).astype(np.int8)         # a scale near 1e-45 is not exact
+    scale = np.take_along_axis(w, abs(w).argmax(-1)[..., None], -1) / np.float32(low)
+    q = np.rint(np.divide(w, scale, out=np.zeros_like(w), where=scale != 0))
+    q = np.clip(q, low, high).astype(np.int8)           # a scale near 1e-45 is not exact
     if bits == 8:
         return q, scale
     q = (q + 8).astype(np.uint8).reshape(F, -1)
@@ -54,6 +57,7 @@ class Quantized:
 
     def __init__(self, q, scale, columns):
         self.q, self.scale = device.xp.asarray(q), device.xp.asarray(scale)
+        self.both = device.xp.asarray(BOTH).view(np.float64)[:, 0]      # a pair is copied as one number
         self.shape = len(q), columns
 
     def __len__(self):
@@ -71,10 +75,7 @@ class Quantized:
         q, scale = self.q[rows], self.scale[rows]
         if q.dtype == np.int8:
             return q * scale
-        values = device.xp.empty((*q.shape, 2), np.float32)             # the two weights of each byte
-        values[..., 0], values[..., 1] = q & 15, q >> 4
-        values -= 8
-        values = values.reshape(*scale.shape, GROUP)
+        values = self.both.take(q).view(np.float32).reshape(*scale.shape, GROUP)
         values *= scale[..., None]
         return values.reshape(*q.shape[:-1], -1)[..., :self.shape[1]]
 
@@ -101,17 +102,26 @@ class QuantizedParameters:
 
     def __init__(self, shapes, bits, read, vector, pair):
         self.shapes, self.bits, self.vector, self.pair = shapes, bits, vector, pair
-        self.read = lambda names, kind="": np.concatenate([part for name in names for _, part in read(name + kind)])
-        self.made = {}                  # {names: what `tensor` returned for them}
+        self.read, self.made = read, {}         # made: {names: what `tensor` returned for them}
 
     def tensor(self, *names):
         """One vector of all, or the Quantized of matrices of one width, their rows below each other."""
         shape = self.shapes[names[0]]
         if len(shape) == 1:
-            self.made[names] = self.vector(self.read(names))
+            self.made[names] = self.vector(self._whole(names))
         else:
-            self.made[names] = Quantized(self.read(names), self.read(names, ".scale"), shape[1])
+            self.made[names] = Quantized(self._whole(names), self._whole(names, ".scale"), shape[1])
         return self.made[names]
+
+    def _whole(self, names, kind=""):
+        """The arrays of these names, below each other, read a part at a time into one: never all of it twice."""
+        whole, end = None, 0
+        for part in (part for name in names for _, part in self.read(name + kind)):
+            if whole is None:
+                whole = np.empty((sum(self.shapes[name][0] for name in names), *part.shape[1:]), part.dtype)
+            whole[end:end + len(part)] = part
+            end += len(part)
+        return whole
 
     def views(self):
         """{name: the Quantized of a matrix, or a vector's array}: the memory that the model computes with."""

@@ -302,7 +302,8 @@ def find_tensors(folder, config, bits=None):
     if config.n_block > len(headers):       # before `shapes` lists the parameters of a billion blocks
         raise InputError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_block}, "
                          f"but the model's files hold {len(headers)} tensors in all")
-    expected, found = stored(config.shapes(), bits), {}
+    eight = {name for name, (*_, dtype) in headers.items() if dtype == "I8" and not name.startswith("model.layers.")}
+    expected, found = stored(config.shapes(), bits, eight), {}
     heads = {head_of(name): expected[name] for name in expected if head_of(name)} if config.tie_embeddings else {}
     for name, (path, shape, dtype) in headers.items():
         if name.endswith("rotary_emb.inv_freq"):
@@ -352,13 +353,17 @@ def read_headers(path):
     return headers
 
 
-def stored(shapes, bits):
-    """{tensor's name: (shape, allowed types)} that the files of a model with these parameters must hold."""
+def stored(shapes, bits, eight):
+    """{tensor's name: (shape, allowed types)} that the files of a model with these parameters must hold.
+
+    With `bits` 4 the matrices whose names are in `eight` have 8.
+    """
     expected = {}
     for name, shape in shapes.items():
         expected[name] = shape, ("F32", "F16", "BF16", "F64")
         if bits and len(shape) == 2:
-            integers, scales = packed_shapes(shape, bits)
-            expected[name] = integers, ("I8" if bits == 8 else "U8",)
+            own = 8 if name in eight else bits
+            integers, scales = packed_shapes(shape, own)
+            expected[name] = integers, ("I8" if own == 8 else "U8",)
             expected[name + ".scale"] = scales, ("F32",)
     return expected
