@@ -277,8 +277,8 @@ def read_moments(checkpoint, optimizer, team=ranks.ALONE):
     """Read Adam's moments into the optimizer; rank 0 alone reads them. Raises InputError that names the file."""
     path = checkpoint / "optimizer.safetensors"
     for name, target in (("m", optimizer.m), ("v", optimizer.v)):
-        whole = None if team.rank else read_moment(path, name, optimizer.weights.flat.shape)
-        target[...] = device.xp.asarray(team.scatter(whole))
+        target[...] = device.xp.asarray(team.scatter(        # no name keeps the first moment while the second is read
+            None if team.rank else read_moment(path, name, optimizer.weights.flat.shape)))
 
 
 def read_moment(path, name, shape):
@@ -291,6 +291,7 @@ def read_moment(path, name, shape):
             values = file.get_tensor(name)
     except (OSError, SafetensorError) as problem:
         raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
-    if not np.isfinite(values).all() or (name == "v" and (values < 0).any()):
+    low, high = float(values.min()), float(values.max())        # both are NaN if there is one
+    if not math.isfinite(high - low) or (name == "v" and low < 0):
         raise InputError(f"{path}: {name} holds values that Adam cannot have made")
     return values

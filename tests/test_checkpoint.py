@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ import train
 from console import cli, metrics
 from hardware import device
 from hardware.device import to_host
-from nanollm import Config, NanoLLM
+from nanollm import Config, NanoLLM, Parameters
 from storage import checkpoint, tokens
 from storage.checkpoint import State, checkpoints, read_trainer
 from storage.files import InputError
@@ -818,6 +820,19 @@ def test_wrong_moments_are_refused(halfway, how):
     path, moments = moments_of(halfway)
     save_file(WRONG[how](moments), path)
     refused(halfway, "optimizer.safetensors")
+
+
+def test_of_the_moments_one_is_read_at_a_time(tmp_path):
+    """So that a run which just fits in memory also resumes."""
+    optimizer = Adam(SimpleNamespace(weights=Parameters({"w": (1 << 19,)})))
+    moments = {name: np.arange(1 << 19, dtype=np.float32) + shift for name, shift in (("m", -9), ("v", 0))}
+    save_file(moments, tmp_path / "optimizer.safetensors")
+    tracemalloc.start()
+    checkpoint.read_moments(tmp_path, optimizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (to_host(optimizer.m) == moments["m"]).all() and (to_host(optimizer.v) == moments["v"]).all()
+    assert peak < 1.1 * moments["m"].nbytes
 
 
 @pytest.mark.parametrize("content", [
