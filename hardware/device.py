@@ -222,11 +222,14 @@ def _work(jobs):
     np.seterr(over="ignore")                    # a worker's own setting; NaN still warns
     _here.busy = True
     while True:
-        share, ended = jobs.get()
+        (share, ended), problem = jobs.get(), None
         try:
-            ended.put(share())
-        except BaseException as problem:        # the thread that waits raises it
-            ended.put(problem)
+            share()
+        except BaseException as raised:         # the thread that waits raises it
+            problem = raised
+        del share                               # first: its arrays go when that thread lets go of them
+        ended.put(problem)
+        del ended, problem
 
 
 def sweep(f, n, block):

@@ -3,10 +3,14 @@
 Shapes: N images of H · W pixels with C channels each, so an image is (H, W, C), a pixel's channels side by side in
 memory. F is the number of channels of a result, and a kernel covers k · k pixels, k odd.
 """
+import math
+
 from autograd import ACTIVATIONS, by_rows, record
 from hardware import device
 
 _CACHE = 1 << 16        # elements of a block: 256 KB fits the cache
+_PATCHES = 1 << 18      # elements of the patches that one product takes: fewer, and the product is too small
+_BLOCKS = 16            # parts of a batch: each sums its own dw, so that more would be more memory
 
 
 def _padded(x, k):
@@ -51,41 +55,54 @@ def conv2d_plain(x, w, b):
 
 
 def _patches(x, k):
-    """(N, H, W, C) -> (N·H·W, k·k·C): row (n, p) is the neighbourhood of pixel p of image n."""
-    C = x.shape[-1]
-    windows = device.xp.lib.stride_tricks.sliding_window_view(_padded(x, k), (k, k), (1, 2))    # (N, H, W, C, k, k)
-    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, k * k * C)
+    """Yield (place, patches) of x (N, H, W, C) until every pixel x[place] has had its patch, (k·k·C,): its neighbours.
+
+    On a CPU a product takes only as many patches as stay in the cache: a few small images, or some rows of a large one.
+    """
+    (N, H, W, C), size = x.shape, k * k * x.shape[-1]
+    images, rows = (N, H) if device.on_gpu else (max(_PATCHES // (y * W * size), 1) for y in (H, 1))
+    for i in range(0, N, images):
+        padded = _padded(x[i:i + images], k)
+        n, h, w, c = padded.strides
+        windows = device.xp.lib.stride_tricks.as_strided(padded, (len(padded), H, W, k, k, C), (n, h, w, h, w, c))
+        for y in range(0, H, rows):
+            yield (slice(i, i + images), slice(y, y + rows)), windows[:, y:y + rows].reshape(-1, size)
 
 
 def conv2d(x, w, b):
-    """`conv2d_plain` as one product: `linear` on every pixel's neighbourhood, its patch, with w as a matrix (F, k·k·C).
+    """`conv2d_plain` as one product: every pixel's neighbourhood, its patch, times w as a matrix (k·k·C, F).
 
     dw is then doutᵀ @ patches(x). With p = q - d above,  dx_q = sum_d w_{-d}ᵀ dout_{q+d}: a convolution too, of dout
     with the kernel turned by 180° and C and F exchanged. So `_patches` serves all three products. Patches are k·k times
-    as large as the images: they are made for a few images at a time, and again in backward.
+    as large as the images: they are made for a few rows at a time, and again in backward.
     """
     (N, H, W, C), (F, _, k, _), images, bias = x.shape, w.shape, x.data, b.data
-    matrix = w.data.transpose(0, 2, 3, 1).reshape(F, -1)
-    turned = w.data[:, :, ::-1, ::-1].transpose(1, 2, 3, 0).reshape(C, -1)
+    matrix = w.data.transpose(2, 3, 1, 0).reshape(-1, F)
+    turned = w.data[:, :, ::-1, ::-1].transpose(2, 3, 0, 1).reshape(-1, C)
     out, wanted = device.xp.empty((N, H, W, F), x.dtype), x.requires_grad
-    count = _CACHE // (H * W * k * k * C)             # images in a block; `sweep` takes at least one
+    count = math.ceil(N / _BLOCKS)
+
+    def convolve(x, matrix, out):
+        for place, patches in _patches(x, k):
+            device.matmul(patches, matrix, out=out[place].reshape(len(patches), -1))      # a view
 
     def forward(part):
-        rows = out[part].reshape(-1, F)
-        device.matmul(_patches(images[part], k), matrix.T, out=rows)
-        rows += bias
+        convolve(images[part], matrix, out[part])
+        out[part] += bias
     device.sweep(forward, N, count)
 
     def backward(dout):
         dx = device.xp.empty(images.shape, images.dtype) if wanted else None
-        dw, db = device.xp.zeros_like(matrix), device.xp.zeros_like(bias)
+        dw, db = device.xp.zeros((F, k * k * C), x.dtype), device.xp.zeros_like(bias)
         ones = device.xp.ones((1, N * H * W), dout.dtype)
 
         def block(part):
-            rows = dout[part].reshape(-1, F)
             if wanted:
-                device.matmul(_patches(dout[part], k), turned.T, out=dx[part].reshape(-1, C))
-            return device.matmul(rows.T, _patches(images[part], k)), device.matmul(ones[:, :len(rows)], rows)[0]
+                convolve(dout[part], turned, dx[part])
+            dw_part = sum(device.matmul(dout[part][place].reshape(-1, F).T, patches)
+                          for place, patches in _patches(images[part], k))
+            pixels = dout[part].reshape(-1, F)
+            return dw_part, device.matmul(ones[:, :len(pixels)], pixels)[0]
         for dw_part, db_part in device.sweep(block, N, count):
             dw += dw_part
             db += db_part

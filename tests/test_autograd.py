@@ -660,6 +660,14 @@ def test_an_op_is_its_plain_form(fast, plain, shapes, dtype, rng):
     assert_close(value_and_gradients(fast, inputs, dtype), value_and_gradients(plain, inputs, dtype), dtype)
 
 
+@pytest.mark.parametrize("patches, N, H", [(1, 2, 3), (100, 33, 12), (250, 33, 3)])
+def test_conv2d_takes_some_rows_of_an_image_or_some_images_at_a_time(patches, N, H, rng, monkeypatch):
+    monkeypatch.setattr(ops, "_PATCHES", patches)       # a row's: 36 of x, 54 of dout
+    inputs = [rng.standard_normal(shape) for shape in ((N, H, 2, 2), (3, 2, 3, 3), (3,))]
+    assert_close(value_and_gradients(ops.conv2d, inputs, np.float64),
+                 value_and_gradients(ops.conv2d_plain, inputs, np.float64), np.float64)
+
+
 @pytest.mark.parametrize("pool", [ops.max_pool2d, ops.max_pool2d_plain])
 def test_of_equal_pixels_max_pool2d_takes_the_first_in_row_order(pool, rng):
     x = rng.integers(0, 2, (3, 5, 8, 4)).astype(np.float64)

@@ -40,9 +40,12 @@ EQUIVALENT = {
     ("repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, n in enumerate(shape) if n == 1)"): "a sum over one element is a copy",
     ("if p == 0:", "if False:"): "nothing is dropped",
-    **{("count = _CACHE // (H * W * k * k * C)", f"count = _CACHE // ({fewer})"): "larger blocks" for fewer in (
-        "(C)", "(H * W * k * k)", "(H * W * k) * C", "(k) * C", "(k) * k * C", "(H * W) * k * C", "(H) * k * k * C",
-        "(W) * k * k * C")},
+    **{("images, rows = (N, H) if device.on_gpu else (max(_PATCHES // (y * W * size), 1) for y in (H, 1))",
+        f"images, rows = (N, H) if {test} else (max(_PATCHES // ({part}), 1) for y in (H, 1))"): "other blocks"
+       for test, part in (("True", "y * W * size"), ("False", "y * W * size"), ("device.on_gpu", "(y * W)"),
+                          ("device.on_gpu", "(y) * size"))},
+    ("count = math.ceil(N / _BLOCKS)", "count = math.ceil((N))"): "one block",
+    ("count = math.ceil(N / _BLOCKS)", "count = math.ceil((N) * (_BLOCKS))"): "one block",
     **{("count = _CACHE // (W * C)", f"count = _CACHE // ({fewer})"): "larger blocks" for fewer in ("(W)", "(C)")},
     ("if H % 2 or W % 2:", "if True:"): "a slice of everything",
     ("dx = device.xp.empty(images.shape, images.dtype) if wanted else None",
