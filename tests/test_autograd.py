@@ -660,6 +660,15 @@ def test_an_op_is_its_plain_form(fast, plain, shapes, dtype, rng):
     assert_close(value_and_gradients(fast, inputs, dtype), value_and_gradients(plain, inputs, dtype), dtype)
 
 
+def test_cast_computes_in_the_new_type_and_its_gradient_has_the_old(on_cpu):
+    x = Tensor(np.float32([0.5, 2.0]), requires_grad=True)
+    out = ag.cast(x, np.float64)
+    out.backward(np.float64([1 + 2.0 ** -40, 3.0]))
+    assert (out.dtype, out.data.tolist()) == (np.float64, [0.5, 2.0])
+    assert (x.grad.dtype, x.grad.tolist()) == (np.float32, [1.0, 3.0])
+    assert ag.cast(x, np.float32) is x
+
+
 @pytest.mark.parametrize("patches, N, H", [(1, 2, 3), (100, 33, 12), (250, 33, 3)])
 def test_conv2d_takes_some_rows_of_an_image_or_some_images_at_a_time(patches, N, H, rng, monkeypatch):
     monkeypatch.setattr(ops, "_PATCHES", patches)       # a row's: 36 of x, 54 of dout

@@ -78,6 +78,11 @@ EQUIVALENT = {
            f"(_g_along_rows(x, q, dout, w, C, eps)[:, None]) * {factor}, _g_along_columns(x, q, dout, C, eps)",
            f"_g_along_rows(x, q, dout, w, C, eps)[:, None], (_g_along_columns(x, q, dout, C, eps)) * {factor}")},
     ("if on_gpu:", "if True:"): "add.at gives the same, more slowly",
+    ("if on_gpu:", "if False:"): "what a GPU does instead",
+    **{("xp.add.at(out, ids, rows)", wrong): "only on a GPU, where tests/test_autograd.py catches it"
+       for wrong in ("pass", "xp.add.at(out, ids, (rows) * 0)", "xp.add.at(out, ids, (rows) * 1.001)")},
+    ("dz = z if dtype == wide else formulas.scaled(z, wide.type(lift), dtype)",
+     "dz = z if False else formulas.scaled(z, wide.type(lift), dtype)"): "a copy more",
     ("h = step * max(1.0, abs(x))", "h = step * max((1.0 * 1.001), abs(x))"): "a step 0.1 % longer",
     ("if not excess <= worst:", "if not excess < worst:"): "a tie",
     ("if worst > 1:", "if worst >= 1:"): "an error of exactly the tolerance",
