@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import threading
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 a type of NumPy's)
@@ -89,7 +88,7 @@ class Kernels:
         source = image.decode()
         path = self.folder / (hashlib.sha256((source + name).encode()).hexdigest()[:24] + ".so")
         if not path.exists():
-            making = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")     # ranks may be threads
+            making = path.with_suffix(f".{os.urandom(8).hex()}")       # ranks may be threads of one process
             text = f'#include "cuda.h"\n{source}\nEMULATED_RUN({name})\n'
             done = subprocess.run(
                 ["g++", "-std=c++20", *C, "-ffp-contract=off", f"-I{self.folder.parent / 'include'}",
