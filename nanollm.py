@@ -432,8 +432,8 @@ class NanoLLM:
         config = Config.load(folder)
         read, bits = huggingface.tensor_reader(folder, config)
         if bits:
-            made = Tensor, Parameter
-            return cls(config, weights=QuantizedParameters(config.shapes(), bits, read, *made))
+            return cls(config, weights=QuantizedParameters(
+                config.shapes(), bits, read, Tensor, Parameter))
         weights = Parameters(config.shapes(), np.float32, trainable)
         for name, w in weights.views(weights.flat).items():
             for rows, part in read(name):           # never a large matrix twice

@@ -4,9 +4,9 @@ Both sides start from one checkpoint, see the same new batch at each step, and u
 the same number of cores: PyTorch uses them by threads, a training step of nanollm by processes, as train.py does. They
 take turns, A B A B ..., and only one works at a time. A ratio is nanollm's time divided by the other side's time in the
 turn that follows; the table shows the median and the range.
-Both sides must compute the same loss before the first step and hold the same weights after some more, before the first
-turn. Otherwise the program says so and exits with 1. --before FOLDER compares with another checkout of nanollm instead
-of PyTorch; --processes 2 1 4 compares a step of 2 processes with those of 1 and of 4, too.
+Both sides must compute the same loss before the first step and hold the same weights a few steps later. Otherwise the
+program says so and exits with 1. --before FOLDER compares with another checkout of nanollm instead of PyTorch;
+--processes 2 1 4 compares a step of 2 processes with those of 1 and of 4, too.
 
 A step's FLOPs are counted by console.metrics.flops_per_token. Divided by the time, and by the rate of a large product
 of the same type, they give the share of what the machine can do (on a GPU also called MFU).
@@ -159,7 +159,7 @@ def training(name, c, steps, folder, rate, args, sides):
     with running(**sides) as ask:
         loss = {side: ask[side]("first_loss") for side in sides}
         check(np.ptp(list(loss.values())) <= LOSS_TOLERANCE[args.dtype] * loss["nanollm"], f"{name}: first loss {loss}")
-        for side in sides:          # after as many steps in every run, because what rounding does grows with them
+        for side in sides:          # the same number of steps in each run, because differences by rounding grow
             ask[side]("steps", 0, 2 * steps)
             os.mkdir(f"{folder}/{side}")
             ask[side]("save", f"{folder}/{side}")

@@ -227,7 +227,7 @@ def _work(jobs):
             share()
         except BaseException as raised:         # the thread that waits raises it
             problem = raised
-        del share                               # first: its arrays go when that thread lets go of them
+        del share                               # before that thread wakes up: it may be the last to hold its arrays
         ended.put(problem)
         del ended, problem
 

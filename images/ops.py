@@ -9,8 +9,7 @@ from autograd import ACTIVATIONS, by_rows, record
 from hardware import device
 
 _CACHE = 1 << 16        # elements of a block: 256 KB fits the cache
-_PATCHES = 1 << 18      # elements of the patches that one product takes: fewer, and the product is too small
-_BLOCKS = 16            # parts of a batch: each sums its own dw, so that more would be more memory
+_PARTS = 16             # of a batch, for the threads: each sums a dw of its own, so more would take more memory
 
 
 def _padded(x, k):
@@ -55,18 +54,17 @@ def conv2d_plain(x, w, b):
 
 
 def _patches(x, k):
-    """Yield (place, patches) of x (N, H, W, C) until every pixel x[place] has had its patch, (k·k·C,): its neighbours.
+    """Yield (slice, patches) for a few images of x (N, H, W, C) at a time; patches has a row (k·k·C,) for each pixel.
 
-    On a CPU a product takes only as many patches as stay in the cache: a few small images, or some rows of a large one.
+    The patch of a pixel is its neighbourhood. On a CPU patches should be multiplied while they are in the cache.
     """
     (N, H, W, C), size = x.shape, k * k * x.shape[-1]
-    images, rows = (N, H) if device.on_gpu else (max(_PATCHES // (y * W * size), 1) for y in (H, 1))
-    for i in range(0, N, images):
-        padded = _padded(x[i:i + images], k)
+    count = N if device.on_gpu else max(_CACHE // (H * W * size), 1)
+    for few in (slice(i, i + count) for i in range(0, N, count)):
+        padded = _padded(x[few], k)
         n, h, w, c = padded.strides
         windows = device.xp.lib.stride_tricks.as_strided(padded, (len(padded), H, W, k, k, C), (n, h, w, h, w, c))
-        for y in range(0, H, rows):
-            yield (slice(i, i + images), slice(y, y + rows)), windows[:, y:y + rows].reshape(-1, size)
+        yield few, windows.reshape(-1, size)
 
 
 def conv2d(x, w, b):
@@ -74,17 +72,17 @@ def conv2d(x, w, b):
 
     dw is then doutᵀ @ patches(x). With p = q - d above,  dx_q = sum_d w_{-d}ᵀ dout_{q+d}: a convolution too, of dout
     with the kernel turned by 180° and C and F exchanged. So `_patches` serves all three products. Patches are k·k times
-    as large as the images: they are made for a few rows at a time, and again in backward.
+    as large as the images: they are made for a few images at a time, and again in backward.
     """
     (N, H, W, C), (F, _, k, _), images, bias = x.shape, w.shape, x.data, b.data
     matrix = w.data.transpose(2, 3, 1, 0).reshape(-1, F)
     turned = w.data[:, :, ::-1, ::-1].transpose(2, 3, 0, 1).reshape(-1, C)
     out, wanted = device.xp.empty((N, H, W, F), x.dtype), x.requires_grad
-    count = math.ceil(N / _BLOCKS)
+    count = math.ceil(N / _PARTS)
 
     def convolve(x, matrix, out):
-        for place, patches in _patches(x, k):
-            device.matmul(patches, matrix, out=out[place].reshape(len(patches), -1))      # a view
+        for few, patches in _patches(x, k):
+            device.matmul(patches, matrix, out=out[few].reshape(len(patches), -1))
 
     def forward(part):
         convolve(images[part], matrix, out[part])
@@ -99,10 +97,10 @@ def conv2d(x, w, b):
         def block(part):
             if wanted:
                 convolve(dout[part], turned, dx[part])
-            dw_part = sum(device.matmul(dout[part][place].reshape(-1, F).T, patches)
-                          for place, patches in _patches(images[part], k))
-            pixels = dout[part].reshape(-1, F)
-            return dw_part, device.matmul(ones[:, :len(pixels)], pixels)[0]
+            dw_part = sum(device.matmul(dout[part][few].reshape(-1, F).T, patches)
+                          for few, patches in _patches(images[part], k))
+            rows = dout[part].reshape(-1, F)
+            return dw_part, device.matmul(ones[:, :len(rows)], rows)[0]
         for dw_part, db_part in device.sweep(block, N, count):
             dw += dw_part
             db += db_part

@@ -40,12 +40,12 @@ EQUIVALENT = {
     ("repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, n in enumerate(shape) if n == 1)"): "a sum over one element is a copy",
     ("if p == 0:", "if False:"): "nothing is dropped",
-    **{("images, rows = (N, H) if device.on_gpu else (max(_PATCHES // (y * W * size), 1) for y in (H, 1))",
-        f"images, rows = (N, H) if {test} else (max(_PATCHES // ({part}), 1) for y in (H, 1))"): "other blocks"
-       for test, part in (("True", "y * W * size"), ("False", "y * W * size"), ("device.on_gpu", "(y * W)"),
-                          ("device.on_gpu", "(y) * size"))},
-    ("count = math.ceil(N / _BLOCKS)", "count = math.ceil((N))"): "one block",
-    ("count = math.ceil(N / _BLOCKS)", "count = math.ceil((N) * (_BLOCKS))"): "one block",
+    **{("count = N if device.on_gpu else max(_CACHE // (H * W * size), 1)",
+        f"count = N if {test} else max(_CACHE // ({part}), 1)"): "larger blocks, or as many" for test, part in (
+            ("True", "H * W * size"), ("False", "H * W * size"), ("device.on_gpu", "(H * W)"),
+            ("device.on_gpu", "(size)"), ("device.on_gpu", "(H) * size"), ("device.on_gpu", "(W) * size"))},
+    **{("count = math.ceil(N / _PARTS)", f"count = math.ceil({all_of_it})"): "one block"
+       for all_of_it in ("(N)", "(N) * (_PARTS)")},
     **{("count = _CACHE // (W * C)", f"count = _CACHE // ({fewer})"): "larger blocks" for fewer in ("(W)", "(C)")},
     ("if H % 2 or W % 2:", "if True:"): "a slice of everything",
     ("dx = device.xp.empty(images.shape, images.dtype) if wanted else None",
