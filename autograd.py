@@ -9,7 +9,7 @@ glu are a formula and a loop over blocks of rows. rmsnorm, attention and the los
 as the derivation reads, and as the model uses them: the same values, a block at a time.
 
 Shapes: B batch, T time, S keys (S > T where a cache holds earlier ones), C width, H heads,
-K key/value heads, D = C/H, F hidden width, V vocabulary, N rows: (..., C) -> (N, C).
+K key/value heads, D their width, F hidden width, V vocabulary, N rows: (..., C) -> (N, C).
 dx is dLoss/dx and has x's shape. * multiplies element by element, @ is the matrix product, ᵀ swaps
 the last two axes. From `device` (hardware/device.py, which you can read later):
 
@@ -438,7 +438,7 @@ _softmax_backward = lambda p, dout: p * (dout - (dout * p).sum(-1, keepdims=True
 
 
 def softmax(x):
-    """out_i = exp(x_i) / sum_j exp(x_j) over the last axis: the two formulas above, by rows.
+    """out_i = exp(x_i) / sum_j exp(x_j) over the last axis: both formulas above, through `by_rows`.
 
     Subtracting the row's maximum changes nothing (it cancels) and keeps exp in range; -inf gives
     an exact 0. Let e_i = exp(x_i), and 1[i = j] be 1 for i = j, else 0. By the quotient rule
@@ -581,7 +581,7 @@ def _glu_formulas(name):
 
 
 def glu(gate, up=None, activation="silu"):
-    """out = a(gate) * up, a from ACTIVATIONS; "silu" is SwiGLU: the formulas above, by rows.
+    """out = a(gate) * up, a from ACTIVATIONS; "silu" is SwiGLU. Computed `by_rows`.
 
     By the product rule  dgate = dout * up * a'(gate),  dup = dout * a(gate).  (Shazeer 2020, §2)
     Without `up`, gate (..., 2F) holds both next to each other, as one linear layer computes them.
@@ -651,7 +651,7 @@ _SCORES = 1 << 16       # scores in a block on a CPU: several passes go over it,
 
 def _query_blocks(T, S, size):
     """Yield (t, end): a slice of queries, and the number of keys that its last query may see."""
-    for start in reversed(range(0, T, size)):       # CuPy reuses memory only for what is no larger
+    for start in reversed(range(0, T, size)):       # largest first: CuPy reuses it for smaller ones
         stop = min(start + size, T)
         yield slice(start, stop), S - T + stop
 
@@ -734,8 +734,8 @@ def attention(q, k, v):
 def dropout(x, p, key):
     """out = x * keep / (1 - p): each element becomes 0 with probability p, and the mean is kept.
 
-    dx = dout * keep / (1 - p). The mask `keep` is not saved but computed again from `key`, whole
-    numbers. The last is that of x's first row.  (Srivastava et al. 2014, §4 and §10)
+    dx = dout * keep / (1 - p). `keep` is not saved but computed again from `key`, a tuple of ints;
+    its last is the number of x's first row.  (Srivastava et al. 2014, §4 and §10)
     """
     if p == 0:
         return x

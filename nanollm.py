@@ -309,7 +309,7 @@ class NanoLLM:
         heads = linear(x, block.qkv)
         if config.qkv_bias:
             heads = heads + cast(block.bias, x.dtype)
-        heads = heads.reshape(B, T, H + 2 * K, D)   # cut first: no copy in backward
+        heads = heads.reshape(B, T, H + 2 * K, D)   # before the slices: no copy in backward
         qk, v = (x.transpose(0, 2, 1, 3) for x in (heads[:, :, :H + K], heads[:, :, H + K:]))
         if config.qk_norm:
             q = rope(rmsnorm(qk[:, :H], block.q_norm, config.eps), cos, sin)
@@ -362,7 +362,7 @@ class NanoLLM:
         """Mean cross-entropy in nats of targets (B, T), the ids that follow; a scalar Tensor.
 
         p is the probability of dropout, in the embedding and in what each half of a block adds to
-        h; `key`, whole numbers, decides which elements. Its last is the number of the first window.
+        h; `key`, a tuple of ints, decides which elements; its last is the first window's number.
         """
         return linear_cross_entropy(self.hidden(ids, p=p, key=key), self.lm_head, targets)
 

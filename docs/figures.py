@@ -116,9 +116,9 @@ def graph():
     """The graph of a small expression, its values and gradients."""
     svg = graph_svg("((x * w).sum() + b) ** 2", {"x": [1.0, 2.0, 3.0], "w": [0.5, -1.0, 2.0], "b": -3.0})
     return svg, (
-        "Each box is an op of the graph. It shows the op's value, out, and below it dLoss/dout, which backward found "
-        "by walking through the boxes from right to left. The rule under a box is the op's backward rule: check the "
-        "numbers with it.")
+        "Each box is an op of the graph. It shows the op's value, out, and below it dout, its gradient, which backward "
+        "found by walking through the boxes from right to left. The rule under a box is the op's backward rule: check "
+        "the numbers with it.")
 
 
 def graph_svg(expression, leaves):

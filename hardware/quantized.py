@@ -3,10 +3,10 @@
     w ≈ ŵ = q · scale,   q = round(w / scale),   scale = m / low,   low … high = -127 … 127 (8 bits) or -8 … 7 (4 bits)
 
 One scale serves a row (8 bits) or 64 neighbours of a row (4 bits); m is the one of them that is farthest from 0. The
-sign of scale puts m on `low`, and every other weight is off by at most half a step, |scale| / 2 = |m| / 2|low|. There
-is one exception: in 4 bits what is beyond 7.5 steps on the other side becomes 7, and is off by at most one step. The
-levels -7 … 7 would clip nothing, but 16 are too few to leave one out. A few large weights make a step large for all
-that share it, hence the small groups where steps are few. 0 stays 0.
+sign of scale puts m on `low`, and every other weight is off by at most half a step, |scale| / 2, and by rounding. Only
+in 4 bits is what lies beyond 7.5 steps on the other side clipped to 7, and off by at most one step. The levels -7 … 7
+would clip nothing, but would leave one of 16 levels unused. A few large weights make a step large for all that share
+it, hence the small groups where steps are few. 0 stays 0. (Scales below 1e-38, subnormal numbers, are less exact.)
 (Absmax quantisation of rows: Dettmers et al. 2022, LLM.int8(), §2.1; of small groups: Dettmers & Zettlemoyer 2023, §2.)
 
 >>> w = np.array([[0.5, -1.0, 0.25]], np.float32)

@@ -70,9 +70,9 @@ def _patches(x, k):
 def conv2d(x, w, b):
     """`conv2d_plain` as one product: every pixel's neighbourhood, its patch, times w as a matrix (k·k·C, F).
 
-    dw is then doutᵀ @ patches(x). With p = q - d above,  dx_q = sum_d w_{-d}ᵀ dout_{q+d}: a convolution too, of dout
-    with the kernel turned by 180° and C and F exchanged. So `_patches` serves all three products. Patches are k·k times
-    as large as the images: they are made for a few images at a time, and again in backward.
+    dw is then doutᵀ @ patches(x). With -d for d in the sum above,  dx_q = sum_d w_{-d}ᵀ dout_{q+d}: a convolution, too,
+    of dout with the kernel turned by 180° and C and F exchanged. So `_patches` serves all three products. Patches are
+    k·k times as large as the images: they are made for a few images at a time, and again in backward.
     """
     (N, H, W, C), (F, _, k, _), images, bias = x.shape, w.shape, x.data, b.data
     matrix = w.data.transpose(2, 3, 1, 0).reshape(-1, F)

@@ -1,8 +1,9 @@
 """Dropout on the output makes a model too modest:  python -m lessons.dropout_on_the_logit
 
-What you see. A network learns to tell a drawn 0 from a 1, but each label is wrong with a probability of 20 %. No loss
-can be below 0.500. With dropout (p = 1/2) on its one logit, the training loss ends at 0.611, above the validation loss,
-0.562, and simply doubling the logits lowers that to 0.524. With dropout on the features it is 0.514 as it is.
+What you see. A network learns to tell a drawn 0 from a 1, but each time that a picture is shown its label is wrong
+with a probability of 20 %. No expected loss is below 0.500. With dropout (p = 1/2) on its one logit, the training loss
+ends at 0.611, above the validation loss, 0.562, and simply doubling the logits lowers the validation loss to 0.524.
+With dropout on the features the validation loss is 0.514 as it is.
 
 Why. Dropout sets half of the logits to 0 and doubles the others, because 1/(1-p) = 2. On the average over both
 
@@ -78,5 +79,5 @@ if __name__ == "__main__":
 
 # The answer
 # No. With dropout on features it is usual, too: training is measured with noise and while the weights still change,
-# validation without noise and after that. A mistake is what a factor on the logits repairs: a model that minimises the
-# right loss has already found the best factor, which is 1.
+# validation without noise and after that. Suspicious is a factor far above 1 on the logits that lowers the loss: a
+# model that minimises the right loss has already found the best factor for its training data, which is 1.

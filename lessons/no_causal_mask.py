@@ -1,18 +1,19 @@
 """Without the causal mask the loss falls to nothing and the text is nonsense:  python -m lessons.no_causal_mask
 
 What you see. The same model is trained twice, from the same weights on the same batches. With the mask the loss reaches
-1.79 nats per byte, without it 0.07. By its loss the second model is better, but what it writes is nonsense.
+1.79 nats per byte, without it 0.07. By its loss the second model is better, but what it writes is not even words.
 
 Why. Position t must predict y_t. But y_t = x_{t+1} is in the input, one place to the right, and without a mask
 
     out_t = sum over all s of p_ts v_s,   so p_{t,t+1} = 1 copies the answer
-    loss = 1/T · (0 + 0 + … + 0 + the loss at the last position)
+    loss ≈ 1/T · (0 + 0 + … + 0 + the loss at the last position)
 
 Only the last position has no answer to its right, and it is the one from which a model writes. Its loss is 3.06, but
 1.91 with the mask. It counts for only 1/T of the loss, so training hardly notices.
 
-How nanollm avoids it. `attention` in autograd.py sets the score of every later key to -inf, and tests/test_nanollm.py
-changes one token and demands that no logit before it changes, not even in its last bit.
+How nanollm avoids it. `attention` in autograd.py gives no weight to later keys: `attention_plain` shows it, and sets
+their scores to -inf. tests/test_nanollm.py changes one token and demands that no logit before it changes, not even in
+its last bit.
 """
 import sys
 from unittest.mock import patch
