@@ -649,11 +649,13 @@ _QUERIES = 128          # queries in a block on a CPU
 _SCORES = 1 << 16       # scores in a block on a CPU: several passes go over it, in the cache
 
 
-def _query_blocks(T, S, size):
-    """Yield (t, end): a slice of queries, and the number of keys that its last query may see."""
-    for start in reversed(range(0, T, size)):       # largest first: CuPy reuses it for smaller ones
-        stop = min(start + size, T)
-        yield slice(start, stop), S - T + stop
+def _by_queries(f, T, S, size):
+    """h -> f(h, t, end) for slices t of queries; the last query of each may see `end` keys."""
+    def blocks(h):
+        for start in reversed(range(0, T, size)):   # largest first: CuPy reuses it for smaller ones
+            stop = min(start + size, T)
+            f(h, slice(start, stop), S - T + stop)
+    return blocks
 
 
 @functools.lru_cache(4)
@@ -692,38 +694,36 @@ def attention(q, k, v):
             latest += _future(xp, n, wide)
         return q, s
 
-    def forward(h):
-        for t, end in _query_blocks(T, S, queries):
-            _, p = scores(h, t, end)
-            top = p.max(-1, keepdims=True)      # softmax without the division by its row sums:
-            rounded = formulas.exp_less(p, top, dtype)          # changes p; the same in q's dtype
-            total = p.sum(-1, keepdims=True)    # p @ v has D numbers a row to divide, p has `end`
-            pv = device.matmul(rounded, vs[h, :end], dtype=wide)
-            xp.divide(split(pv), split(total), out=out[h, :, t])
-            if L is not None:
-                formulas.plus_log(split(top), split(total), L[h, :, t])
-    device.sweep(forward, B * K, heads)
+    def forward(h, t, end):
+        _, p = scores(h, t, end)
+        top = p.max(-1, keepdims=True)          # softmax without the division by its row sums:
+        rounded = formulas.exp_less(p, top, dtype)              # changes p; the same in q's dtype
+        total = p.sum(-1, keepdims=True)        # p @ v has D numbers a row to divide, p has `end`
+        pv = device.matmul(rounded, vs[h, :end], dtype=wide)
+        xp.divide(split(pv), split(total), out=out[h, :, t])
+        if L is not None:
+            formulas.plus_log(split(top), split(total), L[h, :, t])
+    device.sweep(_by_queries(forward, T, S, queries), B * K, heads)
 
     def backward(dout):
         dout = dout.reshape(qs.shape)
         summed = dtype if queries == T else wide                # dk and dv, over the blocks
         dq, dk, dv = (xp.empty(x.shape, to) for x, to in ((qs, dtype), (ks, summed), (vs, summed)))
 
-        def block(h):
-            for t, end in _query_blocks(T, S, queries):         # the first one sees all keys
-                q, p = scores(h, t, end)
-                rounded = formulas.exp_less(p, merged(L[h, :, t]), dtype)
-                d, add = merged(dout[h, :, t]), t.stop < T
-                device.matmul(_t(rounded), d, out=dv[h, :end], accumulate=add)
-                del rounded                     # memory for what follows
-                dp = device.matmul(d, _t(vs[h, :end]), dtype=wide)
-                ds = formulas.less_times(dp, device.row_dot(p, dp), p, dtype)       # p (dp - δ)
-                if G == 1 or queries == T:
-                    device.matmul(ds, ks[h, :end], out=merged(dq[h, :, t]), scale=scale)
-                else:
-                    dq[h, :, t] = split(device.matmul(ds, ks[h, :end], scale=scale))
-                device.matmul(_t(ds), q, out=dk[h, :end], accumulate=add, scale=scale)
-        device.sweep(block, B * K, heads)
+        def block(h, t, end):
+            q, p = scores(h, t, end)
+            rounded = formulas.exp_less(p, merged(L[h, :, t]), dtype)
+            d, add = merged(dout[h, :, t]), t.stop < T          # the first block sees all keys
+            device.matmul(_t(rounded), d, out=dv[h, :end], accumulate=add)
+            del rounded                         # memory for what follows
+            dp = device.matmul(d, _t(vs[h, :end]), dtype=wide)
+            ds = formulas.less_times(dp, device.row_dot(p, dp), p, dtype)           # p (dp - δ)
+            if G == 1 or queries == T:
+                device.matmul(ds, ks[h, :end], out=merged(dq[h, :, t]), scale=scale)
+            else:
+                dq[h, :, t] = split(device.matmul(ds, ks[h, :end], scale=scale))
+            device.matmul(_t(ds), q, out=dk[h, :end], accumulate=add, scale=scale)
+        device.sweep(_by_queries(block, T, S, queries), B * K, heads)
         dk, dv = (x.astype(dtype, copy=False).reshape(B, K, S, D) for x in (dk, dv))
         return dq.reshape(B, H, T, D), dk, dv
     return record(out.reshape(B, H, T, D), (q, k, v), backward)
@@ -839,6 +839,7 @@ def linear_cross_entropy(x, w, targets):
             dz = z if dtype == wide else formulas.scaled(z, wide.type(lift), dtype)
             device.matmul(dz, weight, out=dx[part])
             device.matmul(_t(dz), rows[part], out=dw, accumulate=True)
+            del dz                              # memory for the next one
 
     def backward(dout):
         scale = dout / (N * lift)

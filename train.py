@@ -15,11 +15,12 @@ import math
 from functools import partial
 
 from console import cli, options
-from console.observer import Observer, make_model, note_loss, open_run
+from console.observer import Observer, make_model, note_losses, open_run
 from data import TokenDataset
 from evaluate import evaluate
 from generate import sample_text
 from hardware import device, ranks
+from hardware.formulas import adam_factors, clipping, scaled_or_0
 from storage import checkpoint
 from storage.files import require
 
@@ -60,21 +61,21 @@ class Adam:
                 "trainable=True, or if it is quantised, the model from which it was made")
         self.m = device.xp.zeros_like(self.weights.flat[self.weights.own])
         self.v = device.xp.zeros_like(self.m)
-        self.t = 0
+        self.t = device.xp.zeros(())
+        self.factors = [device.xp.empty((), self.m.dtype) for _ in range(6)]        # of a step
 
     def step(self, lr=None, scale=1.0):
         """Update the weights from scale · their gradients, with this lr or the optimizer's own.
 
-        `scale` is clipping and 1/loss_scale in one factor.
+        `scale` is clipping and 1/loss_scale in one factor. If it is not finite, nothing changes.
+        A GPU may still compute it: there the factors become 0, and nobody waits for an `if`.
         """
-        lr = self.lr if lr is None else lr
-        self.t += 1
-        beta1, beta2 = self.betas
-        dtype = self.m.dtype.type       # a typed scalar keeps a fused kernel in float32
-        step_size, root = lr / (1 - beta1 ** self.t), (1 - beta2 ** self.t) ** -0.5
-        constants = [dtype(constant) for constant in (
-            scale, 1 - beta1, 1 - beta2, step_size, root, self.eps)]
-        decay, own = dtype(1 - lr * self.weight_decay), self.weights.own
+        lr, own = self.lr if lr is None else lr, self.weights.own
+        *factors, decay = self.factors
+        adam_factors(scale, lr, *self.betas, self.weight_decay, self.t, *factors, decay)
+        if not (device.on_gpu or factors[0]):
+            return
+        eps = self.m.dtype.type(self.eps)       # a typed scalar keeps a fused kernel in float32
         n_matrix = self.weights.n_matrix - own.start
         arrays = self.weights.flat[own], self.weights.grad[own], self.m, self.v
 
@@ -82,7 +83,7 @@ class Adam:
             p, g, m, v = (array[s] for array in arrays)
             if self.weight_decay and s.start < n_matrix:
                 p[:n_matrix - s.start] *= decay         # the slice's part in matrices, or all of it
-            _adam(p, g, m, v, *constants)
+            _adam(p, g, m, v, *factors, eps)
         device.sweep(update, self.m.size, 1 << 17)
 
     def zero_grad(self):
@@ -93,7 +94,7 @@ class Adam:
 
 @device.fuse
 def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, eps):
-    g = g * scale                               # p, m and v change in place
+    g = scaled_or_0(g, scale)                   # p, m and v change in place
     m += (g - m) * one_minus_beta1              # now β₁ m + (1-β₁) g
     v += (g * g - v) * one_minus_beta2          # now β₂ v + (1-β₂) g²
     # m · step_size = lr · m̂,  √v · root = √v̂
@@ -101,14 +102,13 @@ def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, 
 
 
 def loss_and_norm(model, loss, team=ranks.ALONE):
-    """The sum of the team's losses and the norm √(sum of all squares) of its gradients, floats.
+    """The sum of the team's losses and the norm √(sum of all squares) of its gradients.
 
-    `loss` is this rank's, a 0-d array or 0.0. A GPU has to be waited for once, not once for each.
+    `loss` is this rank's. Both results are numbers, or 0-d arrays that a GPU still computes.
     """
-    loss, g = team.add_up(loss), model.weights.grad[model.weights.own]
-    squares = device.sweep(lambda s: device.sum_of_squares(g[s]), g.size, 1 << 18)
-    loss, *squares = device.floats(loss, *squares)
-    return loss, math.sqrt(team.sum(sum(squares)))
+    loss = team.add_up(loss)
+    own = model.weights.grad[model.weights.own]
+    return loss, device.xp.sqrt(team.sum(device.sum_of_squares(own)))
 
 
 def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
@@ -145,7 +145,10 @@ def train(model, optimizer, train_set, settings, state, observer, stop, team=ran
     run takes the same ones. Each rank of the team takes its share, a batch at a time. The mean loss
     of all is the sum of the batches' means, each times its share of the windows. The
     gradients are summed in the same way.
+
+    A GPU is given a step's work and then the next one's: results are read when something is due.
     """
+    unread = []                                 # (loss, norm) of the last steps
     if state.step == 0:
         state.loss_scale = 2.0 ** 16 if settings.dtype == "float16" else 1.0
         observer.save(model, optimizer, state)      # a disk that is too small fails now, not later
@@ -161,25 +164,20 @@ def train(model, optimizer, train_set, settings, state, observer, stop, team=ran
             part.backward(state.loss_scale * size / count)
             loss = loss + part.data * (size / count)            # stays on the device: no waiting
         loss, norm = loss_and_norm(model, loss, team)
-        norm /= state.loss_scale
-        finite = math.isfinite(loss + norm)
-        if finite:
-            optimizer.step(lr, clipping(norm, settings.clip_norm) / state.loss_scale)
-            team.share_weights()
+        optimizer.step(lr, clipping(loss, norm, settings.clip_norm or 1e38, state.loss_scale))
+        team.share_weights()
+        unread.append((loss, norm))
         state.step, state.windows = state.step + 1, state.windows + count
         state.epoch = state.windows / len(train_set)
-        note_loss(state, loss, norm, finite)
-        if state.skipped_in_a_row == 10:
-            observer.give_up(model, x)
-        if settings.dtype == "float16":
-            adapt_loss_scale(state, finite)
+        if observer.reads(state):
+            loss, norm = note_losses(state, unread)
+            if state.skipped_in_a_row >= 10:
+                observer.give_up(model, x)
+            if settings.dtype == "float16":
+                adapt_loss_scale(state, math.isfinite(loss + norm))
         observer.after_step(model, optimizer, state, lr, loss, norm)
+    note_losses(state, unread)
     observer.save(model, optimizer, state)
-
-
-def clipping(norm, limit):
-    """The factor that brings gradients of this norm down to the norm `limit` (0: no clipping)."""
-    return min(1.0, limit / norm) if limit and norm else 1.0
 
 
 def adapt_loss_scale(state, finite):
@@ -218,7 +216,7 @@ def work(request, team):
                      weight_decay=settings.weight_decay)
     if resumed:
         checkpoint.read_moments(resumed, optimizer, team)
-        optimizer.t = state.updates
+        optimizer.t[...] = state.updates
     run = open_run(request, model, tokenizer, entries) if leads else None
     validate = lambda watch: evaluate(model, val_set, settings.batch_size, watch=watch, team=team)
     sample = lambda: sample_text(model, tokenizer, request.opening, val_set or train_set,

@@ -119,8 +119,9 @@ class Training:
     """One rank's training of a model."""
 
     def __init__(self, model, plan, team):
+        from hardware.formulas import clipping
         from train import Adam, loss_and_norm
-        self.model, self.team, self.loss_and_norm = model, team, loss_and_norm
+        self.model, self.team, self.loss_and_norm, self.clipping = model, team, loss_and_norm, clipping
         team.adopt(model.weights)
         self.adam = Adam(model, **ADAM)
         model.recompute = plan.recompute
@@ -134,8 +135,8 @@ class Training:
             loss = self.model.loss(ids[own], targets[own])
             loss.backward(self.loss_scale * size / len(ids))
             total = total + loss.data * (size / len(ids))
-        norm = self.loss_and_norm(self.model, total, self.team)[1] / self.loss_scale
-        self.adam.step(scale=CLIP_NORM / max(norm, CLIP_NORM) / self.loss_scale)
+        loss, norm = self.loss_and_norm(self.model, total, self.team)
+        self.adam.step(scale=self.clipping(loss, norm, CLIP_NORM, self.loss_scale))
         self.team.share_weights()
 
 

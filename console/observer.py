@@ -1,5 +1,6 @@
 """What happens before the first step of training and after each: reports, evaluations, samples, checkpoints."""
 import contextlib
+import itertools
 import math
 import shlex
 import warnings
@@ -46,20 +47,27 @@ def make_model(request, team):
     return model, entries
 
 
-def note_loss(state, loss, norm, finite):
-    """Add the loss to the next report's mean, or report a skipped step.
+def note_losses(state, unread):
+    """Read the (loss, norm times loss_scale) of the last steps, and forget them; here a GPU is waited for, once.
+    Returns the last loss and norm, as floats.
 
-    With a loss scale above 1 a skipped step is expected: the scale is halved for the next one.
+    Adds each loss to the next report's mean, or reports a skipped step. With a loss scale above 1 one is expected: the
+    scale is halved for the next step.
     """
-    if finite:
-        state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
-        state.skipped_in_a_row = 0
-        return
-    state.skipped, remedy = state.skipped + 1, f" (loss scale {state.loss_scale:.0f}, halved)"
-    if state.loss_scale == 1:
-        state.skipped_in_a_row, remedy = state.skipped_in_a_row + 1, ""
-    say(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped, "
-        f"{state.skipped} so far{remedy}")
+    loss = norm = math.nan
+    numbers, first = iter(device.floats(*itertools.chain(*unread))), state.step - len(unread) + 1
+    for step, (loss, norm) in enumerate(zip(numbers, numbers, strict=True), first):
+        norm /= state.loss_scale
+        if math.isfinite(loss + norm):
+            state.loss_sum, state.loss_count = state.loss_sum + loss, state.loss_count + 1
+            state.skipped_in_a_row = 0
+            continue
+        state.skipped, remedy = state.skipped + 1, f" (loss scale {state.loss_scale:.0f}, halved)"
+        if state.loss_scale == 1:
+            state.skipped_in_a_row, remedy = state.skipped_in_a_row + 1, ""
+        say(f"step {step}: loss {loss}, gradient norm {norm}: skipped, {state.skipped} so far{remedy}")
+    unread.clear()
+    return loss, norm
 
 
 def due(step, every):
@@ -155,6 +163,23 @@ class Observer:
             say("The first step takes some seconds longer if CuPy has to compile its kernels, once on each machine.")
         metrics.rewind(self.run.folder / "metrics.csv", state.step, self.columns)
 
+    def is_milestone(self, state):
+        """Whether the last step ended an epoch, or another stretch after which the model is evaluated."""
+        # It crossed the end of an epoch if the windows taken in the new one are fewer than a step takes.
+        ended_epoch = state.windows % len(self.train_set) < self.settings.windows_per_step()
+        return ended_epoch or state.step >= self.settings.max_steps or due(state.step, self.settings.eval_every)
+
+    def reports(self, state):                           # 1: the plot begins before training
+        return self.is_milestone(state) or state.step == 1 or due(state.step, self.settings.log_every)
+
+    def reads(self, state):
+        """Whether losses are read after the last step: on a GPU, which has to be waited for, only where something is
+        due; float16's next loss scale is due after each step.
+        """
+        every = self.settings.save_every, self.settings.sample_every
+        return (not device.on_gpu or self.settings.dtype == "float16" or self.reports(state)
+                or any(due(state.step, steps) for steps in every))
+
     def after_step(self, model, optimizer, state, lr, loss, norm):
         """Do what is due after a step that had this learning rate, loss and gradient norm."""
         self.progress.advance(self.settings.windows_per_step() * self.per_window())
@@ -168,11 +193,8 @@ class Observer:
         """Report, evaluate and sample if that is due after the last step. If a signal cuts the evaluation short,
         state.cut is the norm, and a resumed run calls this again.
         """
-        settings, state.cut = self.settings, None
-        # This step crossed the end of an epoch if the windows taken in the new one are fewer than a step takes.
-        ended_epoch = state.windows % len(self.train_set) < settings.windows_per_step()
-        milestone = ended_epoch or state.step >= settings.max_steps or due(state.step, settings.eval_every)
-        if milestone or state.step == 1 or due(state.step, settings.log_every):     # 1: the plot begins before training
+        settings, state.cut, milestone = self.settings, None, self.is_milestone(state)
+        if self.reports(state):
             try:
                 self.report(model, state, lr, norm, milestone)
             except Stopped:
@@ -222,7 +244,7 @@ class Observer:
         if self.saved == state.step:
             return
         moments = {"m": self.team.gather(optimizer.m), "v": self.team.gather(optimizer.v)}
-        self.saved, state.seconds, state.updates = state.step, self.progress.seconds, optimizer.t
+        self.saved, state.seconds, state.updates = state.step, self.progress.seconds, int(optimizer.t)
         if self.run:
             self.run.write_checkpoint(model, moments, state, self.settings.keep_last)
         self.progress.restart()

@@ -39,7 +39,7 @@ LESSONS = {"gradcheck_of_ones": "autograd.gradcheck", "gradcheck_of_small_square
            "byte_pairs_in_the_wrong_order": "data.TokenDataset.from_text",
            "validation_on_training_text": "data.TokenDataset.split",
            "float16_without_loss_scaling": "train.adapt_loss_scale"}
-FOLDED = {"autograd.rmsnorm": "autograd.rmsnorm", "autograd._query_blocks": "autograd.attention",
+FOLDED = {"autograd.rmsnorm": "autograd.rmsnorm", "autograd._by_queries": "autograd.attention",
           "autograd.logit_blocks": "autograd.linear_cross_entropy"}     # the first and last row of a blocked form
 COLOURS = {"#24292f": "ink", "#6e7781": "soft", "#dde1e5": "line", "#ced4da": "line", "#fcfcfa": "paper",
            "white": "paper", "#0072b2": "blue", "#d55e00": "red", "#009e73": "green", "#cc79a7": "pink"}

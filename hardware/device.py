@@ -154,7 +154,7 @@ def to_host(array):
 
 def floats(*numbers):
     """0-d arrays and numbers as Python's floats. A GPU is waited for once."""
-    return to_host(xp.stack([xp.asarray(number) for number in numbers])).tolist()
+    return to_host(xp.stack([xp.asarray(number) for number in numbers])).tolist() if numbers else []
 
 
 def as_ids(ids, limit):
@@ -356,9 +356,9 @@ def _row_dot(a, b):
 
 
 def sum_of_squares(g):
-    """The sum of all g² of a vector, as a 0-d array."""
+    """The sum of all g² of a vector: a number, or a 0-d array that a GPU still computes."""
     if not on_gpu:
-        return g @ g
+        return sum(sweep(lambda s: float(g[s] @ g[s]), g.size, 1 << 18))
     rows = g.reshape(-1, math.gcd(g.size, 1 << 12))     # one kernel cannot sum everything and keep the card busy
     return row_dot(rows, rows).sum()
 

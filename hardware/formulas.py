@@ -208,3 +208,33 @@ def _rotate_on_gpu(x, cos, sin, back):
 def _rotate(x1, x2, cos, sin, out1, out2):
     out1[...] = x1 * cos - x2 * sin
     out2[...] = x2 * cos + x1 * sin
+
+
+@fuse
+def clipping(loss, norm, limit, loss_scale):
+    """What Adam multiplies the gradients by: 1/loss_scale, and what brings their norm, which is `norm` / loss_scale,
+    down to the limit. NaN if the loss or the norm is not finite.
+    """
+    longest = device.xp.maximum(norm / loss_scale, limit)
+    return limit / longest / loss_scale + 0 * (loss + norm)     # 0 * infinity is NaN
+
+
+def scaled_or_0(g, scale):
+    """g * scale. On a GPU it is 0 for the scale 0, even where g is NaN or infinity."""
+    return device.xp.where(scale == 0, 0, g * scale) if device.on_gpu else g * scale
+
+
+@fuse
+def adam_factors(scale, lr, beta1, beta2, weight_decay, t, of_g, of_new_m, of_new_v, step_size, root, decay):
+    """t becomes the number of this step, and the others what Adam multiplies by in it. If the scale is not finite, t
+    stays, and they become what changes nothing. t is float64 and is in all that is computed: among numbers alone, or a
+    number and a bool, CuPy computes in half precision.
+    """
+    go = 0 * t + device.xp.isfinite(scale)
+    t += go
+    of_g[...] = device.xp.where(go > 0, 0 * t + scale, 0)
+    of_new_m[...] = go - go * beta1
+    of_new_v[...] = go - go * beta2
+    step_size[...] = go * lr / (1 - beta1 ** device.xp.maximum(t, 1))
+    root[...] = (1 - beta2 ** device.xp.maximum(t, 1)) ** -0.5
+    decay[...] = 1 - go * lr * weight_decay

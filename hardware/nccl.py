@@ -25,8 +25,17 @@ class Nccl(Team):
     def spread(self):
         self.cards.bcast(self.flat.data.ptr, self.flat.size, self.nccl.NCCL_FLOAT32, 0, self.stream())
 
+    def sum(self, value):
+        if not isinstance(value, device.xp.ndarray):
+            return super().sum(value)
+        total = value.astype("float32")             # a copy: it becomes the sum, for which nobody waits
+        self.cards.allReduce(total.data.ptr, total.data.ptr, total.size, self.nccl.NCCL_FLOAT32, self.nccl.NCCL_SUM,
+                             self.stream())
+        return total
+
     def add_up(self, value):
-        value, start = self.sum(float(value)), self.grad.data.ptr   # in place: the result is the rank's own slice
+        value, start = self.sum(device.xp.asarray(value)), self.grad.data.ptr
+        # In place: the result is the rank's own slice.
         self.cards.reduceScatter(start, start + 4 * self.rank * self.part, self.part, self.nccl.NCCL_FLOAT32,
                                  self.nccl.NCCL_SUM, self.stream())
         return value

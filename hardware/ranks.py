@@ -13,7 +13,9 @@ mpiexec starts all, on one machine or on many (mpi.py). On GPUs the arrays go fr
 fails says why and ends, and the end of one is the end of all. One process alone needs none of this.
 """
 import contextlib
+import functools
 import math
+import operator
 import os
 import platform
 import sys
@@ -62,7 +64,7 @@ class Team:
         return values
 
     def sum(self, value):
-        return sum(self.exchange(value))
+        return functools.reduce(operator.add, self.exchange(value))
 
     def scatter(self, whole):
         """This rank's slice of a host array that rank 0 has."""

@@ -229,7 +229,7 @@ def work(plan, team):
                      weight_decay=settings.weight_decay)
     if resumed:
         checkpoint.read_moments(resumed, optimizer, team)
-        optimizer.t = state.updates
+        optimizer.t[...] = state.updates
     run = None
     if leads:
         folder = Path(plan.folder) if resumed else checkpoint.new_run(plan.folder, Settings.runs)

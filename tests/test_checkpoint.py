@@ -442,7 +442,7 @@ def test_best_is_the_lowest_validation_loss_across_resumptions(files, tmp_path, 
 
     def record(self, *args):
         step(self, *args)
-        weights[self.t] = to_host(self.weights.flat).copy()
+        weights[int(self.t)] = to_host(self.weights.flat).copy()
     monkeypatch.setattr(Adam, "step", record)
     fake_evaluations(monkeypatch, [math.nan, 5.0, 3.0, 4.0, math.nan, 3.0, 2.0, 9.0])
 
@@ -657,7 +657,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(files, tmp_path,
 
     def record(self, *args):
         step(self, *args)
-        seen[self.t] = to_host(self.weights.flat).copy()
+        seen[int(self.t)] = to_host(self.weights.flat).copy()
     monkeypatch.setattr(Adam, "step", record)
     poison(monkeypatch, {2, 3, 6}, value)       # the square of 1e30 is infinite in float32
     code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--max-steps", 6, "--log-every", 1,
@@ -677,7 +677,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(files, tmp_path,
 
 def test_ten_in_a_row_end_with_a_diagnosis(files, tmp_path, monkeypatch):
     poison(monkeypatch, {3, *range(7, 40)})
-    code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--artifact-dir", "run")
+    code, out, err = command(train.main, *SHAPE, *QUICK, *files, "--log-every", 1, "--artifact-dir", "run")
     assert code == 2 and err.count("\n") == 1 and out.count("skipped") == 11
     for words in ("10 steps in a row", "gradient of model.layers.0.mlp.up_proj.weight", "--learning-rate", "--resume"):
         assert words in err

@@ -10,7 +10,9 @@ import ctypes
 import dataclasses
 import functools
 import json
+import math
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +33,7 @@ from hardware import device, formulas, nccl, random_bits
 from images import network
 from images.network import ConvNet
 from nanollm import Config
+from storage.checkpoint import read_trainer
 
 emulated = pytest.mark.skipif("emulated" not in device.reason, reason="needs the emulated device")
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
@@ -270,8 +273,9 @@ def test_programs_on_one_device_and_then_the_other(tmp_path, text_and_tokenizer,
 
 
 @emulated
-def test_a_step_waits_for_the_gpu_once(files, cheap, monkeypatch):
-    """For the loss and the gradient's norm in one transfer. Step 1, which is reported, waits more often."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_training_waits_for_the_gpu_only_to_report(files, cheap, monkeypatch, dtype):
+    """For all losses and norms since the last report in one transfer. float16's next loss scale waits for each."""
     import emulated_runtime
     notes, step, waits = [], train.Adam.step, []
 
@@ -280,9 +284,31 @@ def test_a_step_waits_for_the_gpu_once(files, cheap, monkeypatch):
         step(self, *args)
     monkeypatch.setattr(train.Adam, "step", counted)
     emulated_runtime.start(notes)
-    tiny.run(*files, "--max-steps", 4, "--log-every", 9, "--grad-accum", 2, "--artifact-dir", "run")
+    tiny.run(*files, "--max-steps", 9, "--log-every", 3, "--save-every", 9, "--grad-accum", 2, "--dtype", dtype,
+             "--artifact-dir", "run")
     emulated_runtime.stop()
-    assert np.diff(waits)[1:].tolist() == [1, 1]
+    assert np.diff(waits)[1:].tolist() == ([1] * 7 if dtype == "float16" else [0, 1, 0, 0, 1, 0, 0])
+
+
+def test_losses_that_are_read_late_are_reported_as_if_at_once(files, cheap, monkeypatch, capsys):
+    """The numbers of skipped steps, the means, Adam's count: the same whether each step is waited for or not."""
+    loss_and_norm, seen = train.loss_and_norm, []
+
+    def poisoned(model, *others):
+        count[0] += 1
+        if count[0] in (2, 3, 6):
+            model.weights.grad[5] = math.nan
+        return loss_and_norm(model, *others)
+    monkeypatch.setattr(train, "loss_and_norm", poisoned)
+    for folder in "late", "at-once":
+        count = [0]
+        tiny.run(*files, "--max-steps", 8, "--log-every", 4, "--artifact-dir", folder)
+        state = read_trainer(Path(folder, "checkpoint-8"))[0]
+        shown = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+        seen.append([shown, tiny.rows(Path(folder), tiny.TIMINGS), dataclasses.replace(state, seconds=0),
+                     device.to_host(nanollm.NanoLLM.load(folder).weights.flat).tolist()])
+        monkeypatch.setattr(train.Observer, "reads", lambda *_: True)
+    assert seen[0] == seen[1] and len(seen[0][0]) == 3
 
 
 def test_each_formula_is_one_kernel_and_none_is_double(rng):
@@ -294,7 +320,7 @@ def test_each_formula_is_one_kernel_and_none_is_double(rng):
             model.compute_dtype = np.dtype(dtype)
             model.loss(ids[:, :-1], ids[:, 1:], 0.1, (1, 2)).backward()
             train.Adam(model).step()
-            assert np.isfinite(train.loss_and_norm(model, 0.0)).all()
+            assert np.isfinite(device.floats(*train.loss_and_norm(model, 0.0))).all()
     evaluate.ranks_of(device.xp.ones((2, 23), "float32"), device.xp.zeros(2, int))
     modules = ag, device, formulas, random_bits, train
     for formula in {f for module in modules for f in vars(module).values() if hasattr(f, "kernels")}:
@@ -319,7 +345,7 @@ class Cards:
     def NcclCommunicator(self, size, key, rank):
         assert key == b"key"
         call = functools.partial(functools.partial, self.call, rank)
-        return SimpleNamespace(**{name: call(name) for name in ("bcast", "reduceScatter", "allGather")})
+        return SimpleNamespace(**{name: call(name) for name in ("allReduce", "bcast", "reduceScatter", "allGather")})
 
     def call(self, rank, name, *args):
         read = lambda address, n: np.ctypeslib.as_array((ctypes.c_float * n).from_address(address))
@@ -329,6 +355,9 @@ class Cards:
         if name == "bcast":
             pointer, n, *_ = args
             result = read(self.at[0][0], n).copy()
+        elif name == "allReduce":
+            _, pointer, n, *_ = args
+            result = sum(read(self.at[other][0], n).copy() for other in range(size))
         elif name == "reduceScatter":
             _, pointer, n, *_ = args
             result = sum(read(self.at[other][0] + 4 * n * rank, n).copy() for other in range(size))
@@ -352,8 +381,9 @@ def test_gpus_send_each_other_the_arrays_by_nccl(size, monkeypatch):
         np.testing.assert_array_equal(flat, np.arange(17) - total)
     part, stream = {2: 9, 3: 6}[size], cards.calls[0][-1]
     for rank in range(size):
-        sent, summed, shared = [call for call in cards.calls if call[1] == rank]
+        sent, value, summed, shared = [call for call in cards.calls if call[1] == rank]
         assert sent[0] == "bcast" and sent[3:] == (part * size, 7, 0, stream)
+        assert value[0] == "allReduce" and value[2] == value[3] and value[4:] == (1, 7, 0, stream)
         assert summed[0] == "reduceScatter" and summed[3] == summed[2] + 4 * part * rank
         assert summed[4:] == (part, 7, 0, stream)
         assert shared[0] == "allGather" and shared[2] == shared[3] + 4 * part * rank and shared[4:] == (part, 7, stream)

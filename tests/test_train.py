@@ -98,10 +98,43 @@ def test_zero_grad_loss_and_norm():
     model = NanoLLM(Config(2100, 32, 1, 4, 2, 12, 24))
     set_gradients(model, 0)
     expected = np.linalg.norm(to_host(model.weights.grad).astype(np.float64))
-    loss, norm = loss_and_norm(model, device.xp.asarray(1.5, "float32"))
-    assert (loss, norm) == (1.5, pytest.approx(expected, rel=1e-5)) and type(loss) is type(norm) is float
+    assert device.floats(*loss_and_norm(model, device.xp.asarray(1.5, "float32"))) == [
+        1.5, pytest.approx(expected, rel=1e-5)]
     Adam(model).zero_grad()
-    assert loss_and_norm(model, 0.0) == (0, 0) and not to_host(model.weights.grad).any()
+    assert device.floats(*loss_and_norm(model, 0.0)) == [0, 0] and not to_host(model.weights.grad).any()
+
+
+@pytest.mark.parametrize("loss, norm, limit, loss_scale, expected", [
+    (2.0, 4.0, 8.0, 1.0, 1.0), (2.0, 4.0, 4.0, 1.0, 1.0), (2.0, 4.0, 1.0, 1.0, 0.25), (2.0, 0.0, 1.0, 1.0, 1.0),
+    (2.0, 4.0, 1e38, 1.0, 1.0), (2.0, 64.0, 1.0, 16.0, 1 / 64), (2.0, 8.0, 1.0, 16.0, 1 / 16),
+    (math.nan, 4.0, 1.0, 1.0, math.nan), (math.inf, 4.0, 1.0, 1.0, math.nan), (2.0, math.inf, 1.0, 1.0, math.nan),
+    (2.0, math.nan, 1.0, 1.0, math.nan), (-math.inf, math.inf, 1.0, 1.0, math.nan)])
+def test_clipping_undoes_the_loss_scale_and_shortens_what_is_too_long(loss, norm, limit, loss_scale, expected):
+    numbers = (device.xp.asarray(x, "float32") for x in (loss, norm))
+    with np.errstate(invalid="ignore"):
+        got, = device.floats(train.clipping(*numbers, limit, loss_scale))
+    assert got == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_scale_that_is_not_finite_changes_nothing(scale, steps_before):
+    """Not even the count of steps, also if the gradients are not finite; the next step is as if there had been none."""
+    models = [NanoLLM(TINY) for _ in range(2)]
+    adams = [Adam(model, lr=0.1, weight_decay=0.1) for model in models]
+    for i in range(steps_before + 1):
+        if i == steps_before:
+            models[0].weights.grad[...] = 7.0
+            models[0].weights.grad[3:6] = device.xp.asarray([math.nan, math.inf, -math.inf])
+            adams[0].step(scale=device.xp.asarray(scale, "float32"))
+            adams[0].step(scale=scale)
+            assert float(adams[0].t) == steps_before
+        for model, adam in zip(models, adams, strict=True):
+            set_gradients(model, i)
+            adam.step()
+    for name in "m", "v", "t":
+        np.testing.assert_array_equal(*(to_host(getattr(adam, name)) for adam in adams))
+    np.testing.assert_array_equal(*(to_host(model.weights.flat) for model in models))
 
 
 # ---------------------------------------------------------------- the learning rate
@@ -140,7 +173,7 @@ def recorded_steps(monkeypatch):
     calls, step = [], Adam.step
 
     def record(self, lr=None, scale=1.0):
-        calls.append((lr, scale, to_host(self.weights.grad).copy()))
+        calls.append((lr, float(scale), to_host(self.weights.grad).copy()))
         step(self, lr, scale)
     monkeypatch.setattr(Adam, "step", record)
     return calls

@@ -56,7 +56,7 @@ class Training:
 
     def step(self):
         self.loss, norm = train.loss_and_norm(self.model, self.gradient().data)
-        self.adam.step(scale=1 / max(norm, 1))
+        self.adam.step(scale=train.clipping(self.loss, norm, 1, 1))
 
 
 def first():
@@ -95,7 +95,7 @@ def steps():
         device.xp.get_default_memory_pool().free_all_blocks()
         start, training = time.perf_counter(), Training(name)
         training.step()
-        first, config = training.loss, training.model.config
+        first, config = float(training.loss), training.model.config
         print(f"{name}: the first step after {time.perf_counter() - start:.1f} s")
         returned, done = seconds(training.gradient, training.times)
         _, whole = seconds(training.step, training.times)
@@ -108,7 +108,8 @@ def steps():
         print(f"{name}: a step {1000 * whole:.2f} ms, {tokens / whole:,.0f} tokens/s; forward and backward returned "
               f"after {1000 * returned:.2f} ms, done after {1000 * done:.2f} ms; {reserved / 1e6:,.0f} MB, "
               f"planned {planned / 1e6:,.0f} MB")
-        check(np.isfinite(training.loss) and training.loss < first, f"{name}: loss {first:.3f} -> {training.loss:.3f}")
+        loss = float(training.loss)
+        check(np.isfinite(loss) and loss < first, f"{name}: loss {first:.3f} -> {loss:.3f}")
         del training
 
 

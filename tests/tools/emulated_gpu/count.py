@@ -31,8 +31,8 @@ def step(model, optimizer, x, y):
     loss = []
     return {name: count(f) for name, f in {
         "zero": optimizer.zero_grad, "forward": lambda: loss.append(model.loss(x, y)),
-        "backward": lambda: loss[0].backward(), "norm": lambda: train.loss_and_norm(model, loss[0].data),
-        "adam": optimizer.step}.items()}
+        "backward": lambda: loss[0].backward(), "norm": lambda: loss.extend(train.loss_and_norm(model, loss[0].data)),
+        "adam": lambda: optimizer.step(scale=train.clipping(*loss[1:], 1.0, 1.0))}.items()}
 
 
 def main(dtype="float32"):
