@@ -11,6 +11,9 @@ import dataclasses
 import functools
 import json
 import math
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +39,7 @@ from nanollm import Config
 from storage.checkpoint import read_trainer
 
 emulated = pytest.mark.skipif("emulated" not in device.reason, reason="needs the emulated device")
+ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
 
@@ -288,6 +292,15 @@ def test_training_waits_for_the_gpu_only_to_report(files, cheap, monkeypatch, dt
              "--artifact-dir", "run")
     emulated_runtime.stop()
     assert np.diff(waits)[1:].tolist() == ([1] * 7 if dtype == "float16" else [0, 1, 0, 0, 1, 0, 0])
+
+
+@emulated
+@pytest.mark.parametrize("flags", [("float32", "4"), ("float32", "16"), ("bfloat16", "4"), ("bfloat16", "16")])
+def test_the_memory_pool_reserves_what_is_planned(flags):
+    out = subprocess.run([sys.executable, ROOT / "tests/tools/emulated_gpu/count.py", *flags], capture_output=True,
+                         text=True, timeout=300, check=True).stdout
+    reserved, planned = (float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) MB", out))
+    assert planned == pytest.approx(reserved, rel=0.05)
 
 
 def test_losses_that_are_read_late_are_reported_as_if_at_once(files, cheap, monkeypatch, capsys):
