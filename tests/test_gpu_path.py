@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -304,22 +306,27 @@ def test_the_memory_pool_reserves_what_is_planned(flags):
 
 
 def test_losses_that_are_read_late_are_reported_as_if_at_once(files, cheap, monkeypatch, capsys):
-    """The numbers of skipped steps, the means, Adam's count: the same whether each step is waited for or not."""
+    """The numbers of skipped steps, the means, Adam's count: the same whether each step is waited for or not; also in
+    the checkpoints of a step that nothing else is due at, and of one that a signal made the last.
+    """
     loss_and_norm, seen = train.loss_and_norm, []
 
     def poisoned(model, *others):
         count[0] += 1
         if count[0] in (2, 3, 6):
             model.weights.grad[5] = math.nan
+        if count[0] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
         return loss_and_norm(model, *others)
     monkeypatch.setattr(train, "loss_and_norm", poisoned)
     for folder in "late", "at-once":
         count = [0]
-        tiny.run(*files, "--max-steps", 8, "--log-every", 4, "--artifact-dir", folder)
-        state = read_trainer(Path(folder, "checkpoint-8"))[0]
+        tiny.run(*files, "--max-steps", 9, "--log-every", 4, "--save-every", 6, "--artifact-dir", folder)
+        states = [dataclasses.replace(read_trainer(Path(folder, f"checkpoint-{step}"))[0], seconds=0)
+                  for step in (6, 7)]
         shown = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
-        seen.append([shown, tiny.rows(Path(folder), tiny.TIMINGS), dataclasses.replace(state, seconds=0),
-                     device.to_host(nanollm.NanoLLM.load(folder).weights.flat).tolist()])
+        seen.append([shown, tiny.rows(Path(folder), tiny.TIMINGS), states,
+                     device.to_host(nanollm.NanoLLM.load(Path(folder, "checkpoint-7")).weights.flat).tolist()])
         monkeypatch.setattr(train.Observer, "reads", lambda *_: True)
     assert seen[0] == seen[1] and len(seen[0][0]) == 3
 
