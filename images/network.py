@@ -5,7 +5,8 @@
 
 Each pooling halves the picture and each convolution doubles the channels: fewer places, more said about each (VGG:
 Simonyan & Zisserman 2015, §2.1). max and relu keep the order of numbers, so pooling first gives the same and leaves
-relu a quarter of the work. The mean takes pictures of any size (Network in Network: Lin et al. 2014, §3.2).
+relu a quarter of the work: conv_block is the three in one. The mean takes pictures of any size (Network in Network: Lin
+et al. 2014, §3.2).
 Shapes: N pictures of S · S pixels, K classes.
 """
 import functools
@@ -18,7 +19,7 @@ import numpy as np
 
 from autograd import Tensor, cross_entropy, dropout, linear, mean
 from hardware import device
-from images.ops import conv2d, max_pool2d, relu
+from images.ops import conv_block
 from nanollm import Parameters
 from storage import huggingface
 from storage.files import require
@@ -101,11 +102,12 @@ class ConvNet:
 
     def run_blocks(self, pixels):
         """Yield what each block makes of pixels (N, S, S, 3) from 0 to 255."""
-        scale, shift = (device.xp.asarray(x, self.weights.flat.dtype)
+        row = pixels.shape[2], 1                # of both, because NumPy is slow with three numbers at a time
+        scale, shift = (device.xp.asarray(np.tile(x, row), self.weights.flat.dtype)
                         for x in (1 / (255 * np.array(STD)), np.array(MEAN) / STD))
         x = Tensor(device.xp.asarray(pixels) * scale - shift)
         for w, b in self.blocks:
-            x = relu(max_pool2d(conv2d(x, w, b)))
+            x = conv_block(x, w, b)
             yield x
 
     def features(self, pixels):

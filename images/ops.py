@@ -1,26 +1,31 @@
-"""The ops of a convolutional network that autograd.py does not have: conv2d, max_pool2d, relu.
+"""The ops of a convolutional network that autograd.py does not have: conv2d, max_pool2d, relu, and the three in one.
 
 Shapes: N images of H · W pixels with C channels each, so an image is (H, W, C), a pixel's channels side by side in
 memory. F is the number of channels of a result, and a kernel covers k · k pixels, k odd.
 """
 import math
 
-from autograd import ACTIVATIONS, by_rows, record
+from autograd import record
 from hardware import device
 
-_CACHE = 1 << 16        # elements of a block: 256 KB fits the cache
-_PARTS = 16             # of a batch, for the threads: each sums a dw of its own, so more would take more memory
+_CACHE = 1 << 18        # elements of a block's patches: 1 MB, and with the product of them they fit the cache
+_ROWS = 8               # of an image, whose patches share memory: see `_patches`
 
 
-def _padded(x, k):
-    """x (N, H, W, C) with k//2 rows and columns of zeros on every side."""
-    (N, H, W, C), edge = x.shape, k // 2
-    padded = device.xp.zeros((N, H + 2 * edge, W + 2 * edge, C), x.dtype)
-    padded[:, edge:edge + H, edge:edge + W] = x
-    return padded
+def _framed(shape, k, dtype):
+    """(frame, inside): zeros for images of this shape (N, H, W, C) and k//2 more on every side, and the view inside."""
+    (N, H, W, C), edge = shape, k // 2
+    frame = device.xp.zeros((N, H + 2 * edge, W + 2 * edge, C), dtype)
+    return frame, frame[:, edge:edge + H, edge:edge + W]
 
 
-def conv2d_plain(x, w, b):
+def _every(rows, columns, x):
+    """x (N, H, W, C) as a view (rows, columns, N, H/rows, W/columns, C): [i, j] is x[:, i::rows, j::columns]."""
+    N, H, W, C = x.shape
+    return x.reshape(N, H // rows, rows, W // columns, columns, C).transpose(2, 4, 0, 1, 3, 5)
+
+
+def conv2d(x, w, b):
     """out_p = b + sum_d w_d x_{p+d}, x 0 outside of the image.  x (N, H, W, C), w (F, C, k, k), b (F,) -> (N, H, W, F)
 
     p is a pixel, d one of the k · k steps from p to its neighbours, and w_d (F, C) a matrix: the sum of k · k
@@ -32,89 +37,29 @@ def conv2d_plain(x, w, b):
     >>> x = Tensor(device.xp.zeros((1, 3, 3, 1)), requires_grad=True)
     >>> x.data[0, 1, 1, 0] = 1.0                                # a single white pixel shows the kernel, turned by 180°
     >>> w = Tensor(device.xp.arange(9.0).reshape(1, 1, 3, 3))
-    >>> out = conv2d_plain(x, w, Tensor([0.0]))
+    >>> out = conv2d(x, w, Tensor([0.0]))
     >>> out.data[0, :, :, 0].tolist()
     [[8.0, 7.0, 6.0], [5.0, 4.0, 3.0], [2.0, 1.0, 0.0]]
     >>> out.backward(device.xp.ones((1, 3, 3, 1)))              # the middle met all nine, 0 + … + 8; a corner met four
     >>> x.grad[0, :, :, 0].tolist()
     [[8.0, 15.0, 12.0], [21.0, 36.0, 27.0], [20.0, 33.0, 24.0]]
     """
-    (_, H, W, _), k, weight = x.shape, w.shape[-1], w.data
-    padded, edge = _padded(x.data, k), k // 2
+    (_, H, W, _), k, images, weight = x.shape, w.shape[-1], x.data, w.data
+    frame, inside = _framed(images.shape, k, images.dtype)
+    inside[...] = images
     places = [(i, j, (slice(None), slice(i, i + H), slice(j, j + W))) for i in range(k) for j in range(k)]
-    out = b.data + sum(padded[place] @ weight[:, :, i, j].T for i, j, place in places)
+    out = b.data + sum(frame[place] @ weight[:, :, i, j].T for i, j, place in places)
 
     def backward(dout):
-        dpadded, dw = device.xp.zeros_like(padded), device.xp.zeros_like(weight)
+        (dframe, dx), dw = _framed(images.shape, k, images.dtype), device.xp.zeros_like(weight)
         for i, j, place in places:
-            dpadded[place] += dout @ weight[:, :, i, j]
-            dw[:, :, i, j] = device.xp.tensordot(dout, padded[place], 2 * [(0, 1, 2)])
-        return dpadded[:, edge:edge + H, edge:edge + W], dw, dout.sum((0, 1, 2))
+            dframe[place] += dout @ weight[:, :, i, j]
+            dw[:, :, i, j] = device.xp.tensordot(dout, frame[place], 2 * [(0, 1, 2)])
+        return dx, dw, dout.sum((0, 1, 2))
     return record(out, (x, w, b), backward)
 
 
-def _patches(x, k):
-    """Yield (slice, patches) for a few images of x (N, H, W, C) at a time; patches has a row (k·k·C,) for each pixel.
-
-    The patch of a pixel is its neighbourhood. On a CPU patches should be multiplied while they are in the cache.
-    """
-    (N, H, W, C), size = x.shape, k * k * x.shape[-1]
-    count = N if device.on_gpu else max(_CACHE // (H * W * size), 1)
-    for few in (slice(i, i + count) for i in range(0, N, count)):
-        padded = _padded(x[few], k)
-        n, h, w, c = padded.strides
-        windows = device.xp.lib.stride_tricks.as_strided(padded, (len(padded), H, W, k, k, C), (n, h, w, h, w, c))
-        yield few, windows.reshape(-1, size)
-
-
-def conv2d(x, w, b):
-    """`conv2d_plain` as one product: every pixel's neighbourhood, its patch, times w as a matrix (k·k·C, F).
-
-    dw is then doutᵀ @ patches(x). With -d for d in the sum above,  dx_q = sum_d w_{-d}ᵀ dout_{q+d}: a convolution, too,
-    of dout with the kernel turned by 180° and C and F exchanged. So `_patches` serves all three products. Patches are
-    k·k times as large as the images: they are made for a few images at a time, and again in backward.
-    """
-    (N, H, W, C), (F, _, k, _), images, bias = x.shape, w.shape, x.data, b.data
-    matrix = w.data.transpose(2, 3, 1, 0).reshape(-1, F)
-    turned = w.data[:, :, ::-1, ::-1].transpose(2, 3, 0, 1).reshape(-1, C)
-    out, wanted = device.xp.empty((N, H, W, F), x.dtype), x.requires_grad
-    count = math.ceil(N / _PARTS)
-
-    def convolve(x, matrix, out):
-        for few, patches in _patches(x, k):
-            device.matmul(patches, matrix, out=out[few].reshape(len(patches), -1))
-
-    def forward(part):
-        convolve(images[part], matrix, out[part])
-        out[part] += bias
-    device.sweep(forward, N, count)
-
-    def backward(dout):
-        dx = device.xp.empty(images.shape, images.dtype) if wanted else None
-        dw, db = device.xp.zeros((F, k * k * C), x.dtype), device.xp.zeros_like(bias)
-        ones = device.xp.ones((1, N * H * W), dout.dtype)
-
-        def block(part):
-            if wanted:
-                convolve(dout[part], turned, dx[part])
-            dw_part = sum(device.matmul(dout[part][few].reshape(-1, F).T, patches)
-                          for few, patches in _patches(images[part], k))
-            rows = dout[part].reshape(-1, F)
-            return dw_part, device.matmul(ones[:, :len(rows)], rows)[0]
-        for dw_part, db_part in device.sweep(block, N, count):
-            dw += dw_part
-            db += db_part
-        return dx, dw.reshape(F, k, k, C).transpose(0, 3, 1, 2), db
-    return record(out, (x, w, b), backward)
-
-
-def _quarters(x):
-    """The four pixels of every 2 · 2, row by row: four views (N, H//2, W//2, C) of x (N, H, W, C)."""
-    h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    return [x[:, i:h:2, j:w:2] for i in (0, 1) for j in (0, 1)]
-
-
-def max_pool2d_plain(x):
+def max_pool2d(x):
     """The largest of each 2 · 2 pixels, channel by channel:  (N, H, W, C) -> (N, H//2, W//2, C)
 
     A small change of any but the largest changes nothing. So dout goes to the largest, and the others get 0. Of equal
@@ -122,56 +67,100 @@ def max_pool2d_plain(x):
 
     >>> from autograd import Tensor
     >>> x = Tensor([[[[1.0], [7.0], [2.0]], [[7.0], [3.0], [9.0]]]], requires_grad=True)
-    >>> out = max_pool2d_plain(x)
+    >>> out = max_pool2d(x)
     >>> out.backward([[[[5.0]]]])
     >>> out.data.item(), x.grad[0, :, :, 0].tolist()
     (7.0, [[0.0, 5.0, 0.0], [0.0, 0.0, 0.0]])
     """
-    images, quarters = x.data, device.xp.stack(_quarters(x.data))               # (4, N, H//2, W//2, C)
-    first = quarters.argmax(0)
+    images, (N, H, W, C) = x.data, x.shape
+    quarters = lambda images: _every(2, 2, images[:, :H // 2 * 2, :W // 2 * 2])
+    of_each = quarters(images).reshape(4, N, H // 2, W // 2, C)
+    first = of_each.argmax(0)
 
     def backward(dout):
         dx = device.xp.zeros_like(images)
-        for i, quarter in enumerate(_quarters(dx)):
-            quarter[...] = dout * (first == i)
+        for i in range(4):
+            quarters(dx)[i // 2, i % 2] = dout * (first == i)
         return (dx,)
-    return record(quarters.max(0), (x,), backward)
-
-
-def max_pool2d(x):
-    """`max_pool2d_plain`, a few pairs of rows at a time. Backward finds the largest by comparing with out: what a pixel
-    takes is subtracted from dout before the next one looks: the first of equal ones takes all, the last what is left.
-    """
-    (N, H, W, C), (h, w) = x.shape, (x.shape[1] // 2, x.shape[2] // 2)
-    if H % 2 or W % 2:
-        x = x[:, :2 * h, :2 * w]
-    windows = x.data.reshape(N * h, 2, w, 2, C)         # pairs of rows, row, pairs of columns, column
-    out = device.xp.empty((N * h, w, C), x.dtype)
-    count = _CACHE // (W * C)
-
-    def forward(part):
-        columns = device.xp.maximum(windows[part, 0], windows[part, 1])
-        device.xp.maximum(columns[:, :, 0], columns[:, :, 1], out=out[part])
-    device.sweep(forward, N * h, count)
-
-    def backward(dout):
-        dout, dwindows = dout.reshape(out.shape), device.xp.empty(windows.shape, windows.dtype)
-
-        def block(part):
-            left = dout[part].copy()
-            for i, j in ((0, 0), (0, 1), (1, 0)):
-                taken = dwindows[part, i, :, j]
-                device.xp.multiply(left, windows[part, i, :, j] == out[part], out=taken)
-                left -= taken
-            dwindows[part, 1, :, 1] = left
-        device.sweep(block, N * h, count)
-        return (dwindows.reshape(N, 2 * h, 2 * w, C),)
-    return record(out.reshape(N, h, w, C), (x,), backward)
+    return record(of_each.max(0), (x,), backward)
 
 
 def relu(x):
-    """out = max(x, 0);  dx = dout where x > 0, else 0: the activation's formulas, by rows."""
-    rows, shape = x.data.reshape(-1, x.shape[-1]), x.shape
-    value, slope = lambda x: ACTIVATIONS["relu"](x)[0], lambda x, dout: dout * (x > 0)
-    return record(by_rows(value, rows).reshape(shape), (x,), lambda dout: (
-        by_rows(slope, rows, dout.reshape(rows.shape)).reshape(shape),))
+    """out = max(x, 0);  dx = dout where x > 0, else 0."""
+    positive = x.data > 0
+    return record(device.xp.maximum(x.data, 0), (x,), lambda dout: (dout * positive,))
+
+
+def _patches(frame, k, rows, columns):
+    """(rows, n, k·k·C): the patches of all n · rows pixels inside of the frame, in the order of `_every`.
+
+    A pixel's patch is its neighbourhood: k rows of k pixels. The pixel below has k - 1 of these rows in its patch, too.
+    So what is copied are strips, rows + k - 1 rows of k pixels, and [i] is a view of them: k rows each, from row i on.
+    """
+    (N, H, W, C), (n, h, w, c), view = frame.shape, frame.strides, device.xp.lib.stride_tricks.as_strided
+    high, row = rows + k - 1, k * C
+    strips = view(frame, (columns, N, (H - k + 1) // rows, (W - k + 1) // columns, high, k, C),
+                  (w, n, rows * h, columns * w, h, w, c)).reshape(-1, high * row)
+    return view(strips, (rows, len(strips), k * row), (row * c, strips.strides[0], c))
+
+
+def conv_block(x, w, b):
+    """relu(max_pool2d(conv2d(x, w, b))): the same for a few images at a time, which stay in the cache from op to op.
+
+    As one product, conv2d is patches(x) @ matrix: a row for each pixel's patch, and w as a matrix (k·k·C, F). The
+    rows may be in any order. In that of `_every` the four pixels of each 2 · 2 stand at the same place of four arrays,
+    and pooling is a maximum of these. Adding b and relu keep the order of numbers, so both come last, where there are
+    a quarter as many. Only out is kept for backward, and which pixel was taken:
+        dpool = dout where out > 0,  db = sum of dpool,  dconv = dpool where taken, else 0,  dw = patches(x)ᵀ @ dconv
+    With -d for d in conv2d's sum,  dx_q = sum_d w_{-d}ᵀ dconv_{q+d}: a convolution, too, of dconv with the kernel
+    turned by 180° and C and F exchanged. Patches are far larger than images, so backward makes those of x again.
+    """
+    (N, H, W, C), (F, _, k, _), images, dtype = x.shape, w.shape, x.data, x.dtype
+    height, width, wanted = H // 2, W // 2, x.requires_grad
+    rows, rows_of_dx, count = math.gcd(2 * height, _ROWS), math.gcd(H, _ROWS), _CACHE // (H * W * k * C)
+    each = lambda n, matrix: device.xp.broadcast_to(matrix, (n, *matrix.shape))
+    matrix = each(rows, w.data.transpose(2, 3, 1, 0).reshape(-1, F))
+    turned = each(rows_of_dx, w.data[:, :, ::-1, ::-1].transpose(2, 3, 0, 1).reshape(-1, C))
+    bias = device.xp.tile(b.data, (width, 1))           # of a row, because NumPy is slow with F numbers at a time
+    out = device.xp.empty((N, height, width, F), dtype)
+    taken = device.xp.empty((rows // 2, 4, N, 2 * height // rows, width, F), bool)
+
+    def patches_of(few):
+        frame, inside = _framed(images[few].shape, k, dtype)
+        inside[...] = images[few]
+        return _patches(frame, k, rows, 2)
+
+    def forward(few):
+        first = taken[:, :, few]
+        conv = device.matmul(patches_of(few), matrix).reshape(first.shape)
+        largest = conv.max(1, keepdims=True)
+        device.xp.equal(conv, largest, out=first)
+        seen = first[:, 0].copy()
+        for i in (1, 2, 3):
+            first[:, i] &= ~seen
+            seen |= first[:, i]
+        largest += bias
+        device.xp.maximum(largest, 0, out=_every(rows // 2, 1, out[few]))
+    device.sweep(forward, N, count)
+
+    def backward(dout):
+        dx = device.xp.empty(images.shape, dtype) if wanted else None
+        dw, db = device.xp.zeros_like(matrix[0]), device.xp.zeros_like(b.data)
+
+        def block(few):
+            dpool, dconv = dout[few] * (out[few] > 0), device.xp.empty(taken[:, :, few].shape, dtype)
+            device.xp.multiply(_every(rows // 2, 1, dpool), taken[:, :, few], out=dconv)
+            if wanted:
+                frame, inside = _framed((len(dpool), H, W, F), k, dtype)
+                pooled = _every(rows, 2, inside[:, :2 * height, :2 * width])
+                pooled[...] = dconv.reshape(pooled.shape)
+                target = _every(rows_of_dx, 1, dx[few])
+                target[...] = device.matmul(_patches(frame, k, rows_of_dx, 1), turned).reshape(target.shape)
+            dpool, dconv = dpool.reshape(-1, F), dconv.reshape(rows, -1, F)
+            return (device.matmul(patches_of(few).transpose(0, 2, 1), dconv).sum(0),
+                    device.matmul(device.xp.ones((1, len(dpool)), dtype), dpool)[0])
+        for dw_part, db_part in device.sweep(block, N, count):
+            dw += dw_part
+            db += db_part
+        return dx, dw.reshape(k, k, C, F).transpose(3, 2, 0, 1), db
+    return record(out, (x, w, b), backward)

@@ -155,6 +155,16 @@ def relu(about, *shape):
     return case(f"relu-{about}", ops.relu, lambda t, x: t.relu(x), shape)
 
 
+def conv_block(about, N, H, W, C, F, k):
+    def theirs(t, x, w, b):
+        return t.relu(t.max_pool2d(t.conv2d(x.permute(0, 3, 1, 2), w, b, padding="same"), 2)).permute(0, 2, 3, 1)
+    return case(f"conv_block-{about}", ops.conv_block, theirs, (N, H, W, C), (F, C, k, k), (F,))
+
+
+def conv_block_plain(x, w, b):
+    return ops.relu(ops.max_pool2d(ops.conv2d(x, w, b)))
+
+
 MASK = np.array([[0, 0, -np.inf], [-np.inf, 0, -np.inf]])
 
 CASES = [
@@ -234,6 +244,9 @@ CASES = [
     max_pool2d("even", 3, 4, 2, 2), max_pool2d("odd_height", 1, 3, 2, 2), max_pool2d("odd_width", 1, 4, 5, 1),
     max_pool2d("one_place", 3, 2, 2, 1),
     relu("images", 2, 3, 1, 2), relu("rows", 5, 3), relu("width_1", 3, 1),
+    conv_block("kernel_3", N=3, H=2, W=4, C=2, F=3, k=3), conv_block("kernel_5", N=2, H=4, W=2, C=1, F=2, k=5),
+    conv_block("kernel_1", N=1, H=6, W=3, C=3, F=2, k=1), conv_block("odd_height", N=2, H=5, W=4, C=2, F=2, k=3),
+    conv_block("one_place", N=1, H=3, W=3, C=1, F=1, k=3), conv_block("eight_rows", N=1, H=16, W=2, C=2, F=1, k=3),
 ]
 
 # Sizes that no block of rows, queries or logits divides, and more of them than one block holds.
@@ -252,8 +265,7 @@ LARGE = [
     case("linear-large", ag.linear, lambda t, x, w: x @ w.T, (521, 131), (67, 131)),
     case("linear-few_rows", ag.linear, lambda t, x, w: x @ w.T, (3, 300), (2500, 300)),
     embedding("many_ids", some_ids((521,), 40), V=40),
-    conv2d("many_images", N=11, H=33, W=17, C=3, F=5, k=3), max_pool2d("many_images", 11, 61, 37, 5),
-    relu("many_rows", 521, 131),
+    conv_block("many_images", N=37, H=33, W=17, C=3, F=5, k=3), conv_block("large_images", 3, 72, 70, 7, 5, 5),
 ]
 
 # On a GPU an embedding's gradient is summed in any order: autograd.embedding says so.
@@ -651,8 +663,7 @@ def softmax_whole(x):
     *((lambda x, a=a: ag.glu(x, activation=a), lambda x, a=a: glu_whole(x, a), shapes)
       for a in ag.ACTIVATIONS for shapes in [((2, 3, 6),), ((1, 2),), ((999, 262),)]),
     *((ag.softmax, softmax_whole, shapes) for shapes in [((2, 3, 5),), ((1, 1),), ((999, 131),)]),
-    *((ops.conv2d, ops.conv2d_plain, case.inputs) for case in CASES + LARGE if case.name.startswith("conv2d")),
-    *((ops.max_pool2d, ops.max_pool2d_plain, case.inputs) for case in CASES + LARGE if case.name.startswith("max_p")),
+    *((ops.conv_block, conv_block_plain, case.inputs) for case in CASES + LARGE if case.name.startswith("conv_block")),
 ])
 def test_an_op_is_its_plain_form(fast, plain, shapes, dtype, rng):
     """The form that the model uses has the value and the gradients of the form that reads as the derivation."""
@@ -669,20 +680,21 @@ def test_cast_computes_in_the_new_type_and_its_gradient_has_the_old(on_cpu):
     assert ag.cast(x, np.float32) is x
 
 
-def test_conv2d_takes_a_few_images_at_a_time(rng, monkeypatch):
-    monkeypatch.setattr(ops, "_CACHE", 250)             # an image's patches: 108 of x, 162 of dout
-    inputs = [rng.standard_normal(shape) for shape in ((33, 3, 2, 2), (3, 2, 3, 3), (3,))]
-    assert_close(value_and_gradients(ops.conv2d, inputs, np.float64),
-                 value_and_gradients(ops.conv2d_plain, inputs, np.float64), np.float64)
+def test_conv_block_takes_a_few_images_at_a_time(rng, monkeypatch):
+    monkeypatch.setattr(ops, "_CACHE", 80)              # two images' rows of patches: 36 each
+    inputs = [rng.standard_normal(shape) for shape in ((81, 3, 2, 2), (3, 2, 3, 3), (3,))]
+    assert_close(value_and_gradients(ops.conv_block, inputs, np.float64),
+                 value_and_gradients(conv_block_plain, inputs, np.float64), np.float64)
 
 
-@pytest.mark.parametrize("pool", [ops.max_pool2d, ops.max_pool2d_plain])
-def test_of_equal_pixels_max_pool2d_takes_the_first_in_row_order(pool, rng):
-    x = rng.integers(0, 2, (3, 5, 8, 4)).astype(np.float64)
-    theirs = next(case.torch for case in CASES if case.name.startswith("max_pool2d"))
-    for got, expected in zip(value_and_gradients(pool, [x], np.float64),
-                             torch_value_and_gradients(theirs, [x], np.float64), strict=True):
-        np.testing.assert_array_equal(got, expected)
+@pytest.mark.parametrize("pool, name, shapes", [
+    (ops.max_pool2d, "max_pool2d", [(3, 5, 8, 4)]), (ops.conv_block, "conv_block", [(3, 8, 5, 4), (2, 4, 1, 1), (2,)])])
+def test_of_equal_pixels_the_first_in_row_order_is_taken(pool, name, shapes, rng):
+    inputs = [rng.integers(-1, 2, shape).astype(np.float64) for shape in shapes]
+    theirs = next(case.torch for case in CASES if case.name.startswith(name))
+    for got, expected in zip(value_and_gradients(pool, inputs, np.float64),
+                             torch_value_and_gradients(theirs, inputs, np.float64), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-14, atol=1e-14)
 
 
 def test_relu_is_flat_at_0():

@@ -269,8 +269,8 @@ def test_the_image_processor_of_transformers_makes_the_same_numbers(tmp_path, mo
     Run(tmp_path, network.preprocessor(SMALL), {}, {}).write_model(tmp_path, ConvNet(SMALL))
     picture = noise(120, 3, (23, 41))
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="np")["pixel_values"]
-    seen, conv2d = [], network.conv2d
-    monkeypatch.setattr(network, "conv2d", lambda x, w, b: seen.append(x.data) or conv2d(x, w, b))
+    seen, conv_block = [], network.conv_block
+    monkeypatch.setattr(network, "conv_block", lambda x, w, b: seen.append(x.data) or conv_block(x, w, b))
     ConvNet(SMALL)(read(picture)[None])
     np.testing.assert_allclose(tiny.to_host(seen[0]).transpose(0, 3, 1, 2), theirs, atol=2e-6)
 

@@ -40,16 +40,14 @@ EQUIVALENT = {
     ("repeated = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)",
      "repeated = tuple(i for i, n in enumerate(shape) if n == 1)"): "a sum over one element is a copy",
     ("if p == 0:", "if False:"): "nothing is dropped",
-    **{("count = N if device.on_gpu else max(_CACHE // (H * W * size), 1)",
-        f"count = N if {test} else max(_CACHE // ({part}), 1)"): "larger blocks, or as many" for test, part in (
-            ("True", "H * W * size"), ("False", "H * W * size"), ("device.on_gpu", "(H * W)"),
-            ("device.on_gpu", "(size)"), ("device.on_gpu", "(H) * size"), ("device.on_gpu", "(W) * size"))},
-    **{("count = math.ceil(N / _PARTS)", f"count = math.ceil({all_of_it})"): "one block"
-       for all_of_it in ("(N)", "(N) * (_PARTS)")},
-    **{("count = _CACHE // (W * C)", f"count = _CACHE // ({fewer})"): "larger blocks" for fewer in ("(W)", "(C)")},
-    ("if H % 2 or W % 2:", "if True:"): "a slice of everything",
-    ("dx = device.xp.empty(images.shape, images.dtype) if wanted else None",
-     "dx = device.xp.empty(images.shape, images.dtype) if True else None"): "a gradient that nobody reads",
+    **{("rows, rows_of_dx, count = math.gcd(2 * height, _ROWS), math.gcd(H, _ROWS), _CACHE // (H * W * k * C)",
+        f"rows, rows_of_dx, count = math.gcd({rows}, _ROWS), math.gcd(H, _ROWS), _CACHE // ({part})"): "other blocks"
+       for rows, part in (("(2)", "H * W * k * C"), *(("2 * height", part) for part in (
+           "(H * W * k)", "(C)", "(H * W) * C", "(k) * C", "(H) * k * C", "(W) * k * C")))},
+    **{("high, row = rows + k - 1, k * C", f"high, row = {more}, k * C"): "rows of a strip that nobody reads"
+       for more in ("(rows + k)", "(rows + k) + (1)")},
+    ("dx = device.xp.empty(images.shape, dtype) if wanted else None",
+     "dx = device.xp.empty(images.shape, dtype) if True else None"): "a gradient that nobody reads",
     ("L = xp.empty((B * K, G, T, 1), wide) if recording(q, k, v) else None",
      "L = xp.empty((B * K, G, T, 1), wide) if True else None"): "an array more",
     ("if n > 1:", "if n >= 1:"): "a 0 is added",
