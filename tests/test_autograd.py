@@ -901,11 +901,10 @@ def test_an_array_that_no_backward_needs_goes_at_once(no_collector):
 def peak_memory(f):
     """The most bytes that f() held at once beyond those held before: NumPy tells tracemalloc, CuPy's pool knows."""
     if device.on_gpu:
-        pool = device.xp.get_default_memory_pool()
-        pool.free_all_blocks()
-        before = pool.total_bytes()
-        f()
-        return pool.total_bytes() - before
+        pool = device.xp.cuda.MemoryPool()      # of its own: the other one may have room in gaps
+        with device.xp.cuda.using_allocator(pool.malloc):
+            f()
+        return pool.total_bytes()
     tracemalloc.start()
     try:
         f()

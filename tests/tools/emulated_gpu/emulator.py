@@ -24,6 +24,7 @@ C = ["-O1", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-Wl,-Bsymbolic"]
 LIBRARIES = "libcublas.so", "libcublasLt.so"        # CuPy asks for both, and finds by its name what has been loaded
 FLOATS = {number: np.dtype(name) for number, name in (          # cudaDataType
     (0, "float32"), (1, "float64"), (2, "float16"), (14, "bfloat16"))}
+MEMORY = ctypes.c_char * sys.maxsize        # from an address on; a type for each size would be garbage to collect
 SUPPORTED = {                   # (inputs, result, sums: a cublasComputeType)
     (0, 0, 68), (0, 0, 77), (1, 1, 70), (2, 2, 68), (2, 0, 68), (14, 14, 68), (14, 0, 68)}
 
@@ -105,8 +106,7 @@ class Kernels:
 
 def in_memory(address, dtype, shape, strides):
     """What is at an address of the device, as a NumPy array."""
-    size = dtype.itemsize + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if 0 not in shape else 0
-    return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(address), 0, strides)
+    return np.ndarray(shape, dtype, MEMORY.from_address(address), 0, strides)
 
 
 def matrices(address, kind, lead, step, count, rows, columns, transposed=False):
