@@ -73,7 +73,7 @@ class Adam:
         lr, own = self.lr if lr is None else lr, self.weights.own
         *factors, decay = self.factors
         adam_factors(scale, lr, *self.betas, self.weight_decay, self.t, *factors, decay)
-        if not (device.on_gpu or factors[0]):
+        if not (device.on_gpu or factors[1]):   # 1-β₁, or 0
             return
         eps = self.m.dtype.type(self.eps)       # a typed scalar keeps a fused kernel in float32
         n_matrix = self.weights.n_matrix - own.start

@@ -29,6 +29,8 @@ from hardware.device import to_host  # noqa: E402
 from nanollm import Config, NanoLLM  # noqa: E402
 from storage.files import InputError  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("on_cpu")      # where the command does its work
+
 TEXT = ["the cat sat on the mat, and the dog lay on the log", "a cat and a dog"] * 5
 
 

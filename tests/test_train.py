@@ -84,6 +84,19 @@ def test_adam_follows_the_formulas_with_bias_correction_and_decay_of_matrices_on
     assert 0 < model.weights.n_matrix < p.size
 
 
+def test_a_scale_of_0_is_a_step_as_of_gradients_that_are_0():
+    models = [NanoLLM(TINY) for _ in range(2)]
+    for model, scale in zip(models, (0.0, 1.0), strict=True):
+        adam = Adam(model, lr=0.1)
+        set_gradients(model, 1)
+        adam.step()
+        if scale:
+            adam.zero_grad()
+        adam.step(scale=scale)
+        assert float(adam.t) == 2
+    np.testing.assert_array_equal(*(to_host(model.weights.flat) for model in models))
+
+
 def test_the_boundary_between_matrices_and_vectors_may_fall_anywhere_in_a_sweep():
     """The sweep has more than one block, and the last matrix ends inside one."""
     model = NanoLLM(Config(2100, 32, 1, 4, 2, 12, 24))
