@@ -230,7 +230,7 @@ def adam_factors(scale, lr, beta1, beta2, weight_decay, t, of_g, of_new_m, of_ne
     stays, and they become what changes nothing. t is float64 and is in all that is computed: among numbers alone, or a
     number and a bool, CuPy computes in half precision.
     """
-    go = 0 * t + device.xp.isfinite(scale)
+    go = 0 * t + device.xp.isfinite(0 * t + scale)
     t += go
     of_g[...] = device.xp.where(go > 0, 0 * t + scale, 0)
     of_new_m[...] = go - go * beta1

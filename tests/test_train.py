@@ -129,6 +129,17 @@ def test_clipping_undoes_the_loss_scale_and_shortens_what_is_too_long(loss, norm
     assert got == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
+@pytest.mark.parametrize("factor", [1e-9, 1 / 3, 1e9])
+def test_any_number_is_a_scale(factor):
+    """Also one that half precision cannot hold."""
+    models = [NanoLLM(TINY) for _ in range(2)]
+    for model, scale in zip(models, (1.0, 1 / factor), strict=True):
+        set_gradients(model, 1)
+        model.weights.grad[...] /= scale
+        Adam(model, lr=0.1).step(scale=scale)
+    np.testing.assert_allclose(*(to_host(model.weights.flat) for model in models), atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_scale_that_is_not_finite_changes_nothing(scale, steps_before):
