@@ -148,8 +148,8 @@ def conv_block(x, w, b):
         dw, db = device.xp.zeros_like(matrix[0]), device.xp.zeros_like(b.data)
 
         def block(few):
-            dpool, dconv = dout[few] * (out[few] > 0), device.xp.empty(taken[:, :, few].shape, dtype)
-            device.xp.multiply(_every(rows // 2, 1, dpool), taken[:, :, few], out=dconv)
+            dpool, dconv = dout[few] * (out[few] > 0), taken[:, :, few].astype(dtype)
+            dconv *= device.xp.ascontiguousarray(_every(rows // 2, 1, dpool))
             if wanted:
                 frame, inside = _framed((len(dpool), H, W, F), k, dtype)
                 pooled = _every(rows, 2, inside[:, :2 * height, :2 * width])
