@@ -116,7 +116,7 @@ def test_another_rank_reads_what_rank_0_made_and_another_machine_makes_the_same(
     assert len({Path(path).read_bytes() for _, path, _ in files}) == 1
 
 
-def test_two_processes_share_it(text):
+def test_two_processes_share_it(on_cpu, text):
     assert command(train.main, *FLAGS, "--max-steps", 1, "--processes", 2)[::2] == (0, "")
 
 

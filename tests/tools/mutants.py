@@ -258,7 +258,7 @@ def workplace(folder):
 
 def caught(folder, *arguments, write_bytecode=False):
     """Whether a test fails in this folder. None of pytest's plug-ins is needed, and they take seconds to load."""
-    environment = os.environ | {"NANOLLM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = os.environ | {"NANOLLM_DEVICE": "cpu", "NANOLLM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     if not write_bytecode:
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--assert=plain", "-p", "no:cacheprovider",
