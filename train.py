@@ -62,18 +62,18 @@ class Adam:
         self.m = device.xp.zeros_like(self.weights.flat[self.weights.own])
         self.v = device.xp.zeros_like(self.m)
         self.t = device.xp.zeros(())
-        self.factors = [device.xp.empty((), self.m.dtype) for _ in range(6)]        # of a step
+        self.factors = [device.xp.empty((), self.m.dtype) for _ in range(6)]    # see adam_factors
 
     def step(self, lr=None, scale=1.0):
         """Update the weights from scale · their gradients, with this lr or the optimizer's own.
 
-        `scale` is clipping and 1/loss_scale in one factor. If it is not finite, nothing changes.
-        A GPU may still compute it: there the factors become 0, and nobody waits for an `if`.
+        `scale` is clipping and 1/loss_scale in one factor. If it is not finite, nothing changes. A
+        GPU may not have computed it yet, and an `if` would wait: there all factors become 0.
         """
         lr, own = self.lr if lr is None else lr, self.weights.own
         *factors, decay = self.factors
         adam_factors(scale, lr, *self.betas, self.weight_decay, self.t, *factors, decay)
-        if not (device.on_gpu or factors[1]):   # 1-β₁, or 0
+        if not (device.on_gpu or factors[1]):   # 1-β₁; 0 if scale is not finite
             return
         eps = self.m.dtype.type(self.eps)       # a typed scalar keeps a fused kernel in float32
         n_matrix = self.weights.n_matrix - own.start
@@ -94,7 +94,7 @@ class Adam:
 
 @device.fuse
 def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, eps):
-    g = scaled_or_0(g, scale)                   # p, m and v change in place
+    g = scaled_or_0(g, scale)                   # g * scale. p, m and v change in place
     m += (g - m) * one_minus_beta1              # now β₁ m + (1-β₁) g
     v += (g * g - v) * one_minus_beta2          # now β₂ v + (1-β₂) g²
     # m · step_size = lr · m̂,  √v · root = √v̂
@@ -104,11 +104,10 @@ def _adam(p, g, m, v, scale, one_minus_beta1, one_minus_beta2, step_size, root, 
 def loss_and_norm(model, loss, team=ranks.ALONE):
     """The sum of the team's losses and the norm √(sum of all squares) of its gradients.
 
-    `loss` is this rank's. Both results are numbers, or 0-d arrays that a GPU still computes.
+    `loss` is this rank's. On a GPU both results are 0-d arrays, and nobody has waited for them.
     """
-    loss = team.add_up(loss)
-    own = model.weights.grad[model.weights.own]
-    return loss, device.xp.sqrt(team.sum(device.sum_of_squares(own)))
+    loss, g = team.add_up(loss), model.weights.grad[model.weights.own]
+    return loss, device.xp.sqrt(team.sum(device.sum_of_squares(g)))
 
 
 def learning_rate(step, steps, peak, low, warmup, schedule="cosine"):
@@ -146,7 +145,8 @@ def train(model, optimizer, train_set, settings, state, observer, stop, team=ran
     of all is the sum of the batches' means, each times its share of the windows. The
     gradients are summed in the same way.
 
-    A GPU is given a step's work and then the next one's: results are read when something is due.
+    A GPU works while Python is already at the next step. Reading a loss would wait for it, so
+    losses are read only before a report, an evaluation or a checkpoint.
     """
     unread = []                                 # (loss, norm) of the last steps
     if state.step == 0:
@@ -164,7 +164,8 @@ def train(model, optimizer, train_set, settings, state, observer, stop, team=ran
             part.backward(state.loss_scale * size / count)
             loss = loss + part.data * (size / count)            # stays on the device: no waiting
         loss, norm = loss_and_norm(model, loss, team)
-        optimizer.step(lr, clipping(loss, norm, settings.clip_norm or 1e38, state.loss_scale))
+        limit = settings.clip_norm or 1e38              # no norm in float32 is much larger
+        optimizer.step(lr, clipping(loss, norm, limit, state.loss_scale))
         team.share_weights()
         unread.append((loss, norm))
         state.step, state.windows = state.step + 1, state.windows + count

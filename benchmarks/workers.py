@@ -119,8 +119,7 @@ class Training:
     """One rank's training of a model."""
 
     def __init__(self, model, plan, team):
-        from hardware.formulas import clipping
-        from train import Adam, loss_and_norm
+        from train import Adam, clipping, loss_and_norm
         self.model, self.team, self.loss_and_norm, self.clipping = model, team, loss_and_norm, clipping
         team.adopt(model.weights)
         self.adam = Adam(model, **ADAM)

@@ -48,11 +48,11 @@ def make_model(request, team):
 
 
 def note_losses(state, unread):
-    """Read the (loss, norm times loss_scale) of the last steps, and forget them; here a GPU is waited for, once.
-    Returns the last loss and norm, as floats.
+    """Read and empty `unread`, which has (loss, loss_scale times gradient norm) of each of the last steps. A GPU is
+    waited for once. Returns the last loss and norm, as floats.
 
-    Adds each loss to the next report's mean, or reports a skipped step. With a loss scale above 1 one is expected: the
-    scale is halved for the next step.
+    Adds each loss to the next report's mean, or reports a skipped step. With a loss scale above 1 a skipped step is
+    expected: the scale is halved for the next one.
     """
     loss = norm = math.nan
     numbers, first = iter(device.floats(*itertools.chain(*unread))), state.step - len(unread) + 1
@@ -164,8 +164,8 @@ class Observer:
         metrics.rewind(self.run.folder / "metrics.csv", state.step, self.columns)
 
     def is_milestone(self, state):
-        """Whether the last step ended an epoch, or another stretch after which the model is evaluated."""
-        # It crossed the end of an epoch if the windows taken in the new one are fewer than a step takes.
+        """Whether the model is evaluated after the last step."""
+        # The step crossed the end of an epoch if the windows taken in the new one are fewer than a step takes.
         ended_epoch = state.windows % len(self.train_set) < self.settings.windows_per_step()
         return ended_epoch or state.step >= self.settings.max_steps or due(state.step, self.settings.eval_every)
 

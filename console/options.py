@@ -61,7 +61,6 @@ class Training:
     needed = "--text FILE"
     paths = "text", "tokenizer", "init_from"
     windows, more = "windows", "--grad-accum, --seq-len or --stride, or give more text"
-    default_processes = "as many as there are cores or GPUs, if they can share them evenly"
 
     def windows_per_step(self):
         return self.batch_size * self.grad_accum
@@ -254,7 +253,7 @@ def command_line(kind=Settings):
                        f"continue from the newest checkpoint of --artifact-dir (or of the last runs/{kind.runs})")
         if group == "speed and memory":
             parser.add("--processes", None, COUNT, f"number of processes that share the {kind.windows} of a step; "
-                       f"default: {kind.default_processes}")
+                       "default: as many as there are cores or GPUs, if they can share them evenly")
             parser.add_device()
     return parser
 

@@ -212,8 +212,8 @@ def _rotate(x1, x2, cos, sin, out1, out2):
 
 @fuse
 def clipping(loss, norm, limit, loss_scale):
-    """What Adam multiplies the gradients by: 1/loss_scale, and what brings their norm, which is `norm` / loss_scale,
-    down to the limit. NaN if the loss or the norm is not finite.
+    """What Adam multiplies the gradients by: 1/loss_scale undoes the loss scale, and a factor of at most 1 brings their
+    norm, `norm` / loss_scale, down to the limit. NaN if the loss or the norm is not finite.
     """
     longest = device.xp.maximum(norm / loss_scale, limit)
     return limit / longest / loss_scale + 0 * (loss + norm)     # 0 * infinity is NaN

@@ -1,4 +1,5 @@
-"""The ops of a convolutional network that autograd.py does not have: conv2d, max_pool2d, relu, and the three in one.
+"""The ops of a convolutional network that autograd.py does not have: conv2d, max_pool2d and relu, as their derivations
+read, and conv_block, which the network uses: the three in one, and fast.
 
 Shapes: N images of H · W pixels with C channels each, so an image is (H, W, C), a pixel's channels side by side in
 memory. F is the number of channels of a result, and a kernel covers k · k pixels, k odd.
@@ -109,8 +110,8 @@ def conv_block(x, w, b):
 
     As one product, conv2d is patches(x) @ matrix: a row for each pixel's patch, and w as a matrix (k·k·C, F). The
     rows may be in any order. In that of `_every` the four pixels of each 2 · 2 stand at the same place of four arrays,
-    and pooling is a maximum of these. Adding b and relu keep the order of numbers, so both come last, where there are
-    a quarter as many. Only out is kept for backward, and which pixel was taken:
+    and pooling is a maximum of these. Neither adding b nor relu changes the order of numbers, so both come last, where
+    there are a quarter as many. Besides x, only out and which pixel was taken are kept for backward:
         dpool = dout where out > 0,  db = sum of dpool,  dconv = dpool where taken, else 0,  dw = patches(x)ᵀ @ dconv
     With -d for d in conv2d's sum,  dx_q = sum_d w_{-d}ᵀ dconv_{q+d}: a convolution, too, of dconv with the kernel
     turned by 180° and C and F exchanged. Patches are far larger than images, so backward makes those of x again.

@@ -1,9 +1,8 @@
 """Train an image classifier on a folder of pictures:  python -m images.train --images FOLDER
 
 The loop, Adam, the checkpoints and most flags are those of train.py. Here are the flags that pictures need and what is
-reported about them. On CPUs it is one process by default, which is faster with small pictures. Of several
-(hardware/ranks.py) rank 0 reads the pictures: the processes that it starts share them, those of mpiexec get a copy
-each.
+reported about them. Of several processes (hardware/ranks.py) rank 0 reads the pictures: those that it starts share
+them, those of mpiexec get a copy each.
 """
 import dataclasses
 import itertools
@@ -53,7 +52,6 @@ class Settings(Training):
     needed = "--images FOLDER"
     paths = "images", "val_images"
     windows, more = "pictures", "--grad-accum, or give more pictures"
-    default_processes = "one, fastest with small pictures; on GPUs as many as there are, if they can share them evenly"
     dtype, sample_every = "float32", math.inf       # what train.py's loop and the Observer ask, too: never a sample
 
     images: str | None = options.in_run(None, cli.path, "a folder with one subfolder of pictures for each class",
@@ -176,8 +174,8 @@ def parse(argv):
         images, val_images = demo.folders()
         settings = replace(settings, images=images, val_images=val_images)
     require(settings.images, "--images FOLDER is needed (or --demo, which needs no files)")
-    return replace(request, settings=settings, processes=options.count_processes(
-        processes, settings, alone=argv is not None or not device.on_gpu))
+    return replace(request, settings=settings,
+                   processes=options.count_processes(processes, settings, alone=argv is not None))
 
 
 def defaults(typed):
